@@ -1,0 +1,101 @@
+"""
+sample.py: generate videos from a checkpoint; it takes no model settings, they are all in there.
+
+    python sample.py                                            16 clips from the newest run under out/
+    python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
+    python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import vdm
+from train import Parser, pick_device, pick_dtype
+
+
+def main(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("checkpoint", nargs="?", help="a last.pt (default: the newest under out/)")
+    p.add_argument("--n", type=int, default=16, help="number of videos (16)")
+    p.add_argument("--length", type=int, help="frames of each (default: as many as the model was trained on)")
+    p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
+    p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
+    p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
+    p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
+    p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
+    p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
+    p.add_argument("--seed", type=int, default=0, help="another seed, other videos; video i depends on (seed, i) alone")
+    p.add_argument("--batch", type=int, default=16, help="videos generated at a time; lower it if memory runs out (16)")
+    p.add_argument("--fps", type=float, help="frames per second of the files (default: the checkpoint's)")
+    p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
+    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
+    p.add_argument("--out", default="samples.mp4", help="file for the grid of all videos, and folder for each (samples.mp4)")
+    o = p.parse_args(argv)
+    if o.checkpoint is None:
+        found = sorted(Path("out").glob("**/last.pt"), key=lambda f: f.stat().st_mtime)
+        if not found:
+            raise ValueError("there is no out/*/last.pt here: train first (python train.py --preset tiny), or name a checkpoint")
+        o.checkpoint = found[-1]
+    if Path(o.out).suffix not in (".mp4", ".gif"):
+        raise ValueError(f"--out is {o.out}, expected a name that ends in .mp4 or .gif")
+    denoiser, config = vdm.load(o.checkpoint)
+    device = pick_device(o.device)
+    dtype = pick_dtype(o.dtype, device)
+    denoiser.to(device)
+    T, length = config.frames, o.length or config.frames
+    steps, sampler = o.steps or config.sampling_steps, o.sampler or config.sampler
+    overlap = min(config.overlap if o.overlap is None else o.overlap, T) if o.overlap is None else o.overlap
+    for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
+        if value < 1:
+            raise ValueError(f"--{name} is {value}, expected at least 1")
+
+    trained = [n for n, share in enumerate(config.context) if n and share]                     # e.g. [1, 2, 3, 4]
+    context = None
+    if o.context:
+        if not trained and not config.previous:
+            raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it cannot use --context")
+        context = vdm.read_video(o.context, config.size, config.channels)                      # (n, C, H, W)
+        most = T if config.previous else trained[-1]
+        context = context[-min(o.context_frames or most, len(context)):]
+        if not config.previous and len(context) not in trained:
+            raise ValueError(f"--context gives {len(context)} frames, but the model was trained on {trained} given frames: "
+                             "choose one with --context-frames")
+    if length > T and not config.previous and overlap not in trained:
+        raise ValueError(f"--length {length} is more than the {T} frames of a window, so each window must be given the end of "
+                         f"the one before: the model was trained on {trained or 'no'} given frames, not on overlap {overlap}")
+    print(f"{o.checkpoint}: {o.n} videos of {length} frames, {sampler} with {steps} steps, averaged weights, on {device} "
+          f"in {str(dtype).removeprefix('torch.')}")
+
+    sigmas, videos, began = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho), [], time.time()
+    bar = tqdm(total=o.n * length, unit="frame", mininterval=0.5 if sys.stderr.isatty() else 20)
+    for i in range(0, o.n, o.batch):
+        clips = range(i, min(i + o.batch, o.n))
+        given = None if context is None else context.expand(len(clips), *context.shape)
+        shape, pieces = (len(clips), T, config.channels, *config.size), []
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for piece in vdm.rollout(denoiser, length, shape, sigmas, overlap, given, o.seed, clips,
+                                     sampler=sampler, guidance=o.guidance):
+                pieces.append(piece.cpu())
+                bar.update(piece.shape[0] * piece.shape[1])
+        videos.append(torch.cat(pieces, 1))
+    bar.close()
+    videos = torch.cat(videos)                                                                 # (n, length, C, H, W)
+
+    out, fps = Path(o.out), o.fps or config.fps
+    files = [vdm.write_video(out, vdm.grid(videos), fps), vdm.write_video(out.with_suffix(".gif"), vdm.grid(videos), fps),
+             vdm.write_image(out.with_suffix(".png"), vdm.film_strip(videos[:8]), 2)]
+    each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", v, fps) for i, v in enumerate(videos)]
+    print(f"{time.time() - began:.0f} s; all videos: {files[0]} and {files[1]}; the first as a film strip: {files[2]}; "
+          f"each: {each[0]} ... {each[-1].name}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
