@@ -108,12 +108,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(config, net, dtype):
-    """AdamW for everything or, with --optimizer muon, Muon for the matrices inside and AdamW for the rest."""
-    inside = [p for name, p in net.named_parameters()
-              if config.optimizer == "muon" and p.ndim > 1 and not name.startswith(("input", "output", "embed"))]
-    rest = [p for p in net.parameters() if not any(p is q for q in inside)]
-    optimizers = [torch.optim.AdamW(rest, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)]
-    return optimizers + ([Muon(inside, config.muon_lr, dtype=dtype)] if inside else [])
+    """AdamW for everything or, with --optimizer muon, Muon for the matrices inside and AdamW for
+    the rest; the gates of the temporal layers, which must first leave 0, have a rate of their
+    own."""
+    parts = dict(gates=[], inside=[], rest=[])
+    for name, p in net.named_parameters():
+        matrix = p.ndim > 1 and not name.startswith(("input", "output", "embed", "detail"))
+        muon = config.optimizer == "muon" and matrix
+        parts["gates" if name.endswith("gate") else "inside" if muon else "rest"].append(p)
+    groups = [dict(params=parts["rest"], peak=config.lr), dict(params=parts["gates"], peak=config.gate_lr)]
+    optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
+    if parts["inside"]:
+        optimizers.append(Muon([dict(params=parts["inside"], peak=config.muon_lr)], config.muon_lr, dtype=dtype))
+    return optimizers
 
 
 def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed):
@@ -125,7 +132,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     clean = torch.stack([data[i]["video"] for i in indices]).to(device)                        # (B, T, C, H, W)
     waited = time.perf_counter() - began
     # noise: its level, its shape, and which frames are given
-    sigma = vdm.schedule(config)(vdm.stratified(config.batch)).to(device)                      # (B,)
+    sigma = vdm.noise_schedule(config)(vdm.stratified(config.batch)).to(device)                      # (B,)
     options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma)
     if config.previous:
         previous, clean = clean.chunk(2, 1)
@@ -144,8 +151,9 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip_norm)
     # step: the learning rate rises, then falls to 0 in a straight line
     rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
-    for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
-        optimizer.param_groups[0]["lr"] = rate * peak
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
         optimizer.step()
         optimizer.zero_grad()
     ema.update(denoiser)
@@ -195,6 +203,8 @@ def main(argv=None):
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
     if options.data == "shapes":
+        if config.channels != 3:
+            raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
         data, held_out = (vdm.MovingShapes(frames, config.size, seed=options.seed + k) for k in (0, 1))
         print(f"data    MovingShapes: made in code, {frames} frames of {config.size[0]}x{config.size[1]}")
     else:

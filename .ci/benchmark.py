@@ -1,0 +1,116 @@
+"""
+Compare with video-diffusion-pytorch in one run on one machine, at equal parameter counts:
+
+    pip install --no-deps video-diffusion-pytorch einops-exts rotary-embedding-torch
+    python .ci/benchmark.py                      a training step, and drawing a batch of clips
+    python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length
+
+Each training step runs in a process of its own, so that its peak memory can be told apart.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import train
+import vdm
+
+BATCH, FRAMES, SIZE = 8, 8, 32
+
+
+def ours():
+    """A UNet of 3.16 M parameters at the settings of the preset tiny; one whole step of train.py."""
+    _, config = train.parse(["--batch", str(BATCH), "--width", "56", "--head-dim", "28"])
+    dtype = train.pick_dtype("auto", torch.device("cpu"))
+    denoiser, world = vdm.build(config), vdm.MovingShapes()
+    state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net, dtype)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    step = lambda i: train.train_step(i, config, world, *state, torch.device("cpu"), dtype, 0)
+    draw = lambda: train.sample(config, state[1].model, BATCH, torch.device("cpu"), dtype)
+    return parameters, step, draw, config.sampling_steps, config.sampling_steps
+
+
+def theirs():
+    """Its Unet3D of dim 32, mults 1, 2, 4 with its own loss and Adam, as in its README."""
+    torchvision = types.ModuleType("torchvision")                # it only wants transforms, for files
+    torchvision.transforms = torchvision.utils = types.ModuleType("transforms")
+    sys.modules.update({"torchvision": torchvision, "torchvision.transforms": torchvision.transforms})
+    from video_diffusion_pytorch import GaussianDiffusion, Unet3D
+    net = Unet3D(dim=32, dim_mults=(1, 2, 4))
+    diffusion = GaussianDiffusion(net, image_size=SIZE, num_frames=FRAMES, timesteps=1000)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4)
+    clips = torch.rand(BATCH, 3, FRAMES, SIZE, SIZE)
+
+    def step(i):
+        diffusion(clips).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def draw():                                                  # 10 of its 1000 evaluations, all alike
+        x = torch.randn(BATCH, 3, FRAMES, SIZE, SIZE)
+        for t in reversed(range(10)):
+            x = diffusion.p_sample(x, torch.full((BATCH,), t))
+
+    return sum(p.numel() for p in net.parameters()), step, draw, 10, 1000
+
+
+def measure(name):
+    torch.manual_seed(0)
+    parameters, step, draw, evaluations, needed = dict(ours=ours, theirs=theirs)[name]()
+    times = []
+    for i in range(6):
+        began = time.perf_counter()
+        step(i)
+        times.append(time.perf_counter() - began)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    began = time.perf_counter()
+    draw()
+    seconds = (time.perf_counter() - began) * needed / evaluations
+    return dict(parameters=parameters, step=sorted(times[1:])[2], memory=memory, draw=seconds, evaluations=needed)
+
+
+def compare():
+    rows = {}
+    for name in ("theirs", "ours"):
+        run = subprocess.run([sys.executable, __file__, "--measure", name], capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"skipped: {name} does not run here ({run.stderr.strip().splitlines()[-1]})")
+        rows[name] = json.loads(run.stdout.splitlines()[-1])
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BATCH} clips of {FRAMES}x3x{SIZE}x{SIZE}")
+    for key, unit in dict(parameters="", step="s per training step", memory="GiB peak of the process",
+                          draw="s to draw the batch", evaluations="evaluations").items():
+        a, b = rows["theirs"][key], rows["ours"][key]
+        print(f"{key:>12}  video-diffusion-pytorch {a:12.6g}   vdm.py {b:12.6g}   {a / b:8.1f} times  {unit}")
+
+
+def marks(folder):
+    """The claims of the README for one run, from fresh noise, with averaged weights."""
+    denoiser, config = vdm.load(Path(folder) / "last.pt")
+    device, world = torch.device("cpu"), vdm.MovingShapes(size=config.size)
+    dtype = train.pick_dtype("auto", device)
+    print(world.report(train.sample(config, denoiser, 64, device, dtype, seed=2)))
+    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
+    videos = []
+    for i in range(0, 64, 16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, 3, *config.size), sigmas, config.overlap,
+                                 seed=3, clips=range(i, i + 16), sampler=config.sampler)
+            videos.append(torch.cat(list(pieces), 1))
+    print(world.report(torch.cat(videos)))
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", help="the folder of a run whose clips are to be marked")
+    p.add_argument("--measure", choices=["ours", "theirs"], help="one of the two, as JSON (used by the comparison)")
+    o = p.parse_args()
+    marks(o.run) if o.run else print(json.dumps(measure(o.measure))) if o.measure else compare()

@@ -1,0 +1,1330 @@
+"""
+test_vdm.py: every part of vdm.py, train.py and sample.py against a truth that is not this project's:
+a closed form, a brute-force loop, numpy, the schedulers of `diffusers` (skipped where that is not
+installed), a number printed in a paper, or files whose pixels are known.
+
+    pytest -q test_vdm.py
+"""
+
+import ast
+import builtins
+import csv
+import dis
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import types
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close as close
+
+import sample
+import train
+import vdm
+
+ROOT = Path(__file__).parent
+torch.set_num_threads(1)
+M, S = 0.7, 0.5                         # the data of the sampler tests: Normal(M, S^2)
+KINDS, SAMPLERS = ("eps", "v", "x0", "edm"), list(vdm.SAMPLERS)
+cases = pytest.mark.parametrize
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gaussian(x, sigma, m=M, s=S):
+    """E[clean | x] where clean is Normal(m, s^2): both are Gaussian, so the mean is linear in x."""
+    return m + (s ** 2 / (s ** 2 + sigma ** 2))[:, None] * (x - m)
+
+
+def karras(n, low, high):
+    """EDM eq. 5, in the default precision."""
+    low, high = low ** (1 / 7), high ** (1 / 7)
+    return torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)] + [0.0])
+
+
+def randomize(model, gates=False):
+    """Random weights, in the gates if asked to: where layers are 0 any test would pass."""
+    for name, p in model.named_parameters():
+        if gates or not name.endswith("gate"):
+            nn.init.normal_(p, std=0.7 if p.ndim < 2 else p[0].numel() ** -0.5)
+    return model.eval()
+
+
+def tiny(previous=False):
+    net = vdm.VideoUNet(4 if previous else 3, 1, width=8, mults=(1, 2), head_dim=8)
+    return vdm.Denoiser(randomize(net, gates=True), previous=previous)
+
+
+# ---- samplers ------------------------------------------------------------------------------------
+
+@cases("name", SAMPLERS)
+def test_sampler_reaches_mean_and_spread(name, double):
+    """The mean and standard deviation of the data."""
+    x = vdm.SAMPLERS[name](gaussian, 80 * torch.randn(20_000, 1), karras(300, 0.002, 80))
+    assert abs(x.mean() - M) < 0.02 and abs(x.std() - S) < 0.02
+
+
+@cases("name, ratio", [("ddim", 2), ("heun", 4), ("dpmpp_2m", 4)])
+def test_sampler_order(name, ratio, double):
+    """dx / dsigma = (x - M) sigma / (S^2 + sigma^2) is solved by x - M ~ sqrt(S^2 + sigma^2)."""
+    x, sampler = torch.tensor([[80.0], [-30.0]]), vdm.SAMPLERS[name]
+    end = M + (x - M) * S / math.sqrt(S ** 2 + 80 ** 2)
+    error = [(sampler(gaussian, x, karras(n, 1e-4, 80)) - end).abs().max() for n in (201, 401)]
+    assert abs(error[0] / error[1] / ratio - 1) < 0.1 and error[1] < 0.01
+
+
+@cases("sampler", [vdm.sample_ddpm, partial(vdm.sample_ddpm, gamma=1.0),
+                   partial(vdm.sample_ddim, eta=0.5), partial(vdm.sample_ddim, eta=1.0)])
+def test_stochastic_samplers_reach_the_variance(sampler, double):
+    """Steps are linear: with one axis per draw the variance is the squared length, to O(step)."""
+    errors = []
+    for n in (100, 200):
+        x, draws = 80 * torch.eye(n)[:1], iter(torch.eye(n)[1:, None])
+        x = sampler(partial(gaussian, m=0), x, karras(n, 1e-3, 80), lambda x: next(draws))
+        assert (x != 0).all() and next(draws, None) is None            # a draw a step, but the last
+        errors.append(abs(x.norm() - S))
+    assert errors[1] < 0.02 and abs(errors[0] / errors[1] - 2) < 0.2
+
+
+@cases("name", SAMPLERS)
+def test_sampler_lands_on_a_finite_data_set(name, double):
+    """From the exact posterior mean over two points, 3 : 1, these two come out, 3 : 1."""
+    points, weights = torch.tensor([[0.8, -0.5], [-0.6, 0.4]]), torch.tensor([0.75, 0.25])
+
+    def denoise(x, sigma):
+        log_p = weights.log() - torch.cdist(x, points) ** 2 / (2 * sigma[:, None] ** 2)
+        return log_p.softmax(1) @ points
+
+    x = vdm.SAMPLERS[name](denoise, 80 * torch.randn(4000, 2), karras(100, 0.005, 80))
+    distance, nearest = torch.cdist(x, points).min(1)
+    assert (distance < 0.02).double().mean() > 0.998
+    assert abs((nearest == 0).double().mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
+
+
+def test_ddim_is_euler_and_dpmpp_starts_with_it(double):
+    """Euler's method in sigma, written out."""
+    x, sigmas = 80 * torch.randn(5, 1), karras(6, 0.1, 80)
+    path = [x]
+    for s, t in zip(sigmas[:-1], sigmas[1:]):
+        path.append(path[-1] + (t - s) * (path[-1] - gaussian(path[-1], s[None])) / s)
+    close(vdm.sample_ddim(gaussian, x, sigmas), path[-1])
+    close(vdm.sample_dpmpp_2m(gaussian, x, sigmas[:2]), path[1])
+
+
+@cases("sampler, gamma", [
+    (vdm.sample_ddpm, 0), (partial(vdm.sample_ddpm, gamma=0.3), 0.3),
+    (partial(vdm.sample_ddpm, gamma=1.0), 1), (partial(vdm.sample_ddim, eta=1.0), 0)])
+def test_ddpm_is_the_posterior_of_ho_et_al(sampler, gamma, double):
+    """Ho et al. 2020, eqs. 6 and 7 in betas; VDM's variance low^(1 - gamma) high^gamma."""
+    beta = torch.linspace(0.01, 0.3, 20)
+    abar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
+    sigmas, noise = ((1 - abar) / abar).sqrt().flip(0), torch.randn(20, 4, 3)
+    z = start = torch.randn(4, 3)
+    for t in range(20, 0, -1):
+        x0 = gaussian(z / abar[t].sqrt(), sigmas[20 - t, None])
+        b, left = beta[t - 1], (1 - abar[t - 1]) / (1 - abar[t])
+        z = abar[t - 1].sqrt() * b / (1 - abar[t]) * x0 + (1 - b).sqrt() * left * z
+        low, high = left * b, b
+        z = z + (t > 1) * (low ** (1 - gamma) * high ** gamma).sqrt() * noise[t - 1]
+    draws = iter(noise.flip(0))
+    close(sampler(gaussian, start / abar[20].sqrt(), sigmas, lambda x: next(draws)), z)
+
+
+@pytest.mark.filterwarnings("ignore")
+@cases("name, ours, options", [
+    ("DDIM", vdm.sample_ddim, dict(clip_sample=False)),
+    ("DDPM", vdm.sample_ddpm, dict(clip_sample=False)),
+    ("DDPM", partial(vdm.sample_ddpm, gamma=1.0),
+     dict(clip_sample=False, variance_type="fixed_large")),
+    ("EulerDiscrete", vdm.sample_ddim, {}),
+    ("HeunDiscrete", vdm.sample_heun, {}),
+    ("HeunDiscrete", vdm.sample_heun, dict(use_karras_sigmas=True)),
+    ("DPMSolverMultistep", vdm.sample_dpmpp_2m, dict(final_sigmas_type="zero"))])
+def test_sampler_against_diffusers(name, ours, options, double):
+    """The scheduler of that name in diffusers, on its own grid, around the same denoiser."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle of this test")
+    theirs = getattr(diffusers, name + "Scheduler")(30, beta_start=1e-3, beta_end=0.4, **options)
+    discrete = name in ("DDIM", "DDPM")                                # all 30 steps, no .sigmas
+    theirs.set_timesteps(30 if discrete else 12)
+    abar = theirs.alphas_cumprod[theirs.timesteps.long()].double()
+    grid = ((1 - abar) / abar).sqrt() if discrete else theirs.sigmas.double()
+    scale = (1 + grid ** 2).rsqrt() if name[0] == "D" else torch.ones_like(grid)    # z = scale * x
+    x, noise = grid[0] * torch.randn(6, 1), lambda i: torch.Generator().manual_seed(i)
+    z = scale[0] * x
+    for i, t in enumerate(theirs.timesteps):
+        theirs.scale_model_input(z, t)
+        eps = (z / scale[i] - gaussian(z / scale[i], grid[i, None])) / grid[i]
+        z = theirs.step(eps, t, z, **(dict(generator=noise(i)) if name == "DDPM" else {}))[0]
+    count = iter(range(100))
+    randn = lambda x: torch.randn(x.shape, generator=noise(next(count)))
+    sigmas = torch.tensor([*dict.fromkeys([*grid.tolist(), 0.0])])     # Heun's has each level twice
+    close(ours(gaussian, x, sigmas, randn), z, rtol=2e-4, atol=2e-4)
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+@cases("f, ends", [
+    (vdm.linear, (0.0100, 157.4)), (vdm.scaled_linear, (0.0388, 83.8)),
+    (partial(vdm.scaled_linear, start=0.00085, end=0.012), (0.0292, 14.61)),
+    (vdm.cosine, (math.exp(-10), math.exp(10)))])
+def test_schedule_end_points(f, ends):
+    """DDPM's, PVDM's and Stable Diffusion's; for VDM logSNR is 20 at first and -20 at last."""
+    assert f(torch.tensor([0.0, 1.0])).tolist() == pytest.approx(ends, rel=4e-3)
+
+
+def test_middle_of_cosine_and_sigmoid():
+    """Both curves are symmetric: logSNR 0 at u = 1/2."""
+    assert vdm.cosine(torch.tensor(0.5)).item() == pytest.approx(1, abs=1e-6)
+    assert vdm.sigmoid(torch.tensor(0.5)).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_sigmoid_as_betas():
+    """As 1000 betas cut at 0.999 (diffusion forcing): first logSNR 8.11, last sigma 1825."""
+    abar = 1 / (1 + vdm.sigmoid(torch.arange(1001) / 1000).double() ** 2)
+    abar = (1 - (1 - abar[1:] / abar[:-1]).clamp(max=0.999)).cumprod(0)
+    assert math.log(abar[0] / (1 - abar[0])) == pytest.approx(8.11, abs=0.01)
+    assert math.sqrt(1 / abar[-1] - 1) == pytest.approx(1825, rel=1e-3)
+
+
+def test_lognormal_quantiles():
+    """torch.distributions; the 95 % interval printed for SVD's (1.0, 1.6), EDM's median 0.30."""
+    u = torch.linspace(0.01, 0.99, 50)
+    close(vdm.lognormal(u, 0.7, 1.6), torch.distributions.LogNormal(0.7, 1.6).icdf(u),
+          rtol=1e-4, atol=0)
+    got = vdm.lognormal(torch.tensor([0.025, 0.5, 0.975]), 1.0, 1.6)
+    assert got.tolist() == pytest.approx([0.118, 2.72, 62.6], rel=4e-3)
+    assert vdm.lognormal(torch.tensor(0.5)).item() == pytest.approx(0.30, abs=0.005)
+
+
+@cases("name", vdm.SCHEDULES)
+def test_schedules_rise(name):
+    """More u is more noise: a finite positive number near both ends, of u's shape, float32."""
+    u = torch.tensor([1e-5, *np.linspace(0.001, 0.999, 1998), 1 - 1e-5])
+    sigma = vdm.SCHEDULES[name](u.reshape(2, -1))
+    assert sigma.shape == (2, 1000) and sigma.dtype == torch.float32
+    assert torch.isfinite(sigma).all() and (sigma > 0).all() and (sigma.flatten().diff() > 0).all()
+
+
+@cases("name, start, end", [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
+def test_betas_against_diffusers(name, start, end):
+    """alphas_cumprod of diffusers."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle of this test")
+    abar = diffusers.DDPMScheduler(1000, start, end, name).alphas_cumprod.double()
+    got = vdm.SCHEDULES[name](torch.arange(1000, dtype=torch.float64) / 999, start, end).double()
+    close(got, ((1 - abar) / abar).sqrt(), rtol=1e-3, atol=0)
+
+
+def test_resolution_shift():
+    """logSNR + 2 log(64 / d) (Hoogeboom et al. 2023), d = sqrt(H W) if the frame is not square."""
+    for size, d in (((256, 256), 256), ((64, 256), 128), ((32, 32), 32)):
+        log_snr = -2 * math.log(vdm.resolution_shift(torch.tensor(0.3), size, 64))
+        assert log_snr == pytest.approx(-2 * math.log(0.3) + 2 * math.log(64 / d), abs=1e-5)
+
+
+def test_karras_sigmas():
+    """SVD's 25 levels as printed; a single level."""
+    got = vdm.karras_sigmas(25, 0.002, 700, 7).tolist()
+    assert len(got) == 26 and got[:5] == pytest.approx([700, 545.7, 421.6, 322.5, 244.0], abs=0.06)
+    assert got[-4:] == pytest.approx([0.0248, 0.00788, 0.002, 0], rel=2e-3)
+    assert vdm.karras_sigmas(1, 0.002, 700, 7).tolist() == pytest.approx([700, 0])
+
+
+def test_stratified():
+    """Exactly one number in each of n equal bins."""
+    draws = [vdm.stratified(16).double() for _ in range(20)]
+    for u in draws:
+        assert sorted((u * 16).long().tolist()) == list(range(16)) and 0 < u.min() and u.max() < 1
+    assert torch.stack(draws)[:, 0].std() > 0.2                        # 0.29 if uniform
+
+
+@cases("per_frame", [False, True])
+def test_offset_noise_covariance(per_frame):
+    """1 + l^2 of a pixel, l^2 within a frame, l^2 or 0 between frames, 0 between channels."""
+    noise, l = torch.randn(40_000, 2, 2, 1, 2), 0.8
+    got = vdm.offset_noise(noise, l, per_frame)
+    want = torch.empty(2, 2, 2, 2, 2, 2)                               # between two (t, c, w)
+    for t, c, w, t2, c2, w2 in np.ndindex(*want.shape):
+        shared = c == c2 and (t == t2 or not per_frame)
+        want[t, c, w, t2, c2, w2] = ((t, c, w) == (t2, c2, w2)) + l ** 2 * shared
+    close(got.flatten(1).T.cov(), want.reshape(8, 8), atol=0.05, rtol=0)
+    close(got[..., 0] - got[..., 1], noise[..., 0] - noise[..., 1], atol=1e-5, rtol=0)
+
+
+def predictions(clean, noise, sigma, sd):
+    """What each kind predicts, by its definition: v = alpha noise - sigma_vp clean, and edm is -v
+    of the data divided by its standard deviation sd, whose noise level then is sigma / sd."""
+    v = lambda clean, sigma: (noise - sigma * clean) / (1 + sigma ** 2).sqrt()
+    return dict(eps=noise, v=v(clean, sigma), x0=clean, edm=-v(clean / sd, sigma / sd))
+
+
+@cases("kind", KINDS)
+def test_scalings_turn_the_exact_output_into_the_clip(kind, double):
+    """The exact network output, from the definitions; an input of unit variance (EDM table 1)."""
+    sigma, sd = torch.tensor([0.01, 0.3, 1, 20, 157])[:, None], 0.4
+    clean, noise = torch.randn(2, 5, 20_000)
+    clean = clean * (sd if kind == "edm" else 1)
+    skip, out, c_in, c_noise = vdm.scalings(sigma, kind, sd)
+    close(skip * (clean + sigma * noise) + out * predictions(clean, noise, sigma, sd)[kind], clean)
+    close((c_in * (clean + sigma * noise)).std(1), torch.ones(5), rtol=0.03, atol=0)
+    close(c_noise[:, 0].numpy(), np.log([0.01, 0.3, 1, 20, 157]) / 4)
+
+
+@cases("kind", KINDS[:2] + KINDS[3:])
+def test_no_noise_returns_the_clip(kind):
+    """At sigma 0 the clip is known already, whatever the network says."""
+    x = torch.randn(2, 3, 1, 4, 4)
+    close(vdm.Denoiser(tiny().net, kind)(x, torch.zeros(2)), x)
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+@cases("kind", KINDS)
+def test_loss_weight_is_a_unit_weight_on_that_prediction(kind, double):
+    """The squared error of the prediction itself, by its definition, for a wrong estimate."""
+    sigma, sd = torch.tensor([0.05, 0.3, 1, 20])[:, None], 0.4
+    clean, noise, wrong = torch.randn(3, 4, 6)
+    told = (clean + sigma * noise - wrong) / sigma                     # the noise that would imply
+    right, guess = (predictions(c, n, sigma, sd)[kind] for c, n in ((clean, noise), (wrong, told)))
+    close(vdm.loss_weight(sigma, kind, sd) * (wrong - clean) ** 2, (guess - right) ** 2)
+    if kind != "edm":                                                  # and cut (Hang et al. 2023)
+        snr = 1 / sigma ** 2
+        weight = snr.clamp(max=4) / dict(x0=1, eps=snr, v=snr + 1)[kind]
+        got = vdm.loss_weight(sigma, "min_snr", gamma=4.0) * (wrong - clean) ** 2
+        close(got, weight * (guess - right) ** 2)
+
+
+def test_joint_loss_is_its_two_terms():
+    """PVDM's objective (Yu et al. 2023), both terms by hand from the denoiser."""
+    denoiser, sigma = tiny(previous=True), torch.tensor([0.5, 3.0])
+    clean, previous, noise = torch.randn(3, 2, 3, 1, 4, 4)
+    level = sigma.reshape(2, 1, 1, 1, 1)
+    given = (denoiser(clean + level * noise, sigma, previous=previous) - clean) ** 2
+    free = (denoiser(clean + level * noise, sigma) - clean) ** 2
+    loss, parts = vdm.joint_loss(denoiser, clean, previous, sigma, noise, share=0.3, weighting="v")
+    close(loss, ((1 / level ** 2 + 1) * (0.3 * given + 0.7 * free)).mean())
+    close(parts["error"], free.mean((1, 2, 3, 4)))
+    close(parts["error_given"], given.mean((1, 2, 3, 4)))
+
+
+def test_draw_mask():
+    """Counts within five standard deviations of the binomial; given frames are the first ones."""
+    p = 0.5, 0, 0.2, 0.3
+    mask = vdm.draw_mask(5000, 6, p)
+    assert mask.shape == (5000, 6) and (mask.diff(dim=1) <= 0).all()
+    for n, share in enumerate(p):
+        bound = 5 * math.sqrt(5000 * share * (1 - share))
+        assert abs((mask.sum(1) == n).sum() - 5000 * share) <= bound
+
+
+# ---- denoiser and guidance -----------------------------------------------------------------------
+
+class Told(nn.Module):
+    """A network that says what it is told to, and remembers what it was shown."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.out = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x, c_noise):
+        self.seen = x
+        return self.out
+
+
+def test_given_frames_are_untouched_and_have_no_gradient():
+    """Bit for bit the context; there the error is 0, and so is its gradient."""
+    net, mask = Told(2, 4, 3, 2, 2), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]])
+    clean, noise, sigma = *torch.randn(2, 2, 4, 3, 2, 2), torch.tensor([0.3, 9.0])
+    denoiser = vdm.Denoiser(net)
+    vdm.diffusion_loss(denoiser, clean, sigma, noise, context=clean, mask=mask)[0].backward()
+    assert (net.out.grad[mask == 1] == 0).all() and (net.out.grad[mask == 0] != 0).all()
+    got = denoiser(noise, sigma, clean, mask)
+    assert torch.equal(got[mask == 1], clean[mask == 1]) and (got != clean)[mask == 0].all()
+    given = mask[:, :, None, None, None].float()                       # shown: c_in x, mask z, mask
+    c_in = (0.5 ** 2 + sigma ** 2).rsqrt()[:, None, None, None, None]
+    close(net.seen, torch.cat([c_in * noise, given * clean, given.expand(2, 4, 1, 2, 2)], 2))
+    shown, hidden = net.seen, torch.where(given > 0, clean, math.nan)  # elsewhere it is not read
+    assert torch.equal(denoiser(noise, sigma, hidden, mask), got) and torch.equal(net.seen, shown)
+
+
+def test_per_frame_sigma():
+    """Equal levels in all frames are one level per clip; frame t goes by its own level."""
+    denoiser, x, sigma = tiny(), torch.randn(2, 3, 1, 4, 4), torch.tensor([0.5, 4.0])
+    close(denoiser(x, sigma[:, None].expand(2, 3)), denoiser(x, sigma))
+    net, levels = Told(1, 3, 1, 4, 4), torch.tensor([[0.0, 0.5, 4.0]])
+    got = vdm.Denoiser(net, "eps")(x[:1], levels)
+    for t in range(3):
+        close(got[:, t], x[:1, t] - levels[0, t] * net.out[:, t])
+
+
+def test_conditions_change_the_answer():
+    """A network with random weights has to react to everything it is shown."""
+    x, context, previous = torch.randn(3, 2, 3, 1, 4, 4)
+    one, two = torch.tensor([[1, 0, 0]] * 2), torch.tensor([[1, 1, 0]] * 2)
+    conds = {}, dict(context=context, mask=one), dict(context=context, mask=two), \
+        dict(context=context + 1, mask=one), dict(previous=previous), dict(previous=previous + 1)
+    denoiser = tiny(previous=True)
+    last = [denoiser(x, torch.ones(2), **cond)[:, 2] for cond in conds]
+    assert torch.equal(last[0], denoiser(x, torch.ones(2))[:, 2])
+    for i, j in ((i, j) for i in range(6) for j in range(i)):
+        assert (last[i] - last[j]).abs().max() > 1e-3, (i, j)
+    with pytest.raises(ValueError, match="previous"):
+        tiny()(x, torch.ones(2), previous=previous)
+
+
+def test_guidance():
+    """Video LDM eq. 4 by hand, for a network that says 5 with a condition and 2 without. (Its
+    common transcription, f' = f(c) + s (f(c) - f'), would give f' = f(c) = 5 for every scale s.)"""
+    denoise = lambda x, sigma, **cond: torch.full_like(x, 5.0 if cond else 2.0)
+    x, one = torch.zeros(2, 3, 1, 2, 2), torch.ones(2)
+    for scale, want in ((1, 5), (0, 2), (2.5, 9.5), (-1, -1)):         # 2 + scale * 3
+        assert (vdm.guided(denoise, scale)(x, one, context=x) == want).all()
+    per_frame = vdm.guided(denoise, torch.tensor([1, 2, 3]))(x, one, context=x)
+    assert per_frame[1, :, 0, 0, 1].tolist() == [5, 8, 11]
+    given = vdm.guided(denoise, 2)(x, one, context=x, mask=torch.tensor([[1, 0, 0]] * 2))
+    assert given[1, :, 0, 1, 0].tolist() == [5, 8, 8]                  # what is given stays
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+class Spy(nn.Module):
+    """A denoiser that counts: frame n + 1 comes after frame n. It notes what it is given."""
+
+    def __init__(self, takes_previous=False):
+        super().__init__()
+        self.p, self.takes_previous, self.given = nn.Parameter(torch.ones(1)), takes_previous, []
+
+    def forward(self, x, sigma, context=None, mask=None, previous=None):
+        last = previous if context is None else context[:, : int(mask[0].sum())]
+        self.given.append([] if last is None else last[0, :, 0, 0, 0].tolist())
+        first = 0 if last is None else last.max() - (0 if context is None else mask[0].sum())
+        return count(x.shape[1], *x.shape[2:]) + first + torch.zeros_like(x)
+
+
+def count(n, *shape):
+    """A video (2, n, ...) whose frame t shows the number t = 1, 2 ..."""
+    return torch.arange(1.0, n + 1)[:, None, None, None].expand(2, n, *(shape or (1, 2, 2)))
+
+
+def rolled(spy, *args, **options):
+    pieces = list(islice(vdm.rollout(spy, *args, sampler="ddim", **options), 100))
+    assert max(p.shape[1] for p in pieces) <= args[1][1]               # memory: a window at a time
+    return torch.cat(pieces, 1)
+
+
+@cases("sampler", SAMPLERS)
+def test_clip_3_of_8_is_clip_3_alone(sampler):
+    """The same clip, drawn with others or alone."""
+    denoiser, sigmas = tiny(), vdm.karras_sigmas(4, 0.05, 20)
+    clips = vdm.generate(denoiser, (8, 3, 1, 4, 4), sigmas, sampler, seed=5)
+    noise = vdm.clip_noise(5, [3])
+    alone = vdm.generate(denoiser, (1, 3, 1, 4, 4), sigmas, sampler, noise=noise)
+    close(clips[3:4], alone, rtol=1e-3, atol=1e-3)
+    assert (clips[2] - clips[3]).abs().max() > 0.1
+
+
+def test_generate_starts_from_noise_at_sigma_max():
+    """Standard deviation 80; one evaluation a step, or two where guidance asks for them."""
+    for guidance, evaluations in ((1.0, 3), (2.0, 6)):
+        spy, seen = Spy(), []
+        spy.register_forward_pre_hook(lambda module, args: seen.append(args))
+        shape, mask = (2, 8, 3, 16, 16), torch.tensor([[1] + [0] * 7] * 2)
+        vdm.generate(spy, shape, vdm.karras_sigmas(3, 1, 80), "ddim", guidance,
+                     context=torch.ones(shape), mask=mask)
+        x, sigma = seen[0]
+        assert len(seen) == evaluations and (sigma == 80).all()
+        assert x.std().item() == pytest.approx(80, rel=0.04) and abs(x.mean()) < 4
+
+
+@cases("sampler", SAMPLERS)
+def test_generate_keeps_the_context_bit_for_bit(sampler):
+    """Frames that are given come out as they went in, guided or not, by few steps or more."""
+    context, mask = torch.randn(2, 3, 1, 16, 16), torch.tensor([[1, 0, 0]] * 2)
+    for n, guidance in ((1, 1.0), (4, 1.0), (4, 2.0)):
+        x = vdm.generate(tiny(), context.shape, vdm.karras_sigmas(n, 0.5, 20), sampler, guidance,
+                         context=context, mask=mask)
+        assert torch.equal(x[:, 0], context[:, 0])
+
+
+@cases("overlap, given", [(1, 0), (4, 0), (7, 0), (2, 1), (4, 7), (6, 3)])
+def test_rollout_windows(overlap, given):
+    """Where a denoiser counts frames the video must count on without a gap, at any length."""
+    sigmas, start = vdm.karras_sigmas(1), count(given) if given else None
+    for length in {1, 3, 8, 9, 12, 31} - set(range(given)):
+        spy, done = Spy(), given
+        video = rolled(spy, length, (2, 8, 1, 2, 2), sigmas, overlap, start)
+        assert torch.equal(video, count(length))
+        for seen in spy.given:                                         # what each window was given
+            n = given if done == given else overlap
+            assert seen == list(range(done - n + 1, done + 1))
+            done += 8 - n
+    spy = Spy()
+    next(iter(vdm.rollout(spy, 10 ** 9, (2, 8, 1, 2, 2), sigmas, overlap)))
+    assert len(spy.given) == 1                                         # and no more than was asked
+
+
+def test_rollout_in_whole_clips():
+    """PVDM: every window is given all of the window before it."""
+    spy, shape, sigmas = Spy(takes_previous=True), (2, 4, 1, 2, 2), vdm.karras_sigmas(1)
+    assert torch.equal(rolled(spy, 14, shape, sigmas), count(14))
+    assert spy.given == [[], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert torch.equal(rolled(spy, 9, shape, sigmas, context=count(4)), count(9))
+    assert spy.given[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    with pytest.raises(ValueError, match="context"):
+        rolled(spy, 9, shape, sigmas, context=count(3))
+
+
+@cases("what, length, overlap, given", [
+    ("overlap", 9, 0, 1), ("overlap", 9, 8, 1), ("overlap", 9, -1, 1), ("context", 9, 4, 8),
+    ("length", 2, 4, 3)])
+def test_rollout_refuses(what, length, overlap, given):
+    """What cannot work is refused by its name."""
+    with pytest.raises(ValueError, match=what):
+        rolled(Spy(), length, (2, 8, 1, 2, 2), vdm.karras_sigmas(1), overlap, count(given))
+
+
+def test_inversion(double):
+    """Exact for a constant eps; else first order in the steps, and exact once it has converged."""
+    clip, eps, sigmas = torch.randn(6, 1), torch.randn(6, 1), karras(10, 0.05, 80)
+    constant = lambda x, sigma: x - sigma[:, None] * eps
+    close(vdm.invert_ddim(constant, clip, sigmas), clip + 80 * eps)
+    close(vdm.sample_ddim(constant, clip + 80 * eps, sigmas), clip)
+
+    def error(n, iterations):
+        sigmas = karras(n, 0.01, 80)
+        noise = vdm.invert_ddim(gaussian, clip, sigmas, iterations)
+        return (vdm.sample_ddim(gaussian, noise, sigmas) - clip).abs().max()
+
+    assert 1.7 < error(100, 1) / error(200, 1) < 2.3
+    assert error(200, 10) < 1e-11 and error(200, 1) > 1e-3
+
+
+# ---- network -------------------------------------------------------------------------------------
+
+@cases("patch", [1, 2])
+def test_fresh_network_is_an_image_network(patch):
+    """Each frame alone, T = 1; once the gates are open, one frame changes all the others."""
+    net = randomize(vdm.VideoUNet(2, 3, 8, (1, 2), 1, (1, 2), (2,), head_dim=8, patch=patch))
+    x, level = torch.randn(2, 5, 2, 8 * patch, 4 * patch), torch.randn(2, 5)
+    alone = torch.cat([net(x[:, t : t + 1], level[:, t : t + 1]) for t in range(5)], 1)
+    close(net(x, level), alone, rtol=1e-4, atol=1e-4)
+    assert alone.shape == (2, 5, 3, 8 * patch, 4 * patch) and alone.std() > 0.1
+    before = randomize(net, gates=True)(x, level)
+    x[:, 3] += torch.randn(x[:, 3].shape)
+    assert ((net(x, level) - before).abs().amax((0, 2, 3, 4)) > 1e-3).all()
+
+
+def test_every_gate_learns_from_the_first_step():
+    """A gate of 0 before a layer of 0 would have a gradient of 0 for ever."""
+    net = vdm.VideoUNet(1, 1, 8, (1, 2), 1, (1, 2), (2,), head_dim=8)
+    nn.init.normal_(net.output[-1].weight)
+    net(torch.randn(2, 4, 1, 4, 4), torch.randn(2)).square().mean().backward()
+    gates = [p for name, p in net.named_parameters() if name.endswith("gate")]
+    assert len(gates) == 2 * 7 and all(p == 0 and p.grad.abs() > 1e-7 for p in gates)
+
+
+def test_attention():
+    """PyTorch's own, for few tokens and for many."""
+    for L in (5, 300):
+        q, k, v = torch.randn(3, 2, 3, L, 8)
+        close(vdm.attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@cases("axes", [1, 3])
+def test_rotary_products_depend_on_distance_only(axes):
+    """q . k stays when both move by the same, and changes when one moves along any axis."""
+    q, k, p, r = *torch.randn(2, 1, 1, 6, 16), *torch.randint(0, 9, (2, 6, axes))
+    product = lambda p, r: (vdm.rotate(q, p) * vdm.rotate(k, r)).sum(-1)
+    for axis in range(axes):
+        shift = 7 * F.one_hot(torch.tensor(axis), axes)
+        close(product(p + shift, r + shift), product(p, r), rtol=1e-4, atol=1e-4)
+        assert (product(p + shift, r) - product(p, r)).abs().max() > 0.1
+    close(vdm.rotate(q, p).norm(dim=-1), q.norm(dim=-1))
+
+
+def test_temporal_conv():
+    """Group norm, SiLU, three taps over t with zeros beyond the ends, the gate: written out."""
+    layer = randomize(vdm.TemporalConv(48), gates=True).requires_grad_(False)
+    x, weight = torch.randn(2, 4, 48, 2, 3), layer.conv.weight.flatten(2)        # (out, in, tap)
+    h = torch.empty_like(x)
+    for b, t, g in np.ndindex(2, 4, 3):                                # 48 channels: 3 groups of 16
+        part = x[b, t, 16 * g : 16 * g + 16]
+        h[b, t, 16 * g : 16 * g + 16] = (part - part.mean()) / (part.var(correction=0) + 1e-5).sqrt()
+    h = h * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None]
+    h, want = h / (1 + (-h).exp()), x + layer.gate * layer.conv.bias[:, None, None]
+    for t, tap in np.ndindex(4, 3):
+        if 0 <= t + tap - 1 < 4:
+            value = torch.einsum("oi,bihw->bohw", weight[:, :, tap], h[:, t + tap - 1])
+            want[:, t] += layer.gate * value
+    close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+@cases("joint", [False, True])
+def test_temporal_attention(joint):
+    """Token by token, rotary angles as complex numbers: over one place, or over all of them."""
+    layer = randomize(vdm.TemporalAttention(16, 8, joint), gates=True).requires_grad_(False)
+    x, axes = torch.randn(1, 3, 16, 2, 4), 3 if joint else 1
+    q, k, v = F.linear(layer.norm(x[0]).movedim(1, -1), layer.qkv.weight).chunk(3, -1)
+    q, k, v = (y.unflatten(-1, (2, 8)) for y in (q, k, v))             # [t, h, w]: (heads, d)
+    want, places = x.clone(), list(np.ndindex(3, 2, 4))
+
+    def turned(y, place):
+        angle = [place[j % axes] * 100 ** (-(j // axes) * axes / 4) for j in range(4)]
+        return torch.complex(y[place][:, :4], y[place][:, 4:]) * torch.tensor(angle).mul(1j).exp()
+
+    for a in places:
+        seen = [b for b in places if joint or a[1:] == b[1:]]
+        p = [(turned(q, a) * turned(k, b).conj()).real.sum(-1) / math.sqrt(8) for b in seen]
+        p = torch.stack(p).softmax(0)                                  # (seen, heads)
+        h = layer.out(sum(p[i][:, None] * v[b] for i, b in enumerate(seen)).flatten())
+        want[0, a[0], :, a[1], a[2]] += layer.gate * (h + layer.feed_forward(h))
+    close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+# ---- EMA and checkpoints -------------------------------------------------------------------------
+
+@cases("decay", [0.9999, 0.5])
+def test_ema(decay):
+    """From 1 towards 0 it is the product of its decays, min(decay, (1 + n) / (10 + n))."""
+    model, product = nn.BatchNorm1d(1), 1.0
+    ema = vdm.EMA(model, decay)                                        # its weight starts at 1
+    nn.init.zeros_(model.weight)
+    for n in range(1, 1001):
+        product *= min(decay, (1 + n) / (10 + n))
+        model.running_mean.fill_(n)
+        ema.update(model)
+        if n in (1, 9, 40, 1000):
+            assert ema.model.weight.item() == pytest.approx(product, rel=1e-3, abs=1e-38)
+            assert ema.model.running_mean.item() == n                  # buffers are copied
+    if decay > 0.9:                                                    # that is 10! 1001! / 1010!
+        log_product = math.lgamma(11) + math.lgamma(1002) - math.lgamma(1011)
+        assert math.log(ema.model.weight.item()) == pytest.approx(log_product, abs=1e-3)
+
+
+def test_ema_of_bfloat16_weights():
+    """Moves of 2^-7 / 1000 from 1, which bfloat16 cannot hold, add up to 1 - 0.999^10 of 2^-7."""
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    ema = vdm.EMA(model, 0.999)
+    ema.updates = 10 ** 6                                              # past the warm-up
+    nn.init.constant_(model.weight, 1 + 2 ** -7)
+    for _ in range(10):
+        ema.update(model)
+    assert ema.model.weight.dtype == torch.float32
+    assert ema.model.weight.item() - 1 == pytest.approx((1 - 0.999 ** 10) * 2 ** -7, rel=0.01)
+
+
+SMALL = vdm.Config(size=(8, 8), frames=3, width=8, head_dim=8, patch=2, channels=1)
+
+
+def checkpoint(path, **changes):
+    denoiser, fields = randomize(vdm.build(SMALL), gates=True), vdm.dataclasses.asdict(SMALL)
+    vdm.save(path, config=dict(fields, **changes), ema=denoiser.state_dict(), step=7)
+    return denoiser
+
+
+def test_save_and_load(tmp_path):
+    """The same weights, the same answer."""
+    path, x = tmp_path / "new" / "a.pt", torch.randn(1, 3, 1, 8, 8)
+    denoiser = checkpoint(path)
+    loaded, config = vdm.load(path)
+    assert torch.equal(loaded(x, torch.ones(1)), denoiser(x, torch.ones(1))) and config == SMALL
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert vdm.read_checkpoint(path)[0]["step"] == 7
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    """Missing, truncated, of other sizes, with an unknown field: the message names the file."""
+    path = tmp_path / "a.pt"
+    checkpoint(path)
+    whole = path.read_bytes()
+    lengths = 0, 9, len(whole) // 2, len(whole) - 9
+    damage = [path.unlink] + [partial(path.write_bytes, whole[:n]) for n in lengths]
+    changes = dict(width=16), dict(blocks=2), dict(previous=True), dict(no_such_field=1)
+    for do in damage + [partial(checkpoint, path, **change) for change in changes]:
+        do()
+        with pytest.raises(ValueError, match="a.pt"):
+            vdm.load(path)
+
+
+class Attack:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.filterwarnings("ignore")
+@cases("zipped", [True, False])
+def test_code_in_a_checkpoint_never_runs(tmp_path, zipped):
+    """A pickle that makes a folder when it is read: refused, and there is no folder."""
+    path, marker = tmp_path / "a.pt", tmp_path / "marker"
+    state = dict(config=vdm.dataclasses.asdict(SMALL), ema={}, extra=Attack(str(marker)))
+    torch.save(state, path) if zipped else path.write_bytes(pickle.dumps(state))
+    with pytest.raises(ValueError, match="code"):
+        vdm.load(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
+    assert marker.exists()                                             # so it was a real one
+
+
+@cases("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos")])
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
+    """The bytes of the old file, and nothing beside it."""
+    path = tmp_path / "a.pt"
+    checkpoint(path)
+    before = path.read_bytes()
+
+    def fail(state, f):
+        f.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="a.pt"):
+        vdm.save(path, step=8)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_build_names_the_nearest_size():
+    """Patches of 4 and one halving: multiples of 8; the nearest by trying all up to 120."""
+    def refusal(*size):
+        try:
+            vdm.build(vdm.Config(size=size, width=8, head_dim=8))
+        except ValueError as error:
+            return str(error)
+
+    good = [n for n in range(1, 121) if not refusal(n, n)]
+    assert good == list(range(8, 121, 8))
+    for size in ((30, 32), (33, 50), (3, 100), (28, 28)):
+        named = map(int, re.search(r"--size (\d+) (\d+)", refusal(*size)).groups())
+        for n, got in zip(size, named):
+            assert got in good and abs(got - n) == min(abs(g - n) for g in good)
+
+
+# ---- MovingShapes --------------------------------------------------------------------------------
+
+WORLDS = [(frames, objects) for frames in (8, 32) for objects in (1, 2)]
+
+
+class Watched(vdm.MovingShapes):
+    """The same world, which notes the speeds and kinds it draws."""
+
+    def bounce(self, x, low, high):
+        self.__dict__.setdefault("speeds", []).append(np.hypot(*(x[1] - x[0])) / min(self.size))
+        return vdm.MovingShapes.bounce(x, low, high)
+
+    def draw(self, kind, *args):
+        self.__dict__.setdefault("kinds", []).append(int(kind))
+        return vdm.MovingShapes.draw(kind, *args)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    made = {key: Watched(key[0], objects=key[1], seed=3) for key in WORLDS}
+    return {key: (w, torch.stack([w[i]["video"] for i in range(256)])) for key, w in made.items()}
+
+
+def check(key, clips):
+    return vdm.MovingShapes(key[0], objects=key[1]).check(clips)
+
+
+@cases("key", WORLDS)
+def test_real_clips_pass(worlds, key):
+    """Clips of the world itself; the speeds and kinds that were drawn; the channels that shine."""
+    world, clips = worlds[key]
+    got = check(key, clips)
+    assert got["passed"].mean() >= 0.99
+    speeds, kinds = (np.sort(np.reshape(a, (256, -1)), 1) for a in (world.speeds, world.kinds))
+    ratio = np.sort(got["speeds"], 1) / speeds
+    assert (np.abs(ratio - 1) < 0.05).mean() > 0.9 and abs(np.median(ratio) - 1) < 0.01
+    assert (np.sort(got["kinds"], 1) == kinds).mean() > 0.98
+    lit = (clips.amax((1, 3, 4)) > 0).numpy()                          # (256, 3)
+    palette = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
+    assert (palette[got["colors"]].any(1) == lit).all()
+
+
+def broken(clips, how):
+    """Clips that break a law by construction; of two shapes one is made to vanish."""
+    T, bad = clips.shape[1], clips.clone()
+    one = F.one_hot(clips.mean((1, 3, 4)).argmax(1), 3).bool()[:, None, :, None, None]
+    late, blink = clips[:, T // 2 :], slice(T // 3, T // 3 + 1)
+    bad[:, T // 2 :] = dict(recoloured=late.roll(1, 2), gone=torch.where(one, -1, late),
+                            cut=clips.roll(1, 0)[:, T // 2 :]).get(how, late)
+    if how == "blinks":
+        bad[:, blink] = torch.where(one, -1, bad[:, blink])
+    return dict(shuffled=torch.stack([c[torch.randperm(T)] for c in clips]),
+                black=-torch.ones_like(bad), noise=torch.rand_like(bad) * 2 - 1).get(how, bad)
+
+
+@cases("key", WORLDS)
+@cases("how", ["shuffled", "recoloured", "gone", "blinks", "cut", "black", "noise"])
+def test_broken_clips_fail(worlds, key, how):
+    """Each is wrong by construction, and at most 5 % may pass for right."""
+    assert check(key, broken(worlds[key][1][:40], how))["passed"].mean() <= 0.05
+
+
+class Wrong(vdm.MovingShapes):
+    """The same world with one law changed, from frame to frame t."""
+
+    def bounce(self, x, low, high):
+        t, step = np.arange(len(x))[:, None], x[1] - x[0]
+        self.fast = np.hypot(*step) > 0.07 * min(self.size)
+        x = dict(moving=x[0] + 0 * t, speed=x[0] + step * (t - 0.02 * t ** 2)).get(self.law, x)
+        zigzag = (self.law == "path") * 4.0                            # that stays between the walls
+        return vdm.MovingShapes.bounce(x, low, high - zigzag) + zigzag * (t % 2)
+
+    def draw(self, kind, r, *args):
+        r = r * (1 - 0.25 * (np.arange(self.frames) == 5)) if self.law == "size" else r
+        hole = vdm.MovingShapes.draw(kind, 0.6 * r, *args) if self.law == "shape" else 0
+        return vdm.MovingShapes.draw(kind, r, *args) - hole
+
+
+@cases("law", ["shape", "color", "size", "path", "speed", "moving"])
+def test_each_law_alone(law):
+    """Hollow shapes; a change of colour; of size in one frame; a zigzag; slowing down; standing."""
+    world = Wrong(24, seed=7)
+    world.law, clips = law, []
+    for i in range(200 if law == "speed" else 40):                     # only fast ones slow down by
+        clip = world[i]["video"]                                       # more than check forgives
+        clips += [clip] if world.fast or law != "speed" else []
+    clips = torch.stack(clips)
+    if law == "color":
+        clips[:, 8:] = clips[:, 8:].roll(1, 2)
+    got = check((24, 1), clips)
+    laws = {name: ok.mean() for name, ok in got.items() if ok.dtype == bool}
+    assert laws.pop("passed") <= 0.05 and laws.pop(law) <= 0.05
+    assert all(share >= 0.95 for name, share in laws.items() if (law, name) != ("path", "speed"))
+
+
+def test_a_third_shape_is_not_overlooked(worlds):
+    """Two objects in two channels, and a copy of one of them in the third."""
+    clips = worlds[8, 2][1][:40].clone()
+    dark, bright = (clips.mean((1, 3, 4)).argsort(1)[:, i] for i in (0, 2))
+    clips[range(40), :, dark] = clips[range(40), :, bright]
+    assert not check((8, 2), clips)["shape"].any()
+
+
+def test_draw_covers_the_pixels():
+    """The share of 20 x 20 points in each pixel that lie in the shape, by its definition."""
+    r, cy, cx = 9.3, 15.2, 17.9
+    y, x = (np.indices((32 * 20, 36 * 20)) + 0.5) / 20 - np.array([cy, cx])[:, None, None]
+    disc, square = np.hypot(x, y) < r, np.maximum(abs(x), abs(y)) < r
+    triangle = (abs(y) < r) & (abs(x) < (y + r) / 2)
+    for kind, points in enumerate((disc, square, triangle)):
+        share = points.reshape(32, 20, 36, 20).mean((1, 3))
+        error = np.abs(vdm.MovingShapes.draw(kind, r, cy, cx, (32, 36)) - share)
+        edge = (share > 0) & (share < 1)
+        assert error[~edge].max() < 0.05 and error[edge].mean() < 0.08
+
+
+def test_bounce_is_a_ball_between_walls():
+    """A ball moved in small steps, which turns round at either wall."""
+    for low, high, start, velocity in ((2.0, 9.0, 3.0, 1.7), (5.0, 27.0, 20.0, -3.1)):
+        path, y, v = [], start, velocity
+        for i in range(8000):
+            path += [y] if i % 500 == 0 else []
+            y += v / 500
+            v = abs(v) if y < low else -abs(v) if y > high else v
+        got = vdm.MovingShapes.bounce(start + velocity * np.arange(16), low, high)
+        np.testing.assert_allclose(got, path, atol=0.05)
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+SOURCE = Path(vdm.__file__).read_text()
+TREE = ast.parse(SOURCE)
+IMPORTS = [n for n in TREE.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+DEFINED = {n.name: n for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+CONSTANTS = {t.id: n for n in TREE.body if isinstance(n, ast.Assign) for t in n.targets}
+
+
+def looked_up(code):
+    """The global names that compiled code looks up, with all the code inside it."""
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        yield from looked_up(inner) if isinstance(inner, types.CodeType) else ()
+
+
+def pasted(name):
+    """The definitions and constants that must be pasted along with one, itself included."""
+    everything, need, todo = DEFINED | CONSTANTS, set(), {name}
+    while todo:
+        need |= todo
+        named = set()
+        for node in (everything[k] for k in todo):
+            uses = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            own = {n.id for n in uses if isinstance(n.ctx, ast.Store)}
+            own |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+            named |= {n.id for n in uses} - own
+        todo = (named & everything.keys()) - need
+    return need
+
+
+def lines_of(name):
+    node = (DEFINED | CONSTANTS)[name]
+    return node.end_lineno - min(n.lineno for n in (node, *getattr(node, "decorator_list", []))) + 1
+
+
+@cases("name", DEFINED)
+def test_paste(name, monkeypatch):
+    """A definition, with no more than what it names, executes in an empty namespace."""
+    nodes = {(DEFINED | CONSTANTS)[k] for k in pasted(name)}
+    body = IMPORTS + [n for n in TREE.body if n in nodes]
+    code, space = compile(ast.Module(body, []), "pasted", "exec"), {"__name__": "pasted"}
+    monkeypatch.setitem(sys.modules, "pasted", types.ModuleType("pasted"))   # for dataclasses
+    exec(code, space)
+    assert not {n for n in looked_up(code) if n not in space and not hasattr(builtins, n)}
+
+
+def test_import_is_light():
+    """Python's list of modules: torch, numpy and einops; nothing that reads or writes video."""
+    code = "import sys, torch, numpy, einops; before = set(sys.modules); import vdm; " \
+           "print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(vdm.__file__).parent,
+                         capture_output=True, text=True, check=True)
+    new = {m.split(".")[0] for m in run.stdout.split()} - set(sys.stdlib_module_names)
+    assert "vdm" in new and new <= {"vdm", "torch", "numpy", "einops"}
+
+
+def test_map_matches_the_banners():
+    """Section by section: the map of the docstring, and the banners further down."""
+    chart = re.findall(r"^(?:Map)? +(\d+) (\w.*?)  ", ast.get_docstring(TREE), re.M)
+    banners = re.findall(r"^# =+\n# (\d+)\. (.*)\n# =+$", SOURCE, re.M)
+    numbers = [f"{i + 1}" for i in range(len(chart))]
+    assert [n for n, _ in chart] == [n for n, _ in banners] == numbers and chart
+    for (_, word), (_, title) in zip(chart, banners):
+        assert word.lower() in title.lower(), (word, title)
+
+
+def test_the_file_stays_short():
+    """DESIGN.md, section 1: at most 1,200 lines of at most 100 columns, read in an evening."""
+    lines = SOURCE.splitlines()
+    assert len(lines) <= 1200
+    assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
+
+
+# ---- video files ----------------------------------------------------------------------------------
+
+MERGED = [0, 1, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8, 9, 10, 10, 10]  # GIF stores 11 frames of these 16
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
+
+
+def flat(T, H=32, W=32, C=3):
+    return np.tile(np.arange(T, dtype=np.uint8)[:, None, None, None] * 8, (1, H, W, C))
+
+
+def brightness(frames):  # uint8 (T, H, W, C) -> the t of each frame of flat(), read off its centre
+    return np.round(frames[:, frames.shape[1] // 2, frames.shape[2] // 2, 0] / 8).tolist()
+
+
+def save(path, frames, **options):
+    if path.suffix in (".gif", ".webp"):
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True, **options)
+    else:
+        iio.imwrite(path, frames, plugin="FFMPEG", macro_block_size=2, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a/b", "frames", "few", ".hidden", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+    save(tmp_path / "UP.MP4", flat(20), fps=10)
+    save(tmp_path / "a/b/odd.mkv", flat(16, 46, 62), fps=20)
+    save(tmp_path / "mute.mp4", NOISE, fps=10)
+    sound = [imageio_ffmpeg.get_ffmpeg_exe(), *"-v error -f lavfi -i sine=d=9 -i".split()]
+    for name in ("a/long.mp4", "a/long.mkv"):  # 4 s of pictures, 9 s of sound; the header is first
+        subprocess.run([*sound, tmp_path / "mute.mp4", "-movflags", "faststart", tmp_path / name])
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name.replace("long", "cut")).write_bytes(data[: len(data) // 3])
+    rgb = [Image.fromarray(f) for f in flat(16, 31, 45)]
+    save(tmp_path / "grey.gif", [p.convert("L") for p in rgb], duration=100)
+    save(tmp_path / "nine.gif", rgb[:9], duration=100)
+    save(tmp_path / "merged.gif", [rgb[t] for t in MERGED], duration=40)
+    clear = np.concatenate([flat(16, 31, 45), np.full((16, 31, 45, 1), 255, np.uint8)], axis=3)
+    clear[:, :8] = 255, 255, 255, 0  # white, but transparent: shows black
+    save(tmp_path / "rgba.gif", [Image.fromarray(f) for f in clear], duration=100)
+    save(tmp_path / "moves.webp", rgb, duration=50)
+    for t, picture in enumerate(rgb):
+        picture.save(tmp_path / f"frames/frame{t + 1}.{['png', 'webp', 'bmp'][t % 3]}")
+    rgb[2].save(tmp_path / "few/2.JPG")
+    np.save(tmp_path / "five.npy", np.stack([flat(16)] * 3))
+    np.savez(tmp_path / "two.npz", a=flat(17)[..., 0], labels=np.arange(3))
+    for name in ("notes.txt", ".hidden/x.mp4", "bad.mp4", "zero.avi"):
+        (tmp_path / name).write_text("" if name == "zero.avi" else "x")
+    return tmp_path
+
+
+def test_folder_report_and_pixels(folder):
+    data = vdm.VideoFolder(folder, frames=16, size=(24, 24))
+    for line in (f"data: 19 files in {folder} -> 14 clips used\n", "used 1, .mkv 46x62\n",
+                 f"skipped 2, below 16 frames ({folder / 'few'} has 1, ",
+                 "nine.gif has 9): half of them pass with --stride 1 --frames 9\n",
+                 f"skipped 1, it is not a video, picture or array ({folder / 'notes.txt'})\n",
+                 "the video is truncated, only ", "bad.mp4", "used 3, .gif 31x45\n",
+                 "used 1, folder of pictures 31x45\n", "-> 24x24 crop, 3 channels, 10 fps",
+                 "used 1, .npz a(17, 32, 32): 1 clips of 17 frames of 32x32\n"):
+        assert line in data.report, data.report
+    assert sorted(brightness(clip) for clip in data.clips if clip.shape[3] == 1) == sorted(
+        [list(range(n)) for n in (16,) * 8 + (17, 20)] + [MERGED])
+
+
+def test_read(folder):
+    for name, shape, rate in (("a/b/odd.mkv", (16, 46, 62), 20), ("merged.gif", (16, 31, 45), 25),
+                              ("moves.webp", (16, 31, 45), 20), ("few/2.JPG", (1, 31, 45), 8),
+                              ("a/long.mp4", (40, 64, 64), 10), ("a/long.mkv", (40, 64, 64), 10)):
+        (_, frames, fps, _), = vdm.decode(folder / name)
+        assert (frames.shape[:3], fps, frames.dtype) == (shape, rate, np.uint8)
+    assert (vdm.decode(folder / "rgba.gif")[0][1][:, :8] == 0).all()
+    assert vdm.read_video(folder / "two.npz").shape == (17, 3, 32, 32)
+    assert vdm.read_video(folder / "frames", (8, 12), channels=1).shape == (16, 1, 8, 12)
+    data = (folder / "grey.gif").read_bytes()
+    for n in range(1, len(data), 7):  # wherever it is cut: an error, not a shorter clip
+        (folder / "cut.gif").write_bytes(data[:n])
+        pytest.raises(ValueError, vdm.read_video, folder / "cut.gif")
+    for name, cause in {"none.mp4": "No such file", "zero.avi": "empty", "five.npy": "one clip",
+                        "a/cut.mp4": "truncated", "a/cut.mkv": "truncated",
+                        "notes.txt": "not a video", "empty": "no frames"}.items():
+        pytest.raises(ValueError, vdm.read_video, folder / name).match(f"{name}: .*{cause}")
+
+
+def test_items_depend_on_seed_and_index_only(tmp_path):
+    for n in range(5):
+        np.save(tmp_path / f"{n}.npy", flat(12 + n, C=1) + np.uint8(n))  # brightness 8 * t + n
+    data, again = (vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=1) for _ in range(2))
+    values = np.stack([vdm.to_uint8(data[i]["video"])[:, 0, 0, 0] for i in range(20)])
+    assert (vdm.to_uint8(again[17]["video"])[:, 0, 0, 0] == values[17]).all()
+    assert (np.diff(values) == 3 * 8).all()  # stride 3, in order
+    clips = (values[:, 0] % 8).reshape(4, 5)  # of 4 epochs
+    assert (np.sort(clips) == np.arange(5)).all() and len(np.unique(clips, axis=0)) > 1
+    assert len(np.unique(values[:, 0])) > 5  # not always the same window
+    assert len(data) == 5 and data.fps == 8 / 3 and data[7]["video"].shape == (4, 1, 32, 32)
+    np.save(tmp_path / "colour.npy", flat(12) * np.array([1, 0, 1], np.uint8))
+    assert vdm.VideoFolder(tmp_path, 4, (8, 8))[0]["video"].shape == (4, 3, 8, 8)
+
+
+def test_arrays_and_train_folder(tmp_path):
+    mnist = np.arange(20)[:, None, None, None] + 10 * np.arange(21)[None, :, None, None]
+    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))  # (T, N, H, W)
+    data = vdm.VideoFolder(tmp_path, 20, (64, 64))
+    assert [clip[:, 0, 0, 0].tolist() for clip in data.clips] == mnist[:, :, 0, 0].T.tolist()
+    assert "(20, 21, 64, 64): 21 clips of 20 frames of 64x64" in data.report
+    for name, n in (("train", 1), ("test", 2)):
+        (tmp_path / "own" / name / "class").mkdir(parents=True)
+        np.save(tmp_path / "own" / name / "class/x.npy", np.zeros((n, 16, 8, 8, 3), np.uint8))
+    assert "own/train (not val/, test/ or" in vdm.VideoFolder(tmp_path / "own", 16, (8, 8)).report
+    np.save(tmp_path / "evil.npy", np.array([print], object), allow_pickle=True)
+    np.save(tmp_path / "first.npy", np.zeros((16, 3, 32, 32), np.uint8))
+    error = pytest.raises(ValueError, vdm.VideoFolder, tmp_path, 21, (32, 32))
+    for line in ("0 clips", "npy.0. has 16", "evil.npy", "no uint8 array .*first.npy"):
+        error.match(line)
+    pytest.raises(ValueError, vdm.VideoFolder, tmp_path / "missing", 16, (8, 8)).match("No such file")
+
+
+def test_range_crop_and_pictures(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    clip = vdm.from_uint8(pixels)
+    assert (clip.min(), clip.max(), clip.shape) == (-1, 1, (1, 1, 16, 16))
+    assert (vdm.to_uint8(clip) == pixels).all() and vdm.to_uint8(clip * 9).max() == 255
+    pytest.raises(ValueError, vdm.to_uint8, clip / 0)
+    bars = np.zeros((20, 60, 3), np.uint8)
+    bars[:, 20:40] = 200  # the centre square
+    assert (vdm.resize_crop(bars, (20, 20)) == 200).all()
+    clips = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 2, 3, 4, 6) / 4
+    strip, tiled = vdm.film_strip(clips), vdm.grid(clips)
+    assert strip[0, 6, 1] == 0.25 and strip[0, 5, 1] < -0.5  # clip 1; the line above it
+    assert (strip.shape, tiled.shape) == ((3, 5 * 5 + 1, 2 * 7 + 1), (2, 3, 2 * 5 + 1, 3 * 7 + 1))
+    assert tiled[0, 0, 6, 8] == 1 and (tiled[0, 0, 6:10, 15:21] == -1).all()  # clip 4; no clip
+    pixels = np.asarray(Image.open(vdm.write_image(tmp_path / "new/strip.png", strip, 2)))
+    assert pixels.shape == (52, 30, 3) and pixels[12, 2, 0] == 159
+
+
+@pytest.mark.parametrize("H, W", [(28, 28), (63, 65), (72, 72), (255, 128)])
+def test_writer(tmp_path, H, W):
+    clip = vdm.from_uint8(flat(6, H, W, 1)).expand(-1, 3, -1, -1)
+    for suffix in (".mp4", ".gif"):
+        path = vdm.write_video(tmp_path / "new" / f"clip{suffix}", clip, fps=8)
+        frames = np.stack(list(iio.imiter(path, plugin="FFMPEG" if suffix == ".mp4" else "pillow")))
+        k = frames.shape[1] // H
+        assert frames.shape[:3] == (6, k * H, k * W) and min(frames.shape[1:3]) >= 128
+        assert brightness(frames) == list(range(6))
+    meta = iio.immeta(tmp_path / "new/clip.mp4", plugin="FFMPEG")
+    assert meta["pix_fmt"].startswith("yuv420p") and (meta["codec"], meta["fps"]) == ("h264", 8)
+    assert Image.open(path).info["loop"] == 0 and Image.open(path).info["duration"] == 120
+    assert (np.load(vdm.write_video(tmp_path / "new/clip.npy", clip)) == flat(6, H, W)).all()
+    assert len(list((tmp_path / "new").iterdir())) == 3  # no temporary file is left
+
+
+def test_writer_without_ffmpeg_and_wrong_input(tmp_path, monkeypatch, capsys):
+    clip = vdm.from_uint8(flat(5, C=1))
+    pytest.raises(ValueError, vdm.write_video, tmp_path / "a.avi", clip)
+    monkeypatch.setattr("imageio_ffmpeg.write_frames", lambda to, *a, **k: open(to, "w") and 1 / 0)
+    path = vdm.write_video(tmp_path / "a.mp4", clip)
+    assert [*tmp_path.iterdir()] == [path] == [tmp_path / "a.gif"]
+    assert capsys.readouterr().out.count("\n") == 1 and brightness(vdm.decode(path)[0][1]) == [*range(5)]
+
+
+# ---- the scripts -----------------------------------------------------------------------------------
+
+FLAGS = ("--width 32 --mults 1 1 --frames 4 --size 16 --batch 2 --sampling-steps 2 --marks 2 --warmup 2 "
+         "--context 0.5 0 0.5 --overlap 2 --device cpu --dtype fp32").split()
+
+
+def run_train(out, *flags):
+    train.main([*FLAGS, "--out", str(out), *map(str, flags)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One small run that several tests read from."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    run_train(out, "--steps", 12)
+    return out
+
+
+def test_train_leaves_what_it_promises(trained, capsys):
+    """The files of a run, opened by other programs: csv, json, PIL."""
+    assert json.loads((trained / "config.json").read_text())["frames"] == 4
+    rows = list(csv.DictReader(open(trained / "log.csv")))
+    assert [int(r["step"]) for r in rows] == [10, 12]
+    assert all(float(r["loss"]) > 0 and float(r["gradient_norm"]) > 0 for r in rows)
+    by_level = [float(v) for k, v in rows[0].items() if k.startswith("error_sigma_") and v]
+    assert len(by_level) >= 4 and all(v > 0 for v in by_level)
+    with Image.open(trained / "samples/final.gif") as gif:
+        assert gif.n_frames <= 4 and gif.info["loop"] == 0       # equal frames may have been merged
+    assert (trained / "samples/final.mp4").stat().st_size > 0
+    assert Image.open(trained / "samples/final.png").size == (2 * (4 * 17 + 1), 2 * (2 * 17 + 1))
+    assert len(list((trained / "samples").glob("step_*.png"))) == 5
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@cases("flags", [[], ["--optimizer", "adamw", "--dropout", "0.1", "--offset", "0.1"],
+                                   ["--previous", "--context", "1", "--weighting", "min_snr"]])
+def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, flags):
+    """10 steps = 5, a crash at step 8, resume: weights, averages, optimisers and log, bit for bit."""
+    whole = run_train(tmp_path / "whole", "--steps", 10, "--save-every", 5, *flags)
+    get, broken = vdm.MovingShapes.__getitem__, tmp_path / "broken"
+
+    def stumble(self, i):
+        if i >= 2 * 7:
+            raise KeyboardInterrupt
+        return get(self, i)
+
+    monkeypatch.setattr(vdm.MovingShapes, "__getitem__", stumble)
+    with pytest.raises(SystemExit, match="--resume"):
+        run_train(broken, "--steps", 10, "--save-every", 5, *flags)
+    assert torch.load(broken / "last.pt", weights_only=True)["step"] == 5
+    monkeypatch.undo()
+    resumed = run_train(broken, "--steps", 10, "--save-every", 5, "--resume", *flags)
+    assert same(whole, resumed)
+    logs = [[{k: v for k, v in r.items() if k not in ("seconds", "data_wait")}
+             for r in csv.DictReader(open(tmp_path / run / "log.csv"))] for run in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path, trained):
+    again = run_train(tmp_path / "again", "--steps", 12)
+    other = run_train(tmp_path / "other", "--steps", 12, "--seed", 1)
+    first = torch.load(trained / "last.pt", weights_only=True)
+    assert same(first, again) and not same(first["model"], other["model"])
+
+
+def test_training_learns(tmp_path):
+    """After 150 steps the estimate beats the best constant, the mean of the data, at low noise."""
+    run_train(tmp_path / "run", "--steps", 150, "--batch", 8)
+    denoiser, config = vdm.load(tmp_path / "run/last.pt")
+    world = vdm.MovingShapes(4, (16, 16), seed=5)
+    clean = torch.stack([world[i]["video"] for i in range(32)])
+    noisy = clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    error = (denoiser(noisy, torch.full((32,), 0.3)) - clean).square().mean()
+    assert error < 0.5 * (clean - clean.mean(0)).square().mean()
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    get = vdm.MovingShapes.__getitem__
+    monkeypatch.setattr(vdm.MovingShapes, "__getitem__",
+                        lambda self, i: dict(video=get(self, i)["video"] * (float("nan") if i == 9 else 1)))
+    with pytest.raises(ValueError, match="loss is nan at step 5"):
+        run_train(tmp_path / "run", "--steps", 8, "--save-every", 2)
+    denoiser, _ = vdm.load(tmp_path / "run/last.pt")
+    assert all(p.isfinite().all() for p in denoiser.parameters())
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+
+
+def test_training_on_a_folder_then_sampling(tmp_path, capsys):
+    """A person's own files, end to end; the network sees what is in them (grey stays one channel)."""
+    for k in range(3):
+        frames = np.full((6, 20, 30, 1), 40 * k, np.uint8)
+        np.save(tmp_path / f"clip{k}.npy", frames)
+    run_train(tmp_path / "run", "--steps", 2, "--data", tmp_path, "--channels", 1)
+    assert "3 clips used" in capsys.readouterr().out
+    sample.main([str(tmp_path / "run/last.pt"), "--n", "2", "--device", "cpu", "--out", str(tmp_path / "s.mp4")])
+    assert iio.imread(tmp_path / "s.gif").shape[-1] == 3 and (tmp_path / "s/001.mp4").exists()
+
+
+def run_sample(trained, out, *flags):
+    sample.main([str(trained / "last.pt"), "--device", "cpu", "--dtype", "fp32", "--out", str(out), *map(str, flags)])
+    return [vdm.read_video(p, (16, 16)) for p in sorted(out.with_suffix("").glob("*"))]
+
+
+def test_sample_lengths_seeds_and_batches(trained, tmp_path):
+    """Video 2 is the same whatever batch it is drawn in; lengths are what was asked for."""
+    together = run_sample(trained, tmp_path / "a.mp4", "--n", 3, "--length", 11)
+    one_by_one = run_sample(trained, tmp_path / "b.mp4", "--n", 3, "--length", 11, "--batch", 1)
+    other = run_sample(trained, tmp_path / "c.mp4", "--n", 3, "--length", 11, "--seed", 1)
+    assert [len(v) for v in together] == [11] * 3
+    assert (together[2] - one_by_one[2]).abs().mean() < 0.01 < (together[2] - other[2]).abs().mean()
+
+
+def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
+    """The frames given come first in the result, and other frames give another video."""
+    world = vdm.MovingShapes(4, (16, 16))
+    vdm.write_video(tmp_path / "clip.npy", world[0]["video"])
+    vdm.write_video(tmp_path / "clip1.npy", world[1]["video"])
+    videos = [run_sample(trained, tmp_path / f"{c}.mp4", "--n", 1, "--context", tmp_path / f"{c}.npy", "--length", 7,
+                         "--guidance", 1.5)[0] for c in ("clip", "clip1")]
+    given = vdm.read_video(tmp_path / "clip.npy")[-2:]           # the model was trained on two given frames
+    assert (videos[0][:2] - given).abs().mean() < 0.05           # what H.264 loses
+    assert (videos[0][2:] - videos[1][2:]).abs().mean() > 0.0001
+
+
+@cases("flags, words", [
+    (["--length", "1", "--context", "CLIP"], "length is 1, but the context alone has 2"),
+    (["--context", "CLIP", "--context-frames", "1"], r"trained on \[2\] given frames"),
+    (["--length", "9", "--overlap", "3"], r"trained on \[2\] given frames, not on overlap 3"),
+    (["--context", "nothing.mp4"], "nothing.mp4"),
+    (["--n", "0"], "--n is 0"), (["--out", "x.wmv"], "mp4 or .gif"), (["--device", "quantum"], "--device quantum"),
+])
+def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):
+    vdm.write_video(tmp_path / "clip.npy", vdm.MovingShapes(4, (16, 16))[0]["video"])
+    flags = [str(tmp_path / "clip.npy") if f == "CLIP" else f for f in flags]
+    with pytest.raises(ValueError, match=words):
+        sample.main([str(trained / "last.pt"), "--out", str(tmp_path / "a.mp4"), *flags])
+
+
+def test_a_run_is_never_overwritten(trained):
+    before = (trained / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run: --resume continues"):
+        run_train(trained, "--steps", 12)
+    with pytest.raises(ValueError, match="has done all its 12 steps"):
+        run_train(trained, "--resume", "--steps", 12)
+    with pytest.raises(ValueError, match="width differs"):
+        train.main(["--resume", "--out", str(trained), "--width", "64"])
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        train.main(["--resume", "--out", str(trained / "elsewhere")])
+    assert (trained / "last.pt").read_bytes() == before
+
+
+@cases("flags, words", [
+    (["--prest", "tiny"], "unrecognized arguments: --prest"), (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--steps", "many"], "invalid int value: 'many'"), (["--size", "30"], "nearest that works is --size 32 32"),
+    (["--kind", "z"], "expected one of eps, v, x0, edm"), (["--weighting", "z"], "expected one of x0, eps"),
+    (["--schedule", "z"], "expected one of linear"), (["--sampler", "z"], "expected one of ddpm"),
+    (["--head-dim", "48"], "head_dim is 48"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
+    (["--context", "0"], "context is"),
+])
+def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):
+    """As a person would run it: exit code not 0, no traceback, the flag or value named."""
+    run = subprocess.run([sys.executable, "train.py", "--out", str(tmp_path / "run"), *flags], capture_output=True,
+                         text=True, cwd=ROOT, timeout=120)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert re.search(words, run.stderr.replace("\n", " ")), run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+@cases("preset", vdm.PRESETS)
+def test_every_preset_builds_and_trains(tmp_path, preset):
+    """One step at reduced width and size, all else as the preset says; its count on the meta device."""
+    config = vdm.PRESETS[preset]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in vdm.build(config).parameters())
+    assert count == pytest.approx({"tiny": 3.9e6, "mnist": 10e6}[preset], rel=0.05)
+    train.main(["--preset", preset, "--width", "32", "--steps", "1", "--batch", "1", "--marks", "1", "--sampling-steps", "1",
+                "--out", str(tmp_path / preset), *(["--data", str(moving_mnist(tmp_path))] if preset == "mnist" else [])])
+
+
+def moving_mnist(folder):
+    """A file laid out as Moving MNIST is: time first, (20, N, 64, 64)."""
+    path = folder / "mnist_test_seq.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (20, 21, 64, 64), np.uint8))
+    return path
+
+
+def test_the_toy_world_is_in_colour(tmp_path):
+    with pytest.raises(ValueError, match="--channels is 1, but the toy world is in colour"):
+        train.main([*FLAGS, "--channels", "1", "--out", str(tmp_path / "run"), "--steps", "1"])
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    """In an empty folder with no network, in the order of the page; only budgets are cut."""
+    for name in ("vdm.py", "train.py", "sample.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    vdm.write_video(tmp_path / "clip.mp4", vdm.MovingShapes(16)[0]["video"])
+    vdm.write_video(tmp_path / "my_videos/a/b.gif", vdm.MovingShapes(16)[1]["video"])
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [part.split("#")[0].split() for line in "".join(blocks).splitlines() for part in line.split("&&")]
+    commands = [words for words in lines if words[:1] == ["python"]]
+    assert len(commands) >= 5
+    for words in commands:
+        small = dict(train="--steps 2 --batch 2 --marks 2 --sampling-steps 2", sample="--steps 2")
+        flags = small.get(words[1].removesuffix(".py"), "").split() + (["--n", "2"] if "sample" in words[1] else [])
+        run = subprocess.run([sys.executable, *words[1:], *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, (words, run.stderr)
+    assert (tmp_path / "out/tiny/samples/final.mp4").exists() and (tmp_path / "samples.mp4").exists()
+
+
+@cases("notebook", [p.name for p in (ROOT / "notebooks").glob("*.ipynb")])
+def test_notebook_runs_and_is_light(notebook, tmp_path):
+    """Every code cell, top to bottom, with the tiny budget that VDM_FAST asks for."""
+    path = ROOT / "notebooks" / notebook
+    cells = json.loads(path.read_text())["cells"]
+    assert path.stat().st_size <= 400_000 and not any(
+        output["output_type"] == "error" for c in cells for output in c.get("outputs", []))
+    (tmp_path / "cells.py").write_text("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"))
+    run = subprocess.run([sys.executable, tmp_path / "cells.py"], cwd=ROOT / "notebooks", capture_output=True, text=True,
+                         env=os.environ | dict(VDM_FAST="1", PYTHONDONTWRITEBYTECODE="1"))
+    assert run.returncode == 0, run.stderr
+
+
+def test_paste_guide_of_the_readme():
+    """The table names every other definition that a piece needs, as the paste test finds them."""
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 12
+    for name, count, needs in rows:
+        closure = pasted(name)
+        assert {name, *re.findall(r"`(\w+)`", needs)} == closure, name
+        assert int(count) == sum(lines_of(n) for n in closure), name
