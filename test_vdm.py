@@ -637,7 +637,7 @@ def test_ema_of_bfloat16_weights():
     assert ema.model.weight.item() - 1 == pytest.approx((1 - 0.999 ** 10) * 2 ** -7, rel=0.01)
 
 
-SMALL = vdm.Config(size=(8, 8), frames=3, width=8, head_dim=8, patch=2, channels=1)
+SMALL = vdm.Config(size=(8, 8), frames=3, width=8, head_dim=8, patch=2, channels=1, context=(1.0,))
 
 
 def checkpoint(path, **changes):
@@ -792,7 +792,7 @@ class Wrong(vdm.MovingShapes):
 
     def bounce(self, x, low, high):
         t, step = np.arange(len(x))[:, None], x[1] - x[0]
-        self.fast = np.hypot(*step) > 0.07 * min(self.size)
+        self.fast = np.hypot(*step) > 0.068 * min(self.size)
         x = dict(moving=x[0] + 0 * t, speed=x[0] + step * (t - 0.02 * t ** 2)).get(self.law, x)
         zigzag = (self.law == "path") * 4.0                            # that stays between the walls
         return vdm.MovingShapes.bounce(x, low, high - zigzag) + zigzag * (t % 2)
@@ -817,7 +817,8 @@ def test_each_law_alone(law):
     got = check((24, 1), clips)
     laws = {name: ok.mean() for name, ok in got.items() if ok.dtype == bool}
     assert laws.pop("passed") <= 0.05 and laws.pop(law) <= 0.05
-    assert all(share >= 0.95 for name, share in laws.items() if (law, name) != ("path", "speed"))
+    entailed = dict(path=("speed", "moving"), speed=("moving",)).get(law, ())   # a zigzag has no speed
+    assert all(share >= 0.95 for name, share in laws.items() if name not in entailed)
 
 
 def test_a_third_shape_is_not_overlooked(worlds):
@@ -1041,7 +1042,7 @@ def test_arrays_and_train_folder(tmp_path):
     error = pytest.raises(ValueError, vdm.VideoFolder, tmp_path, 21, (32, 32))
     for line in ("0 clips", "npy.0. has 16", "evil.npy", "no uint8 array .*first.npy"):
         error.match(line)
-    pytest.raises(ValueError, vdm.VideoFolder, tmp_path / "missing", 16, (8, 8)).match("No such file")
+    pytest.raises(ValueError, vdm.VideoFolder, tmp_path / "missing", 16, (8, 8)).match("not exist")
 
 
 def test_range_crop_and_pictures(tmp_path):

@@ -109,15 +109,14 @@ class Config:
     # sampling
     sampler: str = "ddpm"           # ddpm, ddim, heun or dpmpp_2m
     sampling_steps: int = 40        # noise levels visited; heun evaluates twice at all but the last
-    sigma_min: float = 0.1          # smallest noise level visited
-    sigma_max: float = 40.0         # noise level at which sampling starts
-    rho: float = 10.0               # bend of the grid between them: larger dwells at small levels
+    sigma_min: float = 0.2          # smallest noise level visited
+    sigma_max: float = 60.0         # noise level at which sampling starts
+    rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
 
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set: 20 frames of 64 x 64, ten of them
-    # given in half of the training; about 10 M parameters
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 3),
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
                     steps=20_000, ema=0.999),
@@ -128,9 +127,8 @@ PRESETS = {                             # a preset is a set of defaults; any fla
 # ==================================================================================================
 # Everything is said in one variable: x = clean + sigma * noise. The z of the DDPM papers is the
 # same thing at a scale that keeps its variance: z = x / sqrt(1 + sigma^2) = alpha clean + sigma_z
-# noise, so that SNR = alpha^2 / sigma_z^2 = 1 / sigma^2 and logSNR = -2 log sigma. A noise
-# schedule is then no more than a rising curve sigma(u): train at sigma(random u), sample from
-# large sigma down to 0.
+# noise, so that SNR = alpha^2 / sigma_z^2 = 1 / sigma^2 and logSNR = -2 log sigma. A schedule is
+# then a rising curve sigma(u): train at sigma(random u), sample from large sigma down to 0.
 
 def expand(sigma, x):
     """Give sigma (B,) or (B, T) the trailing axes it needs to multiply a clip x (B, T, C, H, W)."""
@@ -750,7 +748,7 @@ class MovingShapes:
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
                   yellow=(1, 1, 0), magenta=(1, 0, 1), cyan=(0, 1, 1))
-    RADIUS, SPEED = (0.18, 0.25), (0.04, 0.08)
+    RADIUS, SPEED = (0.18, 0.25), (0.03, 0.08)
 
     def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
         self.frames, self.size, self.objects, self.seed = frames, tuple(size), objects, seed
@@ -1071,6 +1069,8 @@ class VideoFolder:
         self.frames, self.stride, self.seed = frames, stride, seed
         self.span = (frames - 1) * stride + 1  # the stored frames that an item extends over
         root, beside, sources = Path(path), "", set()
+        if not root.exists():
+            raise ValueError(f"{path} does not exist")
         if (root / "train").is_dir():
             root, beside = root / "train", " (not val/, test/ or what else is beside it)"
         for file in root.rglob("*") if root.is_dir() else [root]:
