@@ -41,8 +41,10 @@ def ours():
 def theirs():
     """Its Unet3D of dim 32, mults 1, 2, 4 with its own loss and Adam, as in its README."""
     torchvision = types.ModuleType("torchvision")                # it only wants transforms, for files
-    torchvision.transforms = torchvision.utils = types.ModuleType("transforms")
-    sys.modules.update({"torchvision": torchvision, "torchvision.transforms": torchvision.transforms})
+    torchvision.transforms = types.ModuleType("torchvision.transforms")
+    torchvision.utils = types.ModuleType("torchvision.utils")
+    torchvision.transforms.ToTensor = lambda: None
+    sys.modules.update({m.__name__: m for m in (torchvision, torchvision.transforms, torchvision.utils)})
     from video_diffusion_pytorch import GaussianDiffusion, Unet3D
     net = Unet3D(dim=32, dim_mults=(1, 2, 4))
     diffusion = GaussianDiffusion(net, image_size=SIZE, num_frames=FRAMES, timesteps=1000)
