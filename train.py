@@ -260,13 +260,14 @@ def main(argv=None):
             elapsed += record["took"]
             records.append(record)
             done = step + 1
-            if done % 10 == 0 or done == config.steps:
+            saving = done % save_every == 0 or done == config.steps
+            if done % 10 == 0 or saving:                           # a resumed log then loses no step
                 row = log_line(done, elapsed, records)
                 table.writerow(row)
                 log.flush()
                 bar.set_postfix(loss=f"{row['loss']:.4f}", data_wait=f"{row['data_wait']:.0%}", refresh=False)
                 records = []
-            if done % save_every == 0 or done == config.steps:
+            if saving:
                 vdm.save(checkpoint, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
                          data=options.data, model=denoiser.state_dict(), ema=ema.model.state_dict(),
                          ema_updates=ema.updates, optimizers=[o.state_dict() for o in optimizers])
