@@ -42,10 +42,9 @@ import copy
 import dataclasses
 import math
 import os
-import re
 import subprocess
-from collections import Counter
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -876,11 +875,9 @@ class MovingShapes:
 # ==================================================================================================
 # 10. Video files
 # ==================================================================================================
-# A clip in memory is float (T, C, H, W) in [-1, 1]; in a file it is uint8 (T, H, W, C), 0 to 255.
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}  # .webp can move, too
-DEFAULT_FPS = 8.0  # of whatever stores no speed: pictures and arrays
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
 def to_uint8(clip):
@@ -893,153 +890,83 @@ def to_uint8(clip):
 
 def from_uint8(frames):
     """uint8 numpy (..., H, W, C) -> float32 (..., C, H, W) in [-1, 1]; to_uint8 undoes it."""
-    if frames.dtype != np.uint8:
-        raise ValueError(f"frames are {frames.dtype}, expected uint8, 0 to 255")
     return torch.tensor(frames).movedim(-1, -3) / 127.5 - 1
 
 
-def resize_crop(frame, size):
-    """uint8 (H, W, 3) -> uint8 (h, w, 3): resize until size = (h, w) is just covered, and crop the
-    centre: nothing is stretched. PIL averages pixels that become one, so fine detail is steady."""
-    from PIL import Image, ImageOps
-    return np.array(ImageOps.fit(Image.fromarray(frame), size[::-1], Image.Resampling.BILINEAR))
+def decode(path, size=None, channels=3):
+    """The clips in a file (many in a .npy) or the one in a folder of pictures -> list of uint8
+    (T, h, w, channels), frames per second. Frames are read one by one, shrunk until they just cover
+    size = (h, w) and cropped. ValueError, with the cause, for what is missing or damaged."""
+    import imageio.v3 as iio
+    from imageio_ffmpeg import get_ffmpeg_exe
+    from PIL import Image, ImageOps, ImageSequence
 
+    def pixels(image):           # modes La, RGBa: times alpha, so that what is transparent is black
+        mode = ("L" if channels == 1 else "RGB") + "a" * image.has_transparency_data
+        image = ImageOps.exif_transpose(image).convert(mode.upper()).convert(mode)
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR) if size else image
+        return np.atleast_3d(image)[..., :channels]                              # (h, w, channels)
 
-def stored_arrays(path):
-    """The clips in a .npy or .npz: yield name, frames as in stored_frames, how they are stored."""
-    arrays = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
-    for key, x in arrays.items() if path.suffix.lower() == ".npz" else [("", arrays)]:
-        shape = x.shape
-        if x.ndim == 4 and shape[0] == 20 < shape[1] and shape[2:] == (64, 64):
-            x = x.swapaxes(0, 1)  # Moving MNIST alone is (T, N, H, W)
-        if shape[-1:] not in [(1,), (3,), (4,)]:
-            x = x[..., None]  # grey, without an axis for it
-        if x.ndim == 4:
-            x = x[None]  # one clip alone
-        if x.dtype == np.uint8 and x.ndim == 5 and shape[1] not in (1, 3):  # those are channels
-            how = f"{path.suffix.lower()} {key}{shape}: {len(x)} clips of {x.shape[1]} frames of"
-            for n, clip in enumerate(np.broadcast_to(x[..., :3], (*x.shape[:4], 3))):
-                yield f"{path}{key}[{n}]", zip(clip, [1000 / DEFAULT_FPS] * len(clip)), how
-
-
-def stored_frames(path):
-    """The frames of a video, picture or folder of pictures: yield uint8 (H, W, 3), milliseconds."""
-    suffix, unknown = path.suffix.lower(), 1000 / DEFAULT_FPS
-    if path.is_dir():  # zfill puts frame2 before frame10
-        names = [p for p in path.iterdir() if p.name[0] != "." and p.suffix.lower() in PICTURES]
-        for name in sorted(names, key=lambda p: re.sub(r"\d+", lambda n: n[0].zfill(20), p.name)):
-            yield next(stored_frames(name))[0], unknown
-    elif suffix in PICTURES or suffix == ".gif":
-        from PIL import Image, ImageOps
-        if suffix == ".gif" and path.read_bytes().rstrip(b"\0\r\n")[-1:] != b";":
-            raise ValueError("the GIF is truncated, its end mark is missing")
-        with Image.open(path) as file:
-            # only these two can be films; a phone's .jpg may hold a second, unrelated picture
-            for t in range(file.n_frames if suffix in (".gif", ".webp") else 1):
-                file.seek(t)
-                rgba = np.array(ImageOps.exif_transpose(file).convert("RGBA"))
-                frame = rgba[..., :3] * (rgba[..., 3:] / 255)  # what is transparent shows black
-                yield np.uint8(frame), file.info.get("duration") or unknown
-    elif suffix in VIDEOS:
-        import imageio_ffmpeg
-        path, count = str(path.absolute()), 0  # "12:30.mp4" alone looks like a protocol to ffmpeg
-        stream = imageio_ffmpeg.read_frames(path)
-        meta = next(stream)
-        for count, data in enumerate(stream, 1):
-            yield np.frombuffer(data, np.uint8).reshape(*meta["size"][::-1], 3), 1000 / meta["fps"]
-        # ffmpeg ends quietly where a file breaks off; if only its sound is longer, copying works
-        if count < 0.9 * meta["fps"] * meta["duration"] - 1:
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", path]
-            copy = subprocess.run(command + "-c copy -f null -".split(), capture_output=True)
-            if copy.returncode or copy.stderr:
-                raise ValueError(f"the video is truncated, only {count} frames are left")
-    else:
-        raise ValueError("it is not a video, picture or array")
-
-
-def decode(path, size=None, channels="auto"):
-    """Every clip in a file or folder of pictures, resized frame by frame so that long films fit in
-    memory -> list of (name, uint8 (T, h, w, C), frames per second, how it is stored); C is 1 if it
-    is grey or channels = 1, else 3. ValueError, with the cause, for what is missing or damaged."""
+    suffix, fps = path.suffix.lower(), 8.0                       # pictures and arrays have no speed
     try:
-        if path.stat().st_size == 0 and path.is_file():
-            raise ValueError("the file is empty (0 bytes)")
-        kind, found = "folder of pictures" if path.is_dir() else path.suffix.lower(), []
-        single = [(str(path), stored_frames(path), kind)]
-        for name, stored, how in stored_arrays(path) if kind in (".npy", ".npz") else single:
-            frames, lasts = [], []
-            for frame, milliseconds in stored:
-                frames.append(frame if size is None else resize_crop(frame, size))
-                lasts.append(milliseconds)
-            if not frames:
-                raise ValueError("it holds no frames")
-            # GIF merges equal neighbours into one frame that lasts longer; undo that
-            times = np.round(np.array(lasts) / min(lasts)).astype(int)
-            clip = np.stack(frames).repeat(times, axis=0)  # (T, h, w, 3)
-            if channels == 1 or (clip == clip[..., :1]).all():
-                clip = (clip @ np.float32([[0.299], [0.587], [0.114]])).round().astype(np.uint8)
-            found.append((name, clip, 1000 / min(lasts), "{} {}x{}".format(how, *frame.shape)))
-        if not found:  # then stored_arrays yielded nothing
-            raise ValueError("it holds no uint8 array ([N,] T, H, W [, C]) with C 1, 3 or 4")
-        return found
-    except Exception as error:  # each decoder has its own kinds; the last line tells the cause
-        cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(f"{path}: {cause}") from error
+        if suffix in VIDEOS:
+            # what is left of a broken file reads as if it were whole: only ffmpeg's messages tell
+            test = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
+            if said := subprocess.run(test, input=b"", capture_output=True).stderr.decode():
+                raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+            clips = [map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))]
+            fps = iio.immeta(path, plugin="FFMPEG")["fps"]
+        elif suffix in (".gif", ".webp"):
+            if suffix == ".gif" and path.read_bytes().rstrip(b"\0\r\n")[-1:] != b";":
+                raise ValueError("the GIF is truncated, its end mark is missing")
+            images = ImageSequence.all_frames(Image.open(path))
+            speeds = [1000 / (x.info.get("duration") or 1000 / fps) for x in images]  # 1 / seconds
+            fps = max(speeds)           # GIF merges equal frames into one that lasts longer: undone
+            clips = [[x for x, speed in zip(images, speeds) for _ in range(round(fps / speed))]]
+        elif suffix == ".npy":
+            x = np.load(path, mmap_mode="r", allow_pickle=False)           # a pickle could run code
+            if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
+                x = x.swapaxes(0, 1)                            # Moving MNIST alone is (T, N, H, W)
+            x = x if x.shape[-1] in (1, 3, 4) else x[..., None]                  # grey has no axis
+            x = x if x.ndim == 5 else x[None]                                     # (N, T, H, W, C)
+            if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1] in (1, 3):         # (N, C, H, W)?
+                raise ValueError(f"not uint8 ([N,] T, H, W [, C]): as NTHWC {x.dtype} {x.shape}")
+            clips = (map(Image.fromarray, np.tile(clip, 3)[..., :3]) for clip in x)    # grey to RGB
+        else:
+            names = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
+            names.sort(key=lambda p: (len(p.stem), p.stem))               # frame2 before frame10
+            clips = [map(Image.open, names or [path])]
+        return [np.stack([pixels(image) for image in clip]) for clip in clips], fps
+    except Exception as error:                # each decoder has its own; the last line is the cause
+        raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[-1]}") from error
 
 
 def read_video(path, size=None, channels=3):
-    """The one clip in a path -> float (T, channels, H, W) in [-1, 1]; ValueError as in decode."""
-    clips = decode(Path(path), size, channels)
-    if len(clips) > 1:
-        raise ValueError(f"{path}: expected one clip, found {len(clips)}")
-    return from_uint8(clips[0][1]).expand(-1, channels, -1, -1)
+    """The first clip in a path -> float (T, channels, H, W) in [-1, 1]; arguments as in decode."""
+    return from_uint8(decode(Path(path), size, channels)[0][0])
 
 
-def write_whole(path, write, *args, **options):
-    """Write a temporary file, then rename it to path: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.stem}{path.suffix.lower()}")
-    try:
-        write(temporary, *args, **options)
-        if temporary.stat().st_size == 0:  # ffmpeg can fail without saying so
-            raise OSError("the encoder wrote an empty file")
-        return temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def enlarge(clip, scale=None):
-    """float (T, C, H, W) -> uint8 (T, kH, kW, 3), k = scale, or what makes the short side at least
-    128 and both sides even: H.264 keeps colour at half size."""
-    k = scale or math.ceil(128 / min(*clip.shape[2:], 128))
-    k += not scale and any(k * side % 2 for side in clip.shape[2:])
-    return to_uint8(clip).repeat(k, 1).repeat(k, 2).repeat(3 // clip.shape[1], 3)
-
-
-def write_video(path, clip, fps=DEFAULT_FPS):
+def write_video(path, clip, fps=8.0, scale=None):
     """Write clip, float (T, C, H, W) in [-1, 1] with C 1 or 3, as .mp4, .gif (256 colours; equal
-    frames merge) or .npy (exact); return the path. Without a working ffmpeg, .mp4 becomes .gif."""
-    path, suffix = Path(path), Path(path).suffix.lower()
-    if suffix not in (".mp4", ".gif", ".npy") or clip.dim() != 4 or clip.shape[1] not in (1, 3):
-        raise ValueError(f"{path}: needs .mp4, .gif or .npy and (T, 1|3, H, W), got {clip.shape}")
-    if suffix == ".npy":
-        return write_whole(path, np.save, to_uint8(clip))
+    frames merge) or, of one frame, .png; return the path. A pixel becomes scale x scale."""
     import imageio.v3 as iio
-    if suffix == ".gif":  # GIF counts in 10 ms, and viewers slow down what is faster than 20 ms
-        ms = max(20, 10 * round(100 / fps))
-        return write_whole(path, iio.imwrite, enlarge(clip), duration=ms, loop=0)
-    try:
-        h264 = dict(plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2)
-        return write_whole(path, iio.imwrite, enlarge(clip), **h264)
-    except Exception as error:
-        print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
-        return write_video(path.with_suffix(".gif"), clip, fps)
+    path, suffix, (H, W) = Path(path), Path(path).suffix.lower(), clip.shape[-2:]
+    if suffix not in (".mp4", ".gif", ".png") or clip.dim() != 4 or clip.shape[1] not in (1, 3):
+        raise ValueError(f"{path}: needs .mp4, .gif or .png and (T, 1|3, H, W), got {clip.shape}")
+    k = scale or math.ceil(128 / min(H, W, 128))                   # so that one sees tiny clips
+    k += not scale and (k * H % 2 or k * W % 2)                            # H.264 needs even sides
+    frames = to_uint8(clip.expand(-1, 3, -1, -1)).repeat(k, 1).repeat(k, 2)        # (T, kH, kW, 3)
+    options = {".mp4": dict(plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2), ".png": {},
+               ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}  # GIF counts in 10 ms
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")        # then path is there whole, or not at all
+    iio.imwrite(temporary, frames, **options[suffix])
+    return temporary.replace(path)
 
 
-def write_image(path, picture, scale=None):
+def write_image(path, picture, scale=1):
     """Write picture, float (C, H, W) in [-1, 1] with C 1 or 3, as .png; return the path."""
-    import imageio.v3 as iio
-    return write_whole(Path(path), iio.imwrite, enlarge(picture[None], scale)[0])
+    return write_video(path, picture[None], scale=scale)
 
 
 def film_strip(clips, line=-0.6):
@@ -1053,68 +980,51 @@ def film_strip(clips, line=-0.6):
 def grid(clips):
     """(B, T, C, H, W) -> one clip (T, C, H', W') of all, side by side; empty cells are black."""
     columns = math.ceil(len(clips) ** 0.5)
-    black = clips.new_full((-len(clips) % columns, *clips.shape[1:]), -1)
-    return film_strip(torch.cat([clips, black]).unflatten(0, (-1, columns)))
+    clips = F.pad(clips, (0, 0) * 4 + (0, -len(clips) % columns), value=-1)
+    return film_strip(clips.unflatten(0, (-1, columns)))
 
 
 class VideoFolder:
-    """The clips in a file or below a folder (or its train/), decoded once and kept as uint8. Each
-    folder of pictures is a clip, and each in a .npy or .npz. dataset[i] is dict(video=float
-    (frames, C, H, W) in [-1, 1]) for any i >= 0, and depends on (seed, i) alone, so a run resumes
-    from its index: every len(dataset) items hold each clip once, at a random start. .report says
-    what was used, what not and why; .fps is an item's speed, .channels its C. None: ValueError."""
+    """The clips in a file, or below a folder or its train/. A folder of pictures is one. dataset[i]
+    is dict(video=float (frames, channels, H, W) in [-1, 1]) for any i >= 0 and depends on (seed, i)
+    alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
+    .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing."""
 
-    def __init__(self, path, frames, size, stride=1, channels="auto", seed=0, progress=False):
+    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False):
         from tqdm import tqdm
-        self.frames, self.stride, self.seed = frames, stride, seed
-        self.span = (frames - 1) * stride + 1  # the stored frames that an item extends over
-        root, beside, sources = Path(path), "", set()
+        self.stride, self.channels, self.seed = stride, channels, seed
+        self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
+        self.clips, speeds, skipped, root = [], [], [], Path(path)
         if not root.exists():
             raise ValueError(f"{path} does not exist")
-        if (root / "train").is_dir():
-            root, beside = root / "train", " (not val/, test/ or what else is beside it)"
-        for file in root.rglob("*") if root.is_dir() else [root]:
-            hidden = any(part[0] == "." for part in file.relative_to(root).parts)
-            if file.is_dir() or hidden or re.search("__MACOSX|Thumbs.db$|.actions.npy$", str(file)):
-                continue
-            moves = file.suffix.lower() == ".webp" and b"ANMF" in file.read_bytes()
-            still = file.suffix.lower() in PICTURES and not moves and file != root
-            sources.add(file.parent if still else file)  # a folder of pictures is one clip
-        clips, skipped = [], {}  # cause -> files
-        for file in tqdm(sorted(sources), "decoding", disable=not progress):
+        root = root / "train" if (root / "train").is_dir() else root
+        below = map(root.joinpath, glob("**", root_dir=root, recursive=True))        # none hidden
+        files = {p.parent if p.suffix.lower() in PICTURES and p != root else p
+                 for p in (root, *below) if p.is_file()}
+        for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
-                clips += decode(file, size, channels)
+                clips, fps = decode(file, size, channels)
+                if (n := len(clips[0])) < self.span:
+                    flags = f"--stride 1 --frames {min(n, frames)}"
+                    raise ValueError(f"{file}: {n} frames are too few, it would take {flags}")
+                self.clips, speeds = self.clips + clips, speeds + [fps]
             except ValueError as error:
-                skipped.setdefault(str(error).removeprefix(f"{file}: "), []).append(str(file))
-        used = [clip[1:] for clip in clips if len(clip[1]) >= self.span]
-        short = sorted((len(clip), name) for name, clip, *_ in clips if len(clip) < self.span)
-        lines = [f"data: {len(sources)} files in {root}{beside} -> {len(used)} clips used"]
-        if short:
-            half, some = short[len(short) // 2][0], ", ".join(f"{s} has {n}" for n, s in short[:3])
-            step = max(1, min(stride, (half - 1) // max(1, frames - 1)))
-            lines += [f"skipped {len(short)}, below {self.span} frames ({some}): half of them pass "
-                      f"with --stride {step} --frames {min(frames, (half - 1) // step + 1)}"]
-        lines += [f"skipped {len(files)}, {cause} ({', '.join(files[:3])})"
-                  for cause, files in skipped.items()][:9]
-        if not used:
-            raise ValueError("\n      ".join(lines))
-        self.clips, speeds, stored = zip(*used)
-        self.channels = max(c.shape[-1] for c in self.clips) if channels == "auto" else channels
-        self.fps = float(np.median(speeds)) / stride
-        lines += [f"used {n}, {how}" for how, n in Counter(stored).most_common(9)]
-        lines += ["-> {}x{} crop, ".format(*size) + f"{self.channels} channels, {self.fps:g} fps"]
-        self.report = "\n      ".join(lines)
+                skipped.append(f"skipped {error}")
+        self.fps = float(np.median(speeds or [0])) / stride
+        self.report = "\n      ".join([
+            f"data: {len(files)} files in {root} -> {len(self)} clips used, {len(skipped)} skipped"
+            f", {size[0]}x{size[1]} crop, {channels} channels, {self.fps:g} fps", *skipped[:9]])
+        if not self.clips:
+            raise ValueError(self.report)
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
-        epoch, position = divmod(i, len(self))
-        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self))
-        clip = self.clips[order[position]]
+        order = np.random.default_rng([self.seed, 0, i // len(self)]).permutation(len(self))
+        clip = self.clips[order[i % len(self)]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
-        video = from_uint8(clip[start : start + self.span : self.stride])  # (frames, 1 or 3, h, w)
-        return dict(video=video.expand(-1, self.channels, -1, -1))
+        return dict(video=from_uint8(clip[start : start + self.span : self.stride]))
 
 
 # ==================================================================================================
