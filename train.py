@@ -94,18 +94,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                                                 # matrices of one shape are handled together
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                m = p.grad.lerp(average, group["momentum"]).flatten(1).to(self.dtype)          # (out, in)
-                m = m / (m.norm() + 1e-7)
-                tall = m.shape[0] > m.shape[1]
-                m = m.mT if tall else m
+                alike.setdefault(p.flatten(1).shape, []).append(p)
+            for (rows, columns), params in alike.items():
+                for p in params:
+                    self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                m = torch.stack([p.grad.lerp(self.state[p]["average"], group["momentum"]).flatten(1) for p in params])
+                m = (m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(self.dtype)              # (N, rows, columns)
+                m = m.mT if rows > columns else m
                 for _ in range(5):                                     # Newton-Schulz: singular values go to about 1
                     g = m @ m.mT
                     m = 3.4445 * m + (-4.7750 * g + 2.0315 * g @ g) @ m
-                m = m.mT if tall else m
-                p.add_(m.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * max(1, m.shape[0] / m.shape[1]) ** 0.5)
+                m = m.mT if rows > columns else m
+                for p, update in zip(params, m):
+                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(config, net, dtype):

@@ -73,10 +73,10 @@ class Config:
     mults: tuple = (1, 2)           # channels of each level, as multiples of width
     blocks: int = 1                 # residual blocks per level
     attention: tuple = (2,)         # downsampling factors at which there is attention
-    joint: tuple = (2,)             # those where temporal attention sees all places of all frames
+    joint: tuple = (2,)             # those where one attention sees all places of all frames
     head_dim: int = 32              # channels per attention head
     patch: int = 4                  # frames are cut into patch x patch tiles first
-    detail: int = 16                # channels of a full-resolution path around the tiles (0: none)
+    detail: int = 8                 # channels of a full-resolution path around the tiles (0: none)
     dropout: float = 0.0            # dropout in the residual blocks
     # the diffusion
     kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
@@ -90,12 +90,12 @@ class Config:
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
-    context: tuple = (0.8, 0.05, 0.0, 0.0, 0.15)  # odds that the first 0, 1, 2 ... frames are given
+    context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
     # training
-    steps: int = 1850               # optimiser steps
+    steps: int = 1400               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -106,8 +106,8 @@ class Config:
     clip_norm: float = 1.0          # largest norm of the gradient
     ema: float = 0.995              # decay of the averaged weights
     # sampling
-    sampler: str = "ddpm"           # ddpm, ddim, heun or dpmpp_2m
-    sampling_steps: int = 40        # noise levels visited; heun evaluates twice at all but the last
+    sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
+    sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -371,9 +371,10 @@ def sample_heun(denoise, x, sigmas, randn=None):
 
 
 @torch.no_grad()
-def sample_dpmpp_2m(denoise, x, sigmas, randn=None):
+def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     """DPM-Solver++(2M) (alg. 2): exact for a constant estimate, which it extrapolates from the last
-    two in -log sigma. Error O(step^2) for one evaluation a step."""
+    two in -log sigma. Error O(step^2) for one evaluation a step. eta 1: its SDE form, which is
+    DDPM with that extrapolation."""
     last = h_last = None
     for s, t in pairs(sigmas):
         clean = denoise(x, constant(s, x))
@@ -381,12 +382,16 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=None):
             return clean
         h = math.log(s / t)
         ahead = clean if last is None else clean + h / (2 * h_last) * (clean - last)
-        x = t / s * x + (1 - t / s) * ahead                            # t / s is exp(-h)
+        keep = (t / s) ** (1 + eta)                                    # t / s is exp(-h)
+        x = keep * x + (1 - keep) * ahead
+        if eta > 0:
+            x = x + t * math.sqrt(1 - (t / s) ** (2 * eta)) * randn(x)
         last, h_last = clean, h
     return x
 
 
-SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=sample_dpmpp_2m)
+SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=sample_dpmpp_2m,
+                dpmpp_2m_sde=partial(sample_dpmpp_2m, eta=1.0))
 
 
 @torch.no_grad()
@@ -613,14 +618,16 @@ class TemporalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One step of the UNet: space, then time; then, where there is attention, once more with it."""
+    """One step of the UNet: space, then time; then, where there is attention, once more with it.
+    Joint attention sees what both would: it takes the place of both."""
 
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout):
         super().__init__()
         self.space, self.time = SpatialResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
         self.space_attention = self.time_attention = nn.Identity()
-        if has_attention:
+        if has_attention and not joint:
             self.space_attention = SpatialAttention(dim, head_dim)
+        if has_attention:
             self.time_attention = TemporalAttention(dim, head_dim, joint)
 
     def forward(self, x, emb):                                       # (B, T, C, H, W), (B, T, E)
@@ -643,8 +650,8 @@ class VideoUNet(nn.Module):
     as scalings gives it -> (B, T, out_channels, H, W).
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on the way
-    down (one more on the way up); attention and joint the downsampling factors with attention, and
-    with temporal attention joint over space and time. Frames are first cut into patch x patch tiles
+    down (one more on the way up); attention the downsampling factors with attention, joint those of
+    them where it is joint over space and time. Frames are first cut into patch x patch tiles
     as in a vision transformer, which saves most of the work at toy size; a thin path of `detail`
     channels at full resolution leads around them and keeps edges sharp."""
 
@@ -679,11 +686,12 @@ class VideoUNet(nn.Module):
                                                       nn.Conv2d(dim, dim, 3, padding=1))))
         self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
         last = detail or out_channels
-        self.output = nn.Sequential(normalize(dim), nn.SiLU(),
-                                    nn.Conv2d(dim, last * patch ** 2, 3, padding=1))
+        kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
+        self.output = nn.Sequential(normalize(dim), nn.SiLU(), nn.Conv2d(
+            dim, last * patch ** 2, kernel, padding=kernel // 2))
         self.output_detail = nn.Sequential(
-            normalize(2 * detail), nn.SiLU(), nn.Conv2d(2 * detail, detail, 3, padding=1),
-            nn.SiLU(), nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
+            nn.Conv2d(2 * detail, detail, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
     def forward(self, x, c_noise):
@@ -894,7 +902,7 @@ def from_uint8(frames):
 
 
 def decode(path, size=None, channels=3):
-    """The clips in a file (many in a .npy) or the one in a folder of pictures -> list of uint8
+    """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of uint8
     (T, h, w, channels), frames per second. Frames are read one by one, shrunk until they just cover
     size = (h, w) and cropped. ValueError, with the cause, for what is missing or damaged."""
     import imageio.v3 as iio
@@ -923,15 +931,18 @@ def decode(path, size=None, channels=3):
             speeds = [1000 / (x.info.get("duration") or 1000 / fps) for x in images]  # 1 / seconds
             fps = max(speeds)           # GIF merges equal frames into one that lasts longer: undone
             clips = [[x for x, speed in zip(images, speeds) for _ in range(round(fps / speed))]]
-        elif suffix == ".npy":
-            x = np.load(path, mmap_mode="r", allow_pickle=False)           # a pickle could run code
-            if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
-                x = x.swapaxes(0, 1)                            # Moving MNIST alone is (T, N, H, W)
-            x = x if x.shape[-1] in (1, 3, 4) else x[..., None]                  # grey has no axis
-            x = x if x.ndim == 5 else x[None]                                     # (N, T, H, W, C)
-            if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1] in (1, 3):         # (N, C, H, W)?
-                raise ValueError(f"not uint8 ([N,] T, H, W [, C]): as NTHWC {x.dtype} {x.shape}")
-            clips = (map(Image.fromarray, np.tile(clip, 3)[..., :3]) for clip in x)    # grey to RGB
+        elif suffix in (".npy", ".npz"):
+            arrays, found = np.load(path, mmap_mode="r", allow_pickle=False), []     # no code inside
+            for x in arrays.values() if suffix == ".npz" else [arrays]:
+                if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
+                    x = x.swapaxes(0, 1)                        # Moving MNIST alone is (T, N, H, W)
+                x = x if x.shape[-1:] in [(1,), (3,), (4,)] else x[..., None]    # grey has no axis
+                x = x if x.ndim == 5 else x[None]                                 # (N, T, H, W, C)
+                if x.dtype == np.uint8 and x.ndim == 5 and x.shape[1] not in (1, 3):  # (N, C, H, W)
+                    found += list(x)
+            if not found:
+                raise ValueError(f"no uint8 ([N,] T, H, W [, C]), last was {x.dtype} {x.shape}")
+            clips = (map(Image.fromarray, np.tile(clip, 3)[..., :3]) for clip in found)
         else:
             names = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
             names.sort(key=lambda p: (len(p.stem), p.stem))               # frame2 before frame10
@@ -960,8 +971,16 @@ def write_video(path, clip, fps=8.0, scale=None):
                ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}  # GIF counts in 10 ms
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")        # then path is there whole, or not at all
-    iio.imwrite(temporary, frames, **options[suffix])
-    return temporary.replace(path)
+    try:
+        iio.imwrite(temporary, frames, **options[suffix])
+        return temporary.replace(path)
+    except Exception as error:
+        if suffix != ".mp4":
+            raise
+        print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
+        return write_video(path.with_suffix(".gif"), clip, fps, scale)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_image(path, picture, scale=1):
@@ -1004,7 +1023,7 @@ class VideoFolder:
         for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
                 clips, fps = decode(file, size, channels)
-                if (n := len(clips[0])) < self.span:
+                if (n := min(map(len, clips), default=0)) < self.span:
                     flags = f"--stride 1 --frames {min(n, frames)}"
                     raise ValueError(f"{file}: {n} frames are too few, it would take {flags}")
                 self.clips, speeds = self.clips + clips, speeds + [fps]
