@@ -4,6 +4,7 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py                                            16 clips from the newest run under out/
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
+    python sample.py --context clip.mp4 --interpolate 4         put 3 new frames between each two of a clip
 """
 
 import argparse
@@ -25,6 +26,7 @@ def main(argv=None):
     p.add_argument("--length", type=int, help="frames of each (default: as many as the model was trained on)")
     p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
     p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
+    p.add_argument("--interpolate", type=int, help="how many times as many frames to make of --context (train with --task any)")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
@@ -55,8 +57,18 @@ def main(argv=None):
             raise ValueError(f"--{name} is {value}, expected at least 1")
 
     trained = [n for n, share in enumerate(config.context) if n and share]                     # e.g. [1, 2, 3, 4]
+    if config.task == "any":
+        trained = list(range(1, T))
+    elif config.task == "ends":
+        trained = []                                                   # neither the first frames alone nor more of them
     context = None
-    if o.context:
+    if o.interpolate is not None:
+        if not o.context or o.length or config.task != "any":
+            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length, and a model trained with "
+                             f"--task any ({o.checkpoint} has --task {config.task})")
+        context = vdm.read_video(o.context, config.size, config.channels)                      # (K, C, H, W)
+        length = o.interpolate * (len(context) - 1) + 1
+    elif o.context:
         if not trained and not config.previous:
             raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it cannot use --context")
         context = vdm.read_video(o.context, config.size, config.channels)                      # (n, C, H, W)
@@ -65,7 +77,7 @@ def main(argv=None):
         if not config.previous and len(context) not in trained:
             raise ValueError(f"--context gives {len(context)} frames, but the model was trained on {trained} given frames: "
                              "choose one with --context-frames")
-    if length > T and not config.previous and overlap not in trained:
+    if length > T and not o.interpolate and not config.previous and overlap not in trained:
         raise ValueError(f"--length {length} is more than the {T} frames of a window, so each window must be given the end of "
                          f"the one before: the model was trained on {trained or 'no'} given frames, not on overlap {overlap}")
     print(f"{o.checkpoint}: {o.n} videos of {length} frames, {sampler} with {steps} steps, averaged weights, on {device} "
@@ -77,9 +89,10 @@ def main(argv=None):
         clips = range(i, min(i + o.batch, o.n))
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
+        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for piece in vdm.rollout(denoiser, length, shape, sigmas, overlap, given, o.seed, clips,
-                                     sampler=sampler, guidance=o.guidance):
+            for piece in [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)] if o.interpolate \
+                    else vdm.rollout(denoiser, length, shape, sigmas, overlap, given, **options):
                 pieces.append(piece.cpu())
                 bar.update(piece.shape[0] * piece.shape[1])
         videos.append(torch.cat(pieces, 1))

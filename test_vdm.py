@@ -346,6 +346,24 @@ def test_draw_mask():
         assert abs((mask.sum(1) == n).sum() - 5000 * share) <= bound
 
 
+def test_tasks_of_the_mask():
+    """Ends: exactly these two. Any: 1 to T - 1 frames, equally often, and each frame as often as
+    another, to five standard deviations. In both, no frame as often as is said."""
+    ends = vdm.draw_mask(5000, 5, (0.25, 0.75), "ends")
+    assert {tuple(m) for m in ends.tolist()} == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 1)}
+    anything = vdm.draw_mask(5000, 5, (0.25, 0.5, 0.25), "any")
+    for mask in (ends, anything):
+        assert abs((mask.sum(1) == 0).sum() - 1250) < 5 * math.sqrt(5000 * 0.25 * 0.75)
+    counts = torch.bincount(anything.sum(1).long(), minlength=6)
+    assert counts[5] == 0
+    for n in range(1, 5):
+        assert abs(counts[n] - 937.5) < 5 * math.sqrt(5000 * 0.1875 * 0.8125)
+    given = anything[anything.sum(1) > 0].mean(0)                      # each half of the time
+    assert (given - 0.5).abs().max() < 5 * math.sqrt(0.25 / 3750)
+    with pytest.raises(ValueError, match="task is 'all'"):
+        vdm.draw_mask(1, 5, (1, 1), "all")
+
+
 # ---- denoiser and guidance -----------------------------------------------------------------------
 
 class Told(nn.Module):
@@ -439,6 +457,37 @@ def rolled(spy, *args, **options):
     pieces = list(islice(vdm.rollout(spy, *args, sampler="ddim", **options), 100))
     assert max(p.shape[1] for p in pieces) <= args[1][1]               # memory: a window at a time
     return torch.cat(pieces, 1)
+
+
+class Line(nn.Module):
+    """A denoiser that draws straight lines between the frames it is given, by numpy."""
+
+    takes_previous = False
+
+    def forward(self, x, sigma, context=None, mask=None):
+        line = torch.zeros_like(x)
+        for b in range(len(x)):
+            at = np.flatnonzero(mask[b].numpy())
+            values = np.interp(np.arange(x.shape[1]), at, context[b, at, 0, 0, 0].numpy())
+            line[b] = torch.tensor(values, dtype=x.dtype)[:, None, None, None]
+        return torch.where(mask[..., None, None, None] > 0, context, line)
+
+
+@cases("K, factor, frames", [(2, 4, 8), (4, 4, 9), (3, 2, 8), (9, 2, 8), (5, 7, 8), (6, 3, 4)])
+def test_interpolation_fills_every_gap(K, factor, frames):
+    """np.interp over all key frames at once; these come back bit for bit, whatever the windows."""
+    keys = torch.randn(2, K, 1, 1, 1).expand(2, K, 1, 2, 3)
+    got = vdm.interpolate(Line(), keys, factor, frames, torch.tensor([5.0, 1.0, 0.0]), sampler="ddim")
+    assert got.shape == (2, factor * (K - 1) + 1, 1, 2, 3) and torch.equal(got[:, ::factor], keys)
+    for b in range(2):
+        want = np.interp(np.arange(got.shape[1]) / factor, np.arange(K), keys[b, :, 0, 0, 0].numpy())
+        close(got[b, :, 0, 1, 2].numpy(), want.astype(np.float32))
+
+
+def test_interpolation_refuses():
+    for K, factor in ((1, 4), (3, 1), (3, 8)):
+        with pytest.raises(ValueError, match=f"{K} key frames and factor {factor}"):
+            vdm.interpolate(Line(), torch.zeros(1, K, 1, 2, 2), factor, 8, torch.tensor([1.0, 0.0]))
 
 
 @cases("sampler", SAMPLERS)
@@ -1311,7 +1360,7 @@ def test_every_preset_builds_and_trains(tmp_path, preset):
     config = vdm.PRESETS[preset]
     with torch.device("meta"):
         count = sum(p.numel() for p in vdm.build(config).parameters())
-    assert count == pytest.approx({"tiny": 3.9e6, "mnist": 10e6}[preset], rel=0.05)
+    assert count == pytest.approx({"tiny": 3.5e6, "mnist": 10e6}[preset], rel=0.1)
     train.main(["--preset", preset, "--width", "32", "--steps", "1", "--batch", "1", "--marks", "1", "--sampling-steps", "1",
                 "--out", str(tmp_path / preset), *(["--data", str(moving_mnist(tmp_path))] if preset == "mnist" else [])])
 

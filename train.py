@@ -142,7 +142,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         previous, clean = clean.chunk(2, 1)
         loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
     else:
-        mask = vdm.draw_mask(config.batch, config.frames, config.context).to(device)
+        mask = vdm.draw_mask(config.batch, config.frames, config.context, config.task).to(device)
         loss_fn, options = vdm.diffusion_loss, dict(options, context=clean, mask=mask)
     noise = vdm.offset_noise(torch.randn(clean.shape), config.offset, config.offset_per_frame).to(device)
     # loss and gradient

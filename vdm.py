@@ -15,7 +15,7 @@ Map    1 Config        every number of a run, and the presets
        3 Denoiser      network + scalings + frames that are given -> an estimate of the clean clip
        4 Losses        the weighted denoising error; PVDM's joint objective
        5 Samplers      DDPM, DDIM, Heun, DPM-Solver++(2M); DDIM inversion
-       6 Generation    guidance; one window of frames; videos of any length
+       6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
        8 EMA           the running average of the weights, which is what one samples from
        9 World         MovingShapes, a toy world that can mark its own videos
@@ -91,6 +91,7 @@ class Config:
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
     context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
+    task: str = "predict"           # which are given instead: predict (the first), ends or any
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
@@ -307,10 +308,26 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     return share * given + (1 - share) * free, parts_free
 
 
-def draw_mask(batch, frames, probabilities):
-    """mask (B, T): the first n frames are given, n = 0, 1, 2 ... with these probabilities."""
+def draw_mask(batch, frames, probabilities, task="predict"):
+    """mask (B, T), 1 where a frame is given. n is drawn from 0, 1, 2 ... with these probabilities;
+    where it is 0 no frame is given: that estimate guidance needs. Elsewhere, with task
+
+    predict  the first n: prediction (Video LDM), from 1 the animation of a picture
+    ends     the first and the last (PixelDance)
+    any      every frame with a chance that is itself drawn from (0, 1), at least one, never all: a
+             model that predicts, interpolates, fills gaps (flexible diffusion, Harvey et al. 2022)
+    """
     n = torch.multinomial(torch.tensor(probabilities, dtype=torch.float32), batch, replacement=True)
-    return (torch.arange(frames) < n[:, None]).float()
+    if task == "predict":
+        mask = torch.arange(frames) < n[:, None]                                           # (B, T)
+    elif task == "ends":
+        mask = (torch.arange(frames) % (frames - 1) == 0) & (n > 0)[:, None]
+    elif task == "any":
+        order = torch.rand(batch, frames).argsort(1).argsort(1)              # 0 ... T - 1, mixed
+        mask = (order < torch.randint(1, frames, (batch, 1))) & (n > 0)[:, None]
+    else:
+        raise ValueError(f"task is {task!r}, expected predict, ends or any")
+    return mask.float()
 
 
 # ==================================================================================================
@@ -485,6 +502,27 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         done += new.shape[1]
         tail = window if denoiser.takes_previous else window[:, -overlap:]
         yield new
+
+
+def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
+    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1, which stay
+    as they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM
+    sec. 3.2). frames is the length of a window; other arguments as in rollout."""
+    B, K, *chw = key_frames.shape
+    if K < 2 or not 1 < factor < frames:
+        raise ValueError(f"{K} key frames and factor {factor}: expected 2 or more of them, and a "
+                         f"factor of 2 to {frames - 1} for windows of {frames} frames")
+    noise = clip_noise(seed, range(B) if clips is None else clips, key_frames.device)
+    pieces, gaps = [key_frames[:, :1]], (frames - 1) // factor          # gaps filled per window
+    for start in range(0, K - 1, gaps):
+        keys = key_frames[:, start : start + gaps + 1]                         # (B, k, C, H, W)
+        at, end = torch.arange(keys.shape[1]) * factor, (keys.shape[1] - 1) * factor
+        context, mask = keys.new_zeros(B, frames, *chw), keys.new_zeros(B, frames)
+        context[:, at], mask[:, at] = keys, 1
+        window = generate(denoiser, (B, frames, *chw), sigmas, noise=noise, context=context,
+                          mask=mask, **options)
+        pieces.append(window[:, 1 : end + 1])
+    return torch.cat(pieces, 1)
 
 
 # ==================================================================================================
@@ -902,9 +940,9 @@ def from_uint8(frames):
 
 
 def decode(path, size=None, channels=3):
-    """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of uint8
-    (T, h, w, channels), frames per second. Frames are read one by one, shrunk until they just cover
-    size = (h, w) and cropped. ValueError, with the cause, for what is missing or damaged."""
+    """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of
+    uint8 (T, h, w, channels), frames per second. Frames are read one by one, shrunk until they just
+    cover size = (h, w) and cropped. ValueError, with the cause, for what is missing or damaged."""
     import imageio.v3 as iio
     from imageio_ffmpeg import get_ffmpeg_exe
     from PIL import Image, ImageOps, ImageSequence
@@ -932,7 +970,7 @@ def decode(path, size=None, channels=3):
             fps = max(speeds)           # GIF merges equal frames into one that lasts longer: undone
             clips = [[x for x, speed in zip(images, speeds) for _ in range(round(fps / speed))]]
         elif suffix in (".npy", ".npz"):
-            arrays, found = np.load(path, mmap_mode="r", allow_pickle=False), []     # no code inside
+            arrays, found = np.load(path, mmap_mode="r", allow_pickle=False), []  # no code inside
             for x in arrays.values() if suffix == ".npz" else [arrays]:
                 if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
                     x = x.swapaxes(0, 1)                        # Moving MNIST alone is (T, N, H, W)
@@ -1077,8 +1115,9 @@ def build(config):
                          f"which a window of {config.frames} has room for {config.frames - 1}")
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler is {config.sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    for check, choice in ((scalings, config.kind), (loss_weight, config.weighting)):
-        check(torch.ones(1), choice)                             # an unknown choice is a ValueError
+    scalings(torch.ones(1), config.kind)                         # an unknown choice is a ValueError
+    loss_weight(torch.ones(1), config.weighting)
+    draw_mask(1, 2, p, config.task)
     noise_schedule(config)
     in_channels = (3 if config.previous else 2) * config.channels + 1
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
