@@ -1251,8 +1251,8 @@ def test_same_seed_same_weights_other_seed_others(tmp_path, trained):
 
 
 def test_training_learns(tmp_path):
-    """After 150 steps the estimate beats the best constant, the mean of the data, at low noise."""
-    run_train(tmp_path / "run", "--steps", 150, "--batch", 8)
+    """After 300 steps the estimate beats the best constant, the mean of the data, at low noise."""
+    run_train(tmp_path / "run", "--steps", 300, "--batch", 8)
     denoiser, config = vdm.load(tmp_path / "run/last.pt")
     world = vdm.MovingShapes(4, (16, 16), seed=5)
     clean = torch.stack([world[i]["video"] for i in range(32)])
@@ -1294,7 +1294,7 @@ def test_sample_lengths_seeds_and_batches(trained, tmp_path):
     one_by_one = run_sample(trained, tmp_path / "b.mp4", "--n", 3, "--length", 11, "--batch", 1)
     other = run_sample(trained, tmp_path / "c.mp4", "--n", 3, "--length", 11, "--seed", 1)
     assert [len(v) for v in together] == [11] * 3
-    assert (together[2] - one_by_one[2]).abs().mean() < 0.01 < (together[2] - other[2]).abs().mean()
+    assert (together[2] - one_by_one[2]).abs().mean() < 0.002 < (together[2] - other[2]).abs().mean()
 
 
 def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
