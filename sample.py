@@ -63,10 +63,10 @@ def main(argv=None):
         trained = []                                                   # neither the first frames alone nor more of them
     context = None
     if o.interpolate is not None:
-        if not o.context or o.length or config.task != "any":
+        if not o.context or o.length or config.task != "any" or config.previous:
             raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length, and a model trained with "
                              f"--task any ({o.checkpoint} has --task {config.task})")
-        context = vdm.read_video(o.context, config.size, config.channels)                      # (K, C, H, W)
+        context = vdm.read_video(o.context, config.size, config.channels)[-(o.context_frames or 0):]     # (K, C, H, W)
         length = o.interpolate * (len(context) - 1) + 1
     elif o.context:
         if not trained and not config.previous:
@@ -91,8 +91,11 @@ def main(argv=None):
         shape, pieces = (len(clips), T, config.channels, *config.size), []
         options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for piece in [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)] if o.interpolate \
-                    else vdm.rollout(denoiser, length, shape, sigmas, overlap, given, **options):
+            if o.interpolate:
+                stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)]
+            else:
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, **options)
+            for piece in stream:
                 pieces.append(piece.cpu())
                 bar.update(piece.shape[0] * piece.shape[1])
         videos.append(torch.cat(pieces, 1))

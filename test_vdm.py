@@ -1309,10 +1309,24 @@ def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
     assert (videos[0][2:] - videos[1][2:]).abs().mean() > 0.0001
 
 
+def test_sample_interpolates(tmp_path):
+    """Factor 3 makes 10 frames of 4; every third is a frame of the clip."""
+    run_train(tmp_path / "run", "--steps", 1, "--task", "any")
+    clip = vdm.MovingShapes(4, (16, 16))[0]["video"]
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(clip))
+    video, = run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, "--context", tmp_path / "clip.npy",
+                        "--interpolate", 3)
+    assert len(video) == 10 and (video[::3] - clip).abs().mean() < 0.05
+    with pytest.raises(ValueError, match="1 key frames and factor 3"):
+        run_sample(tmp_path / "run", tmp_path / "b.mp4", "--context", tmp_path / "clip.npy",
+                   "--interpolate", 3, "--context-frames", 1)
+
+
 @cases("flags, words", [
     (["--length", "1", "--context", "CLIP"], "length is 1, but the context alone has 2"),
     (["--context", "CLIP", "--context-frames", "1"], r"trained on \[2\] given frames"),
     (["--length", "9", "--overlap", "3"], r"trained on \[2\] given frames, not on overlap 3"),
+    (["--interpolate", "4", "--context", "CLIP"], "trained with --task any .* has --task predict"),
     (["--context", "nothing.mp4"], "nothing.mp4"),
     (["--n", "0"], "--n is 0"), (["--out", "x.wmv"], "mp4 or .gif"), (["--device", "quantum"], "--device quantum"),
 ])
