@@ -1250,6 +1250,21 @@ def test_same_seed_same_weights_other_seed_others(tmp_path, trained):
     assert same(first, again) and not same(first["model"], other["model"])
 
 
+def test_muon_steps_are_orthogonal():
+    """By the SVD of the gradient: the step has its singular vectors, and singular values that are all
+    near 1 (0.7 to 1.2, Jordan et al. 2024) times the rate; matrices of one shape do not mix."""
+    shapes = (12, 30), (12, 30), (30, 12), (8, 4, 3, 3)
+    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    train.Muon(params, lr=0.1).step()
+    for p in params:
+        u, s, v = np.linalg.svd(p.grad.flatten(1).numpy(), full_matrices=False)
+        told = u.T @ -p.detach().flatten(1).numpy() @ v.T / 0.1 / max(1, p.shape[0] / p[0].numel()) ** 0.5
+        assert np.abs(told - np.diag(np.diag(told))).max() < 1e-3
+        assert 0.65 < np.diag(told).min() and np.diag(told).max() < 1.25 and s.max() / s.min() > 1.5
+
+
 def test_training_learns(tmp_path):
     """After 300 steps the estimate beats the best constant, the mean of the data, at low noise."""
     run_train(tmp_path / "run", "--steps", 300, "--batch", 8)
