@@ -51,7 +51,7 @@ def main(argv=None):
     denoiser.to(device)
     T, length = config.frames, o.length or config.frames
     steps, sampler = o.steps or config.sampling_steps, o.sampler or config.sampler
-    overlap = min(config.overlap if o.overlap is None else o.overlap, T) if o.overlap is None else o.overlap
+    overlap = min(config.overlap, T) if o.overlap is None else o.overlap
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
         if value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
@@ -63,7 +63,7 @@ def main(argv=None):
         trained = []                                                   # neither the first frames alone nor more of them
     context = None
     if o.interpolate is not None:
-        if not o.context or o.length or config.task != "any" or config.previous:
+        if not o.context or o.length or config.task != "any":
             raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length, and a model trained with "
                              f"--task any ({o.checkpoint} has --task {config.task})")
         context = vdm.read_video(o.context, config.size, config.channels)[-(o.context_frames or 0):]     # (K, C, H, W)

@@ -764,6 +764,12 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_build_refuses_a_task_that_nothing_would_do():
+    for wrong in (dict(task="any", previous=True), dict(task="ends", frames=2, context=(1, 1))):
+        with pytest.raises(ValueError, match="3 frames or more, and previous=False"):
+            vdm.build(vdm.Config(**wrong))
+
+
 def test_build_names_the_nearest_size():
     """Patches of 4 and one halving: multiples of 8; the nearest by trying all up to 120."""
     def refusal(*size):
@@ -1037,8 +1043,8 @@ def folder(tmp_path):
 def test_folder_report_and_pixels(folder):
     data = vdm.VideoFolder(folder, frames=16, size=(24, 24))
     for line in (f"data: 19 files in {folder} -> 14 clips used, 7 skipped, 24x24 crop, 3 channels, 10 fps\n",
-                 f"skipped {folder / 'few'}: 1 frames are too few, it would take --stride 1 --frames 1\n",
-                 "nine.gif: 9 frames are too few, it would take --stride 1 --frames 9\n",
+                 f"skipped {folder / 'few'}: 1 frames are too few, it takes --stride 1 --frames 1\n",
+                 "nine.gif: 9 frames are too few, it takes --stride 1 --frames 9\n",
                  f"skipped {folder / 'notes.txt'}: cannot identify image file", "cut.mp4: ffmpeg ",
                  "cut.mkv: ffmpeg cannot read all: ", "bad.mp4: ffmpeg ", "zero.avi: ffmpeg "):
         assert line in data.report + "\n", data.report
@@ -1046,7 +1052,7 @@ def test_folder_report_and_pixels(folder):
     assert sorted(map(brightness, grey)) == sorted(
         [list(range(n)) for n in (16,) * 8 + (17, 20)] + [MERGED])
     strides = pytest.raises(ValueError, vdm.VideoFolder, folder / "grey.npy", 8, (24, 24), stride=3)
-    strides.match("grey.npy: 17 frames are too few, it would take --stride 1 --frames 8")
+    strides.match("grey.npy: 17 frames are too few, it takes --stride 1 --frames 8")
 
 
 def test_read(folder):
@@ -1127,6 +1133,13 @@ def test_arrays_and_train_folder(tmp_path):
     np.save(tmp_path / "rgba.npy", np.zeros((16, 32, 31, 4), np.uint8))
     assert vdm.read_video(tmp_path / "rgba.npy").shape == (16, 3, 32, 31)
     pytest.raises(ValueError, vdm.VideoFolder, tmp_path / "missing", 16, (8, 8)).match("not exist")
+
+
+def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
+    np.savez(tmp_path / "two.npz", a=np.zeros((5, 8, 8), np.uint8), b=np.full((9, 8, 8), 3, np.uint8))
+    data = vdm.VideoFolder(tmp_path, 8, (8, 8))
+    assert len(data) == 1 and (vdm.to_uint8(data[0]["video"]) == 3).all()
+    assert "two.npz: 5 frames are too few, it takes --stride 1 --frames 5" in data.report
 
 
 def test_range_crop_and_pictures(tmp_path):

@@ -91,7 +91,7 @@ class Config:
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
     context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
-    task: str = "predict"           # which are given instead: predict (the first), ends or any
+    task: str = "predict"           # if any are: the first (predict), first and last (ends), or any
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
@@ -507,7 +507,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
 def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
     """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1, which stay
     as they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM
-    sec. 3.2). frames is the length of a window; other arguments as in rollout."""
+    sec. 3.2). The denoiser must know such masks (task any of draw_mask). frames is the length of a
+    window; other arguments as in rollout."""
     B, K, *chw = key_frames.shape
     if K < 2 or not 1 < factor < frames:
         raise ValueError(f"{K} key frames and factor {factor}: expected 2 or more of them, and a "
@@ -1061,10 +1062,12 @@ class VideoFolder:
         for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
                 clips, fps = decode(file, size, channels)
-                if (n := min(map(len, clips), default=0)) < self.span:
-                    flags = f"--stride 1 --frames {min(n, frames)}"
-                    raise ValueError(f"{file}: {n} frames are too few, it would take {flags}")
-                self.clips, speeds = self.clips + clips, speeds + [fps]
+                short = [len(clip) for clip in clips if len(clip) < self.span]
+                self.clips += [clip for clip in clips if len(clip) >= self.span]
+                speeds.append(fps)
+                if short:
+                    flags = f"--stride 1 --frames {min(*short, frames)}"
+                    raise ValueError(f"{file}: {min(short)} frames are too few, it takes {flags}")
             except ValueError as error:
                 skipped.append(f"skipped {error}")
         self.fps = float(np.median(speeds or [0])) / stride
@@ -1118,6 +1121,8 @@ def build(config):
     scalings(torch.ones(1), config.kind)                         # an unknown choice is a ValueError
     loss_weight(torch.ones(1), config.weighting)
     draw_mask(1, 2, p, config.task)
+    if config.task != "predict" and (config.previous or config.frames < 3):
+        raise ValueError(f"task is {config.task!r}: it needs 3 frames or more, and previous=False")
     noise_schedule(config)
     in_channels = (3 if config.previous else 2) * config.channels + 1
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
