@@ -136,14 +136,23 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     clean = torch.stack([data[i]["video"] for i in indices]).to(device)                        # (B, T, C, H, W)
     waited = time.perf_counter() - began
     # noise: its level, its shape, and which frames are given
-    sigma = vdm.noise_schedule(config)(vdm.stratified(config.batch)).to(device)                      # (B,)
+    u = vdm.stratified(config.batch)                                                                 # (B,)
+    if config.independent:
+        u = vdm.independent_levels(u, config.frames, config.independent)                             # (B, T)
+    sigma = vdm.noise_schedule(config)(u).to(device)
     options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma)
     if config.previous:
         previous, clean = clean.chunk(2, 1)
         loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
     else:
-        mask = vdm.draw_mask(config.batch, config.frames, config.context, config.task).to(device)
-        loss_fn, options = vdm.diffusion_loss, dict(options, context=clean, mask=mask)
+        hint = {}
+        if config.context_noise:
+            level, unit = config.context_noise * torch.rand(config.batch), torch.randn(clean.shape)
+            hint = dict(sigma=level.to(device), noise=unit.to(device))
+        context, mask = vdm.draw_context(clean, config.context, config.task, **hint)
+        if config.give == "per_frame":                                 # then this is the level of what is given
+            sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                     # (B, T)
+        loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
     noise = vdm.offset_noise(torch.randn(clean.shape), config.offset, config.offset_per_frame).to(device)
     # loss and gradient
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -161,7 +170,9 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         optimizer.step()
         optimizer.zero_grad()
     ema.update(denoiser)
-    return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, sigma=sigma.cpu(), error=parts["error"].cpu())
+    noisy = sigma > 0                                                  # what is given has no error to log
+    return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, sigma=sigma[noisy].cpu(),
+                error=parts["error"][noisy].cpu())
 
 
 def sample(config, denoiser, n, device, dtype, seed=0):
@@ -296,8 +307,9 @@ def main(argv=None):
     if options.data == "shapes":
         print(held_out.report(clips))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
-    longer = "" if config.context[0] == 1 and not config.previous else f" --length {4 * config.frames}"
-    print(f"next    python sample.py {checkpoint} --n 16{longer}")
+    longer = config.previous or config.task in ("predict", "any") and config.context[0] < 1
+    told = f" --length {4 * config.frames}" if longer else " --context FILE" if config.context[0] < 1 else ""
+    print(f"next    python sample.py {checkpoint} --n 16{told}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, 
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
 Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
-       context  given frames (B, T, C, H, W)      mask     (B, T), 1 where a frame is given
+       context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
 Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 2010.02502
@@ -36,6 +36,7 @@ Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 201
        SVD: Blattmann et al. 2023, 2311.15127        PVDM: Yu et al. 2023, 2302.07685
        min-SNR: Hang et al. 2023, 2303.09556         Vista: Gao et al. 2024, 2405.17398
        diffusion forcing: Chen et al. 2024, 2407.01392   JiT: Li and He 2025, 2511.13720
+       FVDM: Liu et al. 2024, 2410.03160             GameNGen: Valevski et al. 2024, 2408.14837
 """
 
 import copy
@@ -91,7 +92,10 @@ class Config:
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
     context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
-    task: str = "predict"           # if any are: the first (predict), first and last (ends), or any
+    task: str = "predict"           # which, if any: predict, ends, any, image or upsample
+    give: str = "concat"            # how the network is shown them: concat, replace or per_frame
+    context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
+    independent: float = 0.0        # per_frame: odds that all frames of a clip have their own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
@@ -199,6 +203,13 @@ def stratified(n):
     return ((torch.rand(1) + torch.arange(n) / n) % 1).clamp(1e-5, 1 - 1e-5)
 
 
+def independent_levels(u, frames, chance):
+    """u (n,), one level per clip -> (n, frames): with this chance every frame of a clip draws its
+    own (FVDM: 0.2, with one coin for the whole batch; diffusion forcing: 1)."""
+    own = torch.rand(len(u), frames).clamp(1e-5, 1 - 1e-5)
+    return torch.where(torch.rand(len(u), 1) < chance, own, u[:, None])
+
+
 def offset_noise(noise, strength, per_frame=False):
     """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn once per clip and
     channel or, with per_frame, per frame and channel (the Vista code, strength 0.02).
@@ -240,33 +251,52 @@ class Denoiser(nn.Module):
 
     x         noisy clip (B, T, C, H, W): clean + sigma * noise
     sigma     (B,), or (B, T) where every frame has its own (diffusion forcing)
-    context   frames (B, T, C, H, W) and mask (B, T), 1 where they are given: the network sees
-              (mask * context, mask) as more channels (Video LDM sec. 3.2). Given frames come back
-              untouched and so have no loss; what context holds elsewhere does not matter.
+    context   frames (B, T, C, H, W) and mask (B, T). 1: the frame is given, comes back untouched,
+              and so has no loss. 0: it is not, context is not read there. Between, a hint: context
+              has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
     previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
 
-    net(inputs, c_noise) takes inputs (B, T, 2 C + 1, H, W), or 3 C + 1 channels with previous=True,
-    and c_noise (B, T). Zeros stand for a condition that is not there, as in both papers."""
+    give says how net(inputs, c_noise), with c_noise (B, T), is shown the context:
 
-    def __init__(self, net, kind="edm", sigma_data=0.5, previous=False):
+    concat     as more channels, (context, mask) (Video LDM sec. 3.2)
+    replace    in the place of the noisy frames and scaled like them, so that at large sigma little
+               is left of it; net(inputs, c_noise, given (B, T)) tells them apart; no hints (Vista)
+    per_frame  in their place, each frame with its own sigma: 0, or a hint's (FVDM)
+
+    inputs are (B, T, C, H, W), with concat C + 1 channels more, with previous=True C more. Zeros
+    stand for a condition that is not there, as in both papers."""
+
+    def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat"):
         super().__init__()
+        if give not in ("concat", "replace", "per_frame"):
+            raise ValueError(f"give is {give!r}, expected concat, replace or per_frame")
         self.net, self.kind, self.sigma_data, self.takes_previous = net, kind, sigma_data, previous
+        self.give = give
 
     def forward(self, x, sigma, context=None, mask=None, previous=None):
         if previous is not None and not self.takes_previous:
             raise ValueError("previous was given, but this model was built with previous=False")
         if sigma.ndim == 1:
             sigma = sigma[:, None].expand(x.shape[:2])                                      # (B, T)
-        c_skip, c_out, c_in, c_noise = scalings(sigma, self.kind, self.sigma_data)
-        given = torch.zeros_like(x[:, :, :1]) if mask is None else \
-            expand(mask.to(x), x).expand_as(x[:, :, :1])                           # (B, T, 1, H, W)
+        mask = torch.zeros_like(sigma) if mask is None else mask.to(x)                      # (B, T)
+        if self.give == "replace" and ((mask > 0) & (mask < 1)).any():
+            raise ValueError("give is 'replace' and knows no hints: mask must be 0 or 1")
+        given = expand(mask, x)                                                    # (B, T, 1, 1, 1)
         context = torch.zeros_like(x) if context is None else torch.where(given > 0, context, 0)
-        inputs = [expand(c_in, x) * x, context, given]
+        if self.give != "concat":
+            x = torch.where(given > 0, context, x)
+        if self.give == "per_frame":
+            sigma = torch.where(mask > 0, 1 / mask - 1, sigma)
+        c_skip, c_out, c_in, c_noise = scalings(sigma, self.kind, self.sigma_data)
+        inputs = [expand(c_in, x) * x]
+        if self.give == "concat":
+            inputs += [context, given.expand_as(x[:, :, :1])]
         if self.takes_previous:
             inputs.append(torch.zeros_like(x) if previous is None else previous)
-        output = self.net(torch.cat(inputs, 2), c_noise).to(x.dtype)               # (B, T, C, H, W)
+        told = (mask > 0,) if self.give == "replace" else ()
+        output = self.net(torch.cat(inputs, 2), c_noise, *told).to(x.dtype)        # (B, T, C, H, W)
         clean = expand(c_skip, x) * x + expand(c_out, x) * output
-        return torch.where(given > 0, context, clean)
+        return torch.where(given == 1, context, clean)
 
 
 # ==================================================================================================
@@ -291,12 +321,12 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.5, gamma=5.0,
                    **cond):
     """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
-    scalar, and its parts by name: `error` (B,), the plain squared error of every clip. clean and
+    scalar, and its parts by name: `error`, of sigma's shape, the plain squared error. clean and
     noise are (B, T, C, H, W), sigma (B,) or (B, T). Prediction: pass context=clean and a mask."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
     error = (estimate - clean) ** 2                                                # (B, T, C, H, W)
     loss = (expand(loss_weight(sigma, weighting, sigma_data, gamma), clean) * error).mean()
-    return loss, dict(error=error.detach().flatten(1).mean(1))
+    return loss, dict(error=error.detach().flatten(sigma.ndim).mean(-1))
 
 
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
@@ -316,7 +346,7 @@ def draw_mask(batch, frames, probabilities, task="predict"):
     ends     the first and the last (PixelDance)
     any      every frame with a chance that is itself drawn from (0, 1), at least one, never all: a
              model that predicts, interpolates, fills gaps (flexible diffusion, Harvey et al. 2022)
-    """
+    image    every frame, and so with upsample: draw_context says what is then shown of them"""
     n = torch.multinomial(torch.tensor(probabilities, dtype=torch.float32), batch, replacement=True)
     if task == "predict":
         mask = torch.arange(frames) < n[:, None]                                           # (B, T)
@@ -325,9 +355,36 @@ def draw_mask(batch, frames, probabilities, task="predict"):
     elif task == "any":
         order = torch.rand(batch, frames).argsort(1).argsort(1)              # 0 ... T - 1, mixed
         mask = (order < torch.randint(1, frames, (batch, 1))) & (n > 0)[:, None]
+    elif task in ("image", "upsample"):
+        mask = (n > 0)[:, None].expand(-1, frames)
     else:
-        raise ValueError(f"task is {task!r}, expected predict, ends or any")
+        raise ValueError(f"task is {task!r}, expected predict, ends, any, image or upsample")
     return mask.float()
+
+
+def augment(context, mask, sigma, noise):
+    """Noise augmentation: put noise of level sigma, (B,) or (B, T), on context and write that level
+    into the mask, where the network reads it -> context, mask. Trained so, a model takes what it is
+    given for a hint, and forgives faults of another model or its own (Imagen Video; GameNGen)."""
+    return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
+
+
+def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
+    """context (B, T, C, H, W) and mask (B, T) to train on clean (B, T, C, H, W), augmented where
+    sigma (B,) and noise are passed. probabilities and task as in draw_mask; two tasks need both:
+
+    image     the first frame is given, and on every other frame it stands as a hint (SVD)
+    upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
+    mask, context = draw_mask(*clean.shape[:2], probabilities, task).to(clean), clean       # (B, T)
+    if task == "image":
+        context = clean[:, :1].expand_as(clean)
+    elif task == "upsample":
+        small = F.interpolate(clean.flatten(0, 1), scale_factor=1 / 4, mode="area")
+        context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
+    if sigma is None:
+        return context, mask
+    hint = torch.arange(mask.shape[1], device=mask.device) >= (task == "image")               # (T,)
+    return augment(context, mask, sigma[:, None] * hint, noise)
 
 
 # ==================================================================================================
@@ -440,7 +497,27 @@ def guided(denoise, scale):
         out = free + scale.to(x) * (given - free)                                  # (B, T, C, H, W)
         if cond.get("mask") is None:
             return out
-        return torch.where(expand(cond["mask"], x) > 0, given, out)  # given frames stay as they are
+        return torch.where(expand(cond["mask"], x) == 1, given, out)    # given frames stay the same
+
+    return guided_denoise
+
+
+def reconstruction_guided(denoise, context, mask, weight=1.0):
+    """Frames given to a model that was never trained to be given any (VDM sec. 3.1): where mask is
+    1 the estimate is context, so that samplers keep x there at context + sigma noise; elsewhere it
+    moves to where the network, too, would estimate context there. Costs a backward pass; weight
+    above 1 moves more; 0 is mere replacement, whose new frames do not fit the old."""
+    # With x_a given: E[x_b | z, x_a] = E[x_b | z] + (sigma_z^2 / alpha) grad_{z_b} log q(x_a | z),
+    # q(x_a | z) ~ Normal(guess_a, sigma^2); z = alpha x, sigma_z = alpha sigma: no factor is left
+    given = expand(mask, context) == 1                                             # (B, T, 1, 1, 1)
+
+    def guided_denoise(x, sigma):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            guess = denoise(x, sigma)                                              # (B, T, C, H, W)
+            error = torch.where(given, context - guess, 0).square().sum()
+        gradient, = torch.autograd.grad(error, x)
+        return torch.where(given, context, guess.detach() - weight / 2 * gradient)
 
     return guided_denoise
 
@@ -457,24 +534,31 @@ def clip_noise(seed, clips, device="cpu"):
     return noise
 
 
-def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, noise=None, seed=0, **cond):
+def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, noise=None, seed=0,
+             reconstruction=0.0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
-    context and mask, previous. noise is a clip_noise; by default that of clips 0 ... B - 1."""
+    context and mask, previous; with reconstruction > 0, context and mask go to
+    reconstruction_guided, as its weight. noise is a clip_noise; by default of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
-    denoise = partial(denoiser if unguided else guided(denoiser, guidance), **cond)
+    if reconstruction and cond:
+        denoise = reconstruction_guided(denoiser, weight=reconstruction, **cond)
+    else:
+        denoise = partial(denoiser if unguided else guided(denoiser, guidance), **cond)
     x = sigmas[0].item() * noise(*shape[1:])
     return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
-            **options):
+            context_noise=0.0, **options):
     """Yield a video of any length in pieces (B, n, C, H, W), window by window
     of shape (B, T, C, H, W), in constant memory; torch.cat(list(rollout(...)), 1) is all of it.
 
     Each window is given the last `overlap` frames so far (Video LDM, Vista) or, if the denoiser
     takes one, the whole window before (PVDM; overlap is then not used). context (B, n, C, H, W)
-    are frames to start from, which come first. clips are clip numbers: they fix the noise."""
+    are frames to start from, which come first. clips are clip numbers: they fix the noise.
+    context_noise > 0 shows a window such frames only as hints, with noise of that level, so that
+    it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
@@ -495,9 +579,13 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             given, cond = 0, dict(previous=tail)
         elif given:
             rest = tail.new_zeros(B, T - given, *shape[2:])
+            seen = torch.cat([tail, rest], 1)                                      # (B, T, C, H, W)
             mask = (torch.arange(T, device=tail.device) < given).float().expand(B, T)
-            cond = dict(context=torch.cat([tail, rest], 1), mask=mask)
+            if context_noise:
+                seen, mask = augment(seen, mask, constant(context_noise, seen), noise(*shape[1:]))
+            cond = dict(context=seen, mask=mask)
         window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
+        window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
         tail = window if denoiser.takes_previous else window[:, -overlap:]
@@ -692,15 +780,18 @@ class VideoUNet(nn.Module):
     down (one more on the way up); attention the downsampling factors with attention, joint those of
     them where it is joint over space and time. Frames are first cut into patch x patch tiles
     as in a vision transformer, which saves most of the work at toy size; a thin path of `detail`
-    channels at full resolution leads around them and keeps edges sharp."""
+    channels at full resolution leads around them and keeps edges sharp. With second_embedding
+    forward takes given (B, T) as well: where it is True another MLP embeds c_noise (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
-                 joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0):
+                 joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0,
+                 second_embedding=False):
         super().__init__()
         self.patch, dim_emb = patch, 4 * width
         self.input = nn.Conv2d(in_channels * patch ** 2, width, 3, padding=1)
         self.embed = nn.Sequential(nn.Linear(width, dim_emb), nn.SiLU(),
                                    nn.Linear(dim_emb, dim_emb), nn.SiLU())
+        self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
@@ -733,11 +824,14 @@ class VideoUNet(nn.Module):
             nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
-    def forward(self, x, c_noise):
+    def forward(self, x, c_noise, given=None):
         B, T = x.shape[:2]
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
-        emb = self.embed(fourier(1000 * c_noise, self.embed[0].in_features))           # (B, T, E)
+        waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, width)
+        emb = self.embed(waves)                                                        # (B, T, E)
+        if given is not None:
+            emb = torch.where(given[..., None], self.embed_given(waves), emb)
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
@@ -1121,14 +1215,29 @@ def build(config):
     scalings(torch.ones(1), config.kind)                         # an unknown choice is a ValueError
     loss_weight(torch.ones(1), config.weighting)
     draw_mask(1, 2, p, config.task)
-    if config.task != "predict" and (config.previous or config.frames < 3):
-        raise ValueError(f"task is {config.task!r}: it needs 3 frames or more, and previous=False")
+    concat, noisy, own = config.give == "concat", config.context_noise, config.independent
+    for wrong, sentence in (
+            (config.task != "predict" and (config.previous or config.frames < 3),
+             f"task is {config.task!r}: it needs 3 frames or more, and previous=False"),
+            (config.task in ("image", "upsample") and not (concat and noisy),
+             f"task is {config.task!r}: it needs give 'concat', and context_noise above 0"),
+            (config.task == "upsample" and any(n % 4 for n in config.size),
+             f"size is {config.size}: task 'upsample' needs multiples of 4"),
+            (own and config.give != "per_frame", "independent above 0 needs give 'per_frame'"),
+            (noisy and config.give == "replace", "give 'replace' needs context_noise 0"),
+            ((config.previous or not sum(p[1:])) and (noisy or not (concat or own)) or
+             config.previous and own, "without single given frames (previous=True, or context 1.0) "
+             "neither give nor context_noise does anything: leave them out"),
+            (noisy < 0 or not 0 <= own <= 1, f"context_noise is {noisy} and independent {own}: "
+             "expected 0 or more, and 0 to 1")):
+        if wrong:
+            raise ValueError(sentence)
     noise_schedule(config)
-    in_channels = (3 if config.previous else 2) * config.channels + 1
+    in_channels = (1 + concat + config.previous) * config.channels + concat
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
-                    config.dropout)
-    return Denoiser(net, config.kind, config.sigma_data, config.previous)
+                    config.dropout, config.give == "replace")
+    return Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
 
 
 def save(path, **state):
