@@ -5,6 +5,9 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
     python sample.py --context clip.mp4 --interpolate 4         put 3 new frames between each two of a clip
+    python sample.py --context clip.mp4 --reconstruction 2      the same by a model that was never trained to go on
+
+With a model trained with --task image, --context is the picture to animate, with --task upsample the clip to enlarge.
 """
 
 import argparse
@@ -27,6 +30,9 @@ def main(argv=None):
     p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
     p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
     p.add_argument("--interpolate", type=int, help="how many times as many frames to make of --context (train with --task any)")
+    p.add_argument("--context-noise", type=float, help="sigma of noise on given frames, up to the one trained with (default: 0, "
+                   "or half of that with --task image and upsample)")
+    p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
@@ -56,21 +62,44 @@ def main(argv=None):
         if value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
 
+    if o.reconstruction and (o.reconstruction < 0 or o.guidance != 1 or config.previous or not o.context and length <= T):
+        raise ValueError(f"--reconstruction is {o.reconstruction:g}: it needs a weight above 0, frames to go on from "
+                         f"(--context, or --length above {T}), no --guidance, and a model trained without --previous")
     trained = [n for n, share in enumerate(config.context) if n and share]                     # e.g. [1, 2, 3, 4]
-    if config.task == "any":
+    anything = config.task == "any" or config.independent > 0 or o.reconstruction > 0
+    if anything:
         trained = list(range(1, T))
-    elif config.task == "ends":
+    elif config.task != "predict":
         trained = []                                                   # neither the first frames alone nor more of them
+    hints = config.task in ("image", "upsample") and not o.reconstruction and o.context
+    level = o.context_noise if o.context_noise is not None else config.context_noise / 2 if hints else 0
+    if level and (o.interpolate or o.reconstruction or not o.context and length <= T):
+        raise ValueError(f"--context-noise is for the frames that windows go on from: it needs --context or --length above {T}, "
+                         "and neither --interpolate nor --reconstruction")
+    largest = config.sigma_max if config.independent else config.context_noise
+    if not 0 <= level <= largest or hints and not level:
+        raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints)}0 to the {largest:g} that "
+                         f"{o.checkpoint} was trained with")
     context = None
     if o.interpolate is not None:
-        if not o.context or o.length or config.task != "any":
+        if not o.context or o.length or not anything:
             raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length, and a model trained with "
                              f"--task any ({o.checkpoint} has --task {config.task})")
         context = vdm.read_video(o.context, config.size, config.channels)[-(o.context_frames or 0):]     # (K, C, H, W)
         length = o.interpolate * (len(context) - 1) + 1
+    elif hints:
+        size = config.size if config.task == "image" else [n // 4 for n in config.size]
+        context = vdm.read_video(o.context, size, config.channels)                             # (n, C, h, w)
+        context = context[-1:].expand(T, -1, -1, -1) if config.task == "image" else context[:T]
+        if len(context) < T or o.context_frames:
+            raise ValueError(f"{o.checkpoint} has --task {config.task}, which takes the last frame (image) or the first {T} "
+                             f"frames (upsample) of --context: {o.context} must have them, and --context-frames is not used")
+        k = config.size[0] // size[0]
+        context = context.repeat_interleave(k, -1).repeat_interleave(k, -2)                    # (T, C, H, W)
     elif o.context:
         if not trained and not config.previous:
-            raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it cannot use --context")
+            raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it can use --context only "
+                             "with --reconstruction 1")
         context = vdm.read_video(o.context, config.size, config.channels)                      # (n, C, H, W)
         most = T if config.previous else trained[-1]
         context = context[-min(o.context_frames or most, len(context)):]
@@ -81,7 +110,7 @@ def main(argv=None):
         raise ValueError(f"--length {length} is more than the {T} frames of a window, so each window must be given the end of "
                          f"the one before: the model was trained on {trained or 'no'} given frames, not on overlap {overlap}")
     print(f"{o.checkpoint}: {o.n} videos of {length} frames, {sampler} with {steps} steps, averaged weights, on {device} "
-          f"in {str(dtype).removeprefix('torch.')}")
+          f"in {str(dtype).removeprefix('torch.')}{f', noise of {level:g} on given frames' * bool(level)}")
 
     sigmas, videos, began = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho), [], time.time()
     bar = tqdm(total=o.n * length, unit="frame", mininterval=0.5 if sys.stderr.isatty() else 20)
@@ -89,12 +118,17 @@ def main(argv=None):
         clips = range(i, min(i + o.batch, o.n))
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
-        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance)
+        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance,
+                       reconstruction=o.reconstruction)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
                 stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)]
+            elif hints:
+                noise, given = vdm.clip_noise(o.seed, clips, device), given.to(device)
+                seen, mask = vdm.draw_context(given, (0, 1), config.task, vdm.constant(level, given), noise(*shape[1:]))
+                stream = [vdm.generate(denoiser, shape, sigmas, sampler, o.guidance, noise, context=seen, mask=mask)[:, :length]]
             else:
-                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, **options)
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, **options)
             for piece in stream:
                 pieces.append(piece.cpu())
                 bar.update(piece.shape[0] * piece.shape[1])

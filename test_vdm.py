@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent
 torch.set_num_threads(1)
 M, S = 0.7, 0.5                         # the data of the sampler tests: Normal(M, S^2)
 KINDS, SAMPLERS = ("eps", "v", "x0", "edm"), list(vdm.SAMPLERS)
+GIVES = "concat", "replace", "per_frame"
 cases = pytest.mark.parametrize
 
 
@@ -74,9 +75,10 @@ def randomize(model, gates=False):
     return model.eval()
 
 
-def tiny(previous=False):
-    net = vdm.VideoUNet(4 if previous else 3, 1, width=8, mults=(1, 2), head_dim=8)
-    return vdm.Denoiser(randomize(net, gates=True), previous=previous)
+def tiny(previous=False, give="concat"):
+    net = vdm.VideoUNet(1 + 2 * (give == "concat") + previous, 1, width=8, mults=(1, 2), head_dim=8,
+                        second_embedding=give == "replace")
+    return vdm.Denoiser(randomize(net, gates=True), previous=previous, give=give)
 
 
 # ---- samplers ------------------------------------------------------------------------------------
@@ -364,6 +366,51 @@ def test_tasks_of_the_mask():
         vdm.draw_mask(1, 5, (1, 1), "all")
 
 
+def test_contexts_of_the_tasks():
+    """Literal masks of 8 frames; the level can be read back from a mask; enlarging by np.interp."""
+    clean, noise, s = torch.randn(2, 8, 1, 8, 12), torch.randn(2, 8, 1, 8, 12), torch.tensor([0.25, 1])
+    for task, p, mask in (("predict", (0, 0, 0, 1), [1, 1, 1, 0, 0, 0, 0, 0]),
+                          ("ends", (0, 1), [1, 0, 0, 0, 0, 0, 0, 1]),
+                          ("image", (0, 1), [1] * 8), ("upsample", (0, 1), [1] * 8)):
+        mask, hints = torch.tensor([mask] * 2).float(), 0.0 + (torch.arange(8) >= (task == "image"))
+        shown, got = vdm.draw_context(clean, p, task)
+        assert torch.equal(got, mask) and vdm.draw_context(clean, (1, 0), task)[1].eq(0).all()
+        want = clean
+        if task == "image":
+            want = clean[:, [0] * 8]
+            assert torch.equal(shown[:, 0], clean[:, 0])
+        if task == "upsample":
+            small = clean.numpy().reshape(2, 8, 1, 2, 4, 3, 4).mean((4, 6))
+            for axis in (-2, -1):                                      # centres of pixels on the axis
+                n = small.shape[axis]
+                line = partial(np.interp, (np.arange(4 * n) + 0.5) / 4 - 0.5, np.arange(n))
+                small = np.apply_along_axis(line, axis, small)
+            want = torch.tensor(small).float()
+        close(shown, want)
+        noisy, got = vdm.draw_context(clean, p, task, s, noise)
+        level = s[:, None] * hints
+        close(got, mask / (1 + level))
+        close(noisy, want + level[..., None, None, None] * noise)
+        if task == "image":
+            assert torch.equal(noisy[:, 0], clean[:, 0])
+            assert got[0].tolist() == pytest.approx([1] + [0.8] * 7)
+    noisy, mask = vdm.augment(clean, torch.ones(2, 8), s, noise)
+    close((1 / mask - 1)[..., None, None, None] * noise, noisy - clean, atol=1e-5, rtol=1e-4)
+
+
+def test_independent_levels():
+    """No clip, all or the binomial's share has unequal levels, which then are uniform."""
+    u = vdm.stratified(4000)
+    for chance in (0, 0.2, 1):
+        got = vdm.independent_levels(u, 3, chance)
+        own = (got != u[:, None]).all(1)
+        assert torch.equal(got[~own], u[~own, None].expand(-1, 3)) and got.shape == (4000, 3)
+        assert abs(own.sum() - 4000 * chance) <= 5 * math.sqrt(4000 * chance * (1 - chance)) + 1
+    cov = got.T.cov()                                                  # all are independent here
+    close(cov, torch.eye(3) / 12, atol=0.008, rtol=0)
+    assert 0 < got.min() and got.max() < 1 and abs(got.mean() - 0.5) < 0.015
+
+
 # ---- denoiser and guidance -----------------------------------------------------------------------
 
 class Told(nn.Module):
@@ -373,35 +420,98 @@ class Told(nn.Module):
         super().__init__()
         self.out = nn.Parameter(torch.randn(shape))
 
-    def forward(self, x, c_noise):
-        self.seen = x
+    def forward(self, x, c_noise, given=None):
+        self.seen, self.c_noise, self.given = x, c_noise, given
         return self.out
 
 
-def test_given_frames_are_untouched_and_have_no_gradient():
+@cases("give", GIVES)
+def test_given_frames_are_untouched_and_have_no_gradient(give):
     """Bit for bit the context; there the error is 0, and so is its gradient."""
     net, mask = Told(2, 4, 3, 2, 2), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]])
     clean, noise, sigma = *torch.randn(2, 2, 4, 3, 2, 2), torch.tensor([0.3, 9.0])
-    denoiser = vdm.Denoiser(net)
+    denoiser = vdm.Denoiser(net, give=give)
     vdm.diffusion_loss(denoiser, clean, sigma, noise, context=clean, mask=mask)[0].backward()
     assert (net.out.grad[mask == 1] == 0).all() and (net.out.grad[mask == 0] != 0).all()
     got = denoiser(noise, sigma, clean, mask)
     assert torch.equal(got[mask == 1], clean[mask == 1]) and (got != clean)[mask == 0].all()
-    given = mask[:, :, None, None, None].float()                       # shown: c_in x, mask z, mask
+    given = mask[:, :, None, None, None].float()
     c_in = (0.5 ** 2 + sigma ** 2).rsqrt()[:, None, None, None, None]
-    close(net.seen, torch.cat([c_in * noise, given * clean, given.expand(2, 4, 1, 2, 2)], 2))
+    level = sigma[:, None].expand(2, 4)
+    if give == "concat":                                               # shown: c_in x, mask z, mask
+        want = torch.cat([c_in * noise, given * clean, given.expand(2, 4, 1, 2, 2)], 2)
+    elif give == "replace":                                            # at the level of the others
+        want = c_in * torch.where(given > 0, clean, noise)
+        assert torch.equal(net.given, mask == 1)
+    else:                                                              # at level 0: c_in is 1 / 0.5
+        want, level = torch.where(given > 0, clean / 0.5, c_in * noise), level * (1 - mask)
+    close(net.seen, want)
+    close(net.c_noise, level.clamp(min=1e-4).log() / 4)
     shown, hidden = net.seen, torch.where(given > 0, clean, math.nan)  # elsewhere it is not read
     assert torch.equal(denoiser(noise, sigma, hidden, mask), got) and torch.equal(net.seen, shown)
 
 
+@cases("give", ["concat", "per_frame"])
+def test_hints_are_shown_and_estimated(give):
+    """A frame with noise of level 3 on it has mask 1 / 4: it has a loss, like a frame not given."""
+    net, mask = Told(1, 3, 1, 2, 2), torch.tensor([[1, 0.25, 0]])
+    x, context, sigma = *torch.randn(2, 1, 3, 1, 2, 2), torch.tensor([2.0])
+    denoiser = vdm.Denoiser(net, "eps", give=give)
+    got = denoiser(x, sigma, context, mask)
+    assert torch.equal(got[:, 0], context[:, 0])
+    if give == "concat":
+        close(got[:, 1:], (x - 2 * net.out)[:, 1:])
+        assert torch.equal(net.seen[:, 1, 1:], torch.cat([context[:, 1], torch.full((1, 1, 2, 2), 0.25)], 1))
+    else:                                                              # its own level, its own x
+        close(got[:, 1:], torch.stack([context[:, 1] - 3 * net.out[:, 1], x[:, 2] - 2 * net.out[:, 2]], 1))
+        close(net.seen[:, 1], context[:, 1] / math.sqrt(10))
+    guided = vdm.guided(denoiser, 3.0)(x, sigma, context=context, mask=mask)
+    free = denoiser(x, sigma)
+    assert torch.equal(guided[:, 0], context[:, 0])
+    close(guided[:, 1:], (free + 3 * (got - free))[:, 1:])
+    got.sum().backward()
+    assert (net.out.grad[:, 0] == 0).all() and (net.out.grad[:, 1:] != 0).all()
+
+
+def test_replace_knows_no_hints():
+    denoiser, x = tiny(give="replace"), torch.randn(1, 2, 1, 4, 4)
+    with pytest.raises(ValueError, match="mask must be 0 or 1"):
+        denoiser(x, torch.ones(1), x, torch.tensor([[1, 0.9]]))
+    with pytest.raises(ValueError, match="give is 'all', expected concat"):
+        vdm.Denoiser(Told(1), give="all")
+
+
+def test_second_embedding_is_for_given_frames():
+    """A copy at first, so it makes no difference; once it is other, to given frames alone (the
+    gates are 0, so frames do not know of each other)."""
+    net = randomize(vdm.VideoUNet(1, 1, 8, (1, 2), head_dim=8, second_embedding=True))
+    net.embed_given.load_state_dict(net.embed.state_dict())
+    fresh = vdm.VideoUNet(1, 1, 8, (1, 2), head_dim=8, second_embedding=True)
+    assert same(fresh.embed.state_dict(), fresh.embed_given.state_dict())
+    x, level, given = torch.randn(2, 3, 1, 4, 4), torch.randn(2), torch.tensor([[True, False, True]] * 2)
+    before = net(x, level, given)
+    assert torch.equal(before, net(x, level))
+    nn.init.normal_(net.embed_given[2].bias)
+    changed = (net(x, level, given) - before).abs().amax((2, 3, 4)) > 1e-3
+    assert torch.equal(changed, given)
+
+
 def test_per_frame_sigma():
     """Equal levels in all frames are one level per clip; frame t goes by its own level."""
-    denoiser, x, sigma = tiny(), torch.randn(2, 3, 1, 4, 4), torch.tensor([0.5, 4.0])
-    close(denoiser(x, sigma[:, None].expand(2, 3)), denoiser(x, sigma))
+    x, sigma = torch.randn(2, 3, 1, 4, 4), torch.tensor([0.5, 4.0])
+    for give in GIVES:
+        denoiser = tiny(give=give)
+        close(denoiser(x, sigma[:, None].expand(2, 3)), denoiser(x, sigma))
+        assert torch.equal(denoiser(x, sigma, x, torch.zeros(2, 3)), denoiser(x, sigma))
     net, levels = Told(1, 3, 1, 4, 4), torch.tensor([[0.0, 0.5, 4.0]])
     got = vdm.Denoiser(net, "eps")(x[:1], levels)
     for t in range(3):
         close(got[:, t], x[:1, t] - levels[0, t] * net.out[:, t])
+    wrong = torch.arange(6.0).reshape(2, 3)                            # an error for each frame
+    clean = torch.zeros(2, 3, 1, 2, 2)
+    for level, want in ((torch.ones(2, 3), wrong ** 2), (torch.ones(2), (wrong ** 2).mean(1))):
+        parts = vdm.diffusion_loss(lambda x, sigma: clean + wrong[..., None, None, None], clean, level, clean)[1]
+        close(parts["error"], want)
 
 
 def test_conditions_change_the_answer():
@@ -430,6 +540,51 @@ def test_guidance():
     assert per_frame[1, :, 0, 0, 1].tolist() == [5, 8, 11]
     given = vdm.guided(denoise, 2)(x, one, context=x, mask=torch.tensor([[1, 0, 0]] * 2))
     assert given[1, :, 0, 1, 0].tolist() == [5, 8, 8]                  # what is given stays
+
+
+def two_frames(r, sigma):
+    """Frames a, b ~ Normal(M, 1) with covariance r: the matrix K of E[clean | x] = M + K (x - M)."""
+    C = np.array([[1, r], [r, 1]])
+    return C @ np.linalg.inv(C + sigma ** 2 * np.eye(2))
+
+
+def exact(x, sigma, r=0.8):
+    K = torch.tensor(two_frames(r, sigma[0].item()))
+    return M + torch.einsum("st,bt...->bs...", K, x - M)
+
+
+@cases("sigma", [0.1, 1.0, 7.0])
+def test_reconstruction_guidance(sigma, double):
+    """By hand: |a - guess_a|^2 has the gradient -2 K_ab (a - guess_a). Here q(a | z) is exactly
+    Normal(guess_a, sigma^2 K_aa), so that weight 1 / K_aa gives E[b | a, x_b], from the textbook."""
+    x, context, r = *torch.randn(2, 3, 2, 1, 2, 2), 0.8
+    K, mask, level = two_frames(r, sigma), torch.tensor([[1, 0]] * 3), torch.full((3,), sigma)
+    guess = exact(x, level)
+    for weight in (0, 1.0, 2.5):
+        with torch.no_grad():
+            got = vdm.reconstruction_guided(exact, context, mask, weight)(x, level)
+        close(got[:, 1], guess[:, 1] + weight * K[0, 1] * (context - guess)[:, 0])
+        assert torch.equal(got[:, 0], context[:, 0])
+    got = vdm.reconstruction_guided(exact, context, mask, 1 / K[0, 0])(x, level)
+    mean, rest = M + r * (context[:, 0] - M), 1 - r ** 2               # b | a, then x_b is seen
+    close(got[:, 1], mean + rest / (rest + sigma ** 2) * (x[:, 1] - mean))
+
+
+@cases("name", SAMPLERS)
+def test_reconstruction_guidance_samples_the_conditional(name, double):
+    """With that weight b comes out as Normal(M + r (a - M), 1 - r^2). What is seen of a meanwhile
+    has noise of the right level on it, as VDM's replacement has."""
+    context, mask, seen = torch.full((4000, 2, 1, 1, 1), 2.0), torch.tensor([[1, 0]]).expand(4000, 2), []
+    noise = torch.randn(2000, 2, 1, 1, 1)
+
+    def denoise(x, sigma):
+        seen.append((sigma[0].item(), ((x - context) / sigma[0])[:, 0].std().item()))
+        K = two_frames(0.8, sigma[0].item())
+        return vdm.reconstruction_guided(exact, context, mask, 1 / K[0, 0])(x, sigma)
+
+    x = vdm.SAMPLERS[name](denoise, 80 * torch.cat([noise, -noise]), karras(150, 0.01, 80))
+    assert (x[:, 0] == 2).all() and all(abs(std - 1) < 0.06 for _, std in seen)
+    assert abs(x[:, 1].mean() - (M + 0.8 * (2 - M))) < 0.04 and abs(x[:, 1].std() - 0.6) < 0.04
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -518,10 +673,53 @@ def test_generate_starts_from_noise_at_sigma_max():
 def test_generate_keeps_the_context_bit_for_bit(sampler):
     """Frames that are given come out as they went in, guided or not, by few steps or more."""
     context, mask = torch.randn(2, 3, 1, 16, 16), torch.tensor([[1, 0, 0]] * 2)
-    for n, guidance in ((1, 1.0), (4, 1.0), (4, 2.0)):
-        x = vdm.generate(tiny(), context.shape, vdm.karras_sigmas(n, 0.5, 20), sampler, guidance,
-                         context=context, mask=mask)
-        assert torch.equal(x[:, 0], context[:, 0])
+    for give in GIVES:
+        for n, guidance, weight in ((1, 1.0, 0), (4, 1.0, 0), (4, 2.0, 0), (4, 1.0, 2.0)):
+            x = vdm.generate(tiny(give=give), context.shape, vdm.karras_sigmas(n, 0.5, 20), sampler, guidance,
+                             reconstruction=weight, context=context, mask=mask)
+            assert torch.equal(x[:, 0], context[:, 0]) and x.isfinite().all()
+
+
+@cases("give", GIVES)
+def test_every_way_to_give_rolls_out_and_interpolates(give):
+    """Frames that are given come back bit for bit, and other ones give another video."""
+    denoiser, sigmas, frames = tiny(give=give), vdm.karras_sigmas(3, 0.5, 20), torch.randn(2, 2, 1, 8, 8)
+    for weight in (0, 1.0):
+        options = dict(sampler="ddim", reconstruction=weight)
+        a, b = (torch.cat(list(vdm.rollout(denoiser, 9, (2, 4, 1, 8, 8), sigmas, 2, c, **options)), 1)
+                for c in (frames, frames + 1))
+        assert a.shape[1] == 9 and torch.equal(a[:, :2], frames)
+        assert ((a - b)[:, 2:4].abs().amax((0, 2, 3, 4)) > 1e-3).all()         # in the first window
+        a, b = (vdm.interpolate(denoiser, c, 3, 4, sigmas, **options) for c in (frames, frames + 1))
+        assert torch.equal(a[:, ::3], frames) and ((a - b)[:, 1:3].abs().amax((0, 2, 3, 4)) > 1e-3).all()
+
+
+class Wheel(nn.Module):
+    """A denoiser that says in all frames how often it was asked, and notes what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.takes_previous, self.shown = nn.Parameter(torch.ones(1)), False, []
+
+    def forward(self, x, sigma, context=None, mask=None):
+        self.shown.append((context, mask))
+        return torch.full_like(x, len(self.shown))
+
+
+@cases("overlap", [1, 3, 6])
+def test_rollout_shows_hints_but_keeps_the_video(overlap):
+    """Every window writes its number; the next is shown what was written, with noise of level 0.5."""
+    wheel, noise = Wheel(), []
+    video = rolled(wheel, 8 + 5 * (8 - overlap), (2, 8, 1, 16, 16), vdm.karras_sigmas(1), overlap, context_noise=0.5)
+    want = [1] * 8 + [k for k in range(2, 7) for _ in range(8 - overlap)]
+    assert video[0, :, 0, 0, 0].tolist() == want and wheel.shown[0] == (None, None)
+    for k, (context, mask) in enumerate(wheel.shown[1:]):
+        end = 8 + k * (8 - overlap)
+        close(mask, torch.tensor([1 / 1.5] * overlap + [0.0] * (8 - overlap)).expand(2, 8))
+        noise.append((context[:, :overlap] - video[:, end - overlap : end]) / 0.5)
+    noise = torch.cat(noise, 1)
+    assert abs(noise.std() - 1) < 0.05 and abs(noise.mean()) < 0.05
+
 
 
 @cases("overlap, given", [(1, 0), (4, 0), (7, 0), (2, 1), (4, 7), (6, 3)])
@@ -768,6 +966,24 @@ def test_build_refuses_a_task_that_nothing_would_do():
     for wrong in (dict(task="any", previous=True), dict(task="ends", frames=2, context=(1, 1))):
         with pytest.raises(ValueError, match="3 frames or more, and previous=False"):
             vdm.build(vdm.Config(**wrong))
+
+
+@cases("wrong, words", [
+    (dict(task="image"), "context_noise above 0"), (dict(give="all"), "expected concat, replace"),
+    (dict(task="upsample", context_noise=0.1, give="per_frame"), "task is 'upsample': it needs give 'concat'"),
+    (dict(task="upsample", context_noise=0.1, size=(6, 8), patch=1), "needs multiples of 4"),
+    (dict(independent=0.2), "independent above 0 needs give 'per_frame'"),
+    (dict(give="replace", context_noise=0.1), "give 'replace' needs context_noise 0"),
+    (dict(context=(1,), context_noise=0.1), "without single given frames"),
+    (dict(context=(1,), give="replace"), "without single given frames"),
+    (dict(previous=True, give="per_frame"), "without single given frames"),
+    (dict(previous=True, give="per_frame", independent=0.2), "without single given frames"),
+    (dict(context_noise=-0.1), "expected 0 or more"),
+    (dict(independent=1.5, give="per_frame"), "independent 1.5: expected 0 or more, and 0 to 1")])
+def test_build_refuses_ways_to_give(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        vdm.build(vdm.Config(**wrong))
+    vdm.build(vdm.Config(give="per_frame", independent=1.0, context=(1,)))   # diffusion forcing
 
 
 def test_build_names_the_nearest_size():
@@ -1350,12 +1566,91 @@ def test_sample_interpolates(tmp_path):
                    "--interpolate", 3, "--context-frames", 1)
 
 
+WAYS = {                                # flags of train.py; whether a picture or a clip is given
+    "noise": "--context-noise 0.5", "image": "--task image --context-noise 0.1",
+    "upsample": "--task upsample --context-noise 0.1", "ends": "--task ends --give replace",
+    "any": "--task any --give per_frame --context-noise 0.2", "free": "--context 1.0",
+    "independent": "--context 1.0 --give per_frame --independent 0.5"}
+
+
+@cases("way", WAYS)
+def test_every_way_trains_and_samples(tmp_path, way, capsys):
+    """A few steps; then sample.py, by every way that is open to the model; what is given stays. The
+    same weights at random (gates and all) must react to what they are given."""
+    run_train(tmp_path / "run", "--steps", 3, *WAYS[way].split())
+    world = vdm.MovingShapes(4, (16, 16))
+    clips = torch.stack([world[k]["video"] for k in range(2)])
+    for k in range(2):
+        np.save(tmp_path / f"{k}.npy", vdm.to_uint8(clips[k]))
+    sampled = partial(run_sample, tmp_path / "run", tmp_path / "a.mp4", "--n", 1, "--context", tmp_path / "0.npy")
+    if way == "image":
+        video, = sampled("--guidance", 1.5)
+        assert len(video) == 4 and (video[0] - clips[0, -1]).abs().mean() < 0.05
+    elif way == "upsample":
+        video, = sampled("--context-noise", 0.02)
+        assert len(video) == 4 and "noise of 0.02" in capsys.readouterr().out
+    elif way == "free":
+        video, = sampled("--reconstruction", 2, "--length", 9)
+        assert len(video) == 9 and (video[:3] - clips[0, 1:]).abs().mean() < 0.05
+    elif way == "ends":
+        with pytest.raises(ValueError, match="without given frames .* with --reconstruction"):
+            sampled()
+    else:
+        n = 2 if way == "noise" else 3
+        video, = sampled("--context-noise", 0.2, "--length", 9, "--overlap", 2)
+        assert len(video) == 9 and (video[:n] - clips[0, -n:]).abs().mean() < 0.05
+    if way in ("any", "independent"):
+        video, = sampled("--interpolate", 3)
+        assert (video[::3] - clips[0]).abs().mean() < 0.05
+
+    denoiser, config = vdm.load(tmp_path / "run/last.pt")
+    randomize(denoiser.net, gates=True)
+    level, noise = torch.full((2,), config.context_noise or 0.0), torch.randn(2, 4, 3, 16, 16)
+    task = "predict" if way in ("free", "independent") else config.task
+    made = []
+    for given in (clips, clips.flip(0)):
+        context, mask = vdm.draw_context(given, (0, 1), task, level, noise)
+        if task == "any":
+            context, mask = given, torch.tensor([[1.0, 0, 0, 1]] * 2)
+        made.append(vdm.generate(denoiser, noise.shape, vdm.karras_sigmas(3, 0.2, 60), "ddim", context=context,
+                                 mask=mask, reconstruction=float(way == "free")))
+        kept = mask == 1
+        assert torch.equal(made[-1][kept], given[kept])
+    open = mask < 1
+    assert ((made[0] - made[1])[open].abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+def test_training_levels_per_frame(tmp_path, monkeypatch):
+    """As the loss gets them: 0 where a frame is given, that of the noise on a hint, else the clip's."""
+    calls, loss = [], vdm.diffusion_loss
+    monkeypatch.setattr(vdm, "diffusion_loss", lambda denoiser, clean, **o: calls.append((clean, o)) or loss(
+        denoiser, clean, **o))
+    run_train(tmp_path / "a", "--steps", 2, "--give", "per_frame", "--context", 0, 0, 1, "--context-noise", 2)
+    run_train(tmp_path / "b", "--steps", 2, "--give", "per_frame", "--independent", 1)
+    hinted, exact = calls[:4], calls[4:]                               # with the two of the rehearsal
+    for clean, o in hinted:
+        level, given = o["sigma"], (o["context"] - clean)[:, :2]
+        assert level.shape == (2, 4) and ((0 < level[:, 0]) & (level[:, 0] < 2)).all()
+        assert (level[:, 0] == level[:, 1]).all() and (level[:, 2] == level[:, 3]).all()
+        close(given.std((1, 2, 3, 4)), level[:, 0], rtol=0.1, atol=0)
+        close(1 / o["mask"][:, 0] - 1, level[:, 0])
+    for clean, o in exact:
+        given = o["mask"] == 1
+        assert (o["sigma"][given] == 0).all() and torch.equal(o["context"], clean)
+        assert len(o["sigma"][~given].unique()) == (~given).sum()      # every frame has its own
+
+
 @cases("flags, words", [
     (["--length", "1", "--context", "CLIP"], "length is 1, but the context alone has 2"),
     (["--context", "CLIP", "--context-frames", "1"], r"trained on \[2\] given frames"),
     (["--length", "9", "--overlap", "3"], r"trained on \[2\] given frames, not on overlap 3"),
     (["--interpolate", "4", "--context", "CLIP"], "trained with --task any .* has --task predict"),
     (["--context", "nothing.mp4"], "nothing.mp4"),
+    (["--context", "CLIP", "--context-noise", "0.1"], "context-noise is 0.1, expected 0 to the 0 that .* was trained"),
+    (["--context-noise", "0.1"], "needs --context or --length above 4"),
+    (["--reconstruction", "1"], "needs a weight above 0, frames to go on from"),
+    (["--reconstruction", "1", "--length", "9", "--guidance", "2"], "no --guidance"),
+    (["--reconstruction", "-1", "--length", "9"], "reconstruction is -1: it needs a weight above 0"),
     (["--n", "0"], "--n is 0"), (["--out", "x.wmv"], "mp4 or .gif"), (["--device", "quantum"], "--device quantum"),
 ])
 def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):

@@ -307,8 +307,8 @@ def main(argv=None):
     if options.data == "shapes":
         print(held_out.report(clips))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
-    longer = config.previous or config.task in ("predict", "any") and config.context[0] < 1
-    told = f" --length {4 * config.frames}" if longer else " --context FILE" if config.context[0] < 1 else ""
+    longer = config.previous or config.independent or sum(config.context[1:]) and config.task in ("predict", "any")
+    told = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
     print(f"next    python sample.py {checkpoint} --n 16{told}")
 
 
