@@ -71,7 +71,7 @@ def main(argv=None):
         trained = list(range(1, T))
     elif config.task != "predict":
         trained = []                                                   # neither the first frames alone nor more of them
-    hints = config.task in ("image", "upsample") and not o.reconstruction and o.context
+    hints = config.task in ("image", "upsample") and o.context and not (o.reconstruction or o.interpolate)
     level = o.context_noise if o.context_noise is not None else config.context_noise / 2 if hints else 0
     if level and (o.interpolate or o.reconstruction or not o.context and length <= T):
         raise ValueError(f"--context-noise is for the frames that windows go on from: it needs --context or --length above {T}, "

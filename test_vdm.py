@@ -1589,6 +1589,12 @@ def test_every_way_trains_and_samples(tmp_path, way, capsys):
     elif way == "upsample":
         video, = sampled("--context-noise", 0.02)
         assert len(video) == 4 and "noise of 0.02" in capsys.readouterr().out
+        for flags, words in ((("--context-noise", 0), "is 0, expected more than 0 to the 0.1"),
+                             (("--context-noise", 0.2), "is 0.2, expected more than 0"),
+                             (("--context-frames", 2), "--context-frames is not used"),
+                             (("--length", 9), "on no given frames"), (("--interpolate", 2), "trained with --task any")):
+            with pytest.raises(ValueError, match=words):
+                sampled(*flags)
     elif way == "free":
         video, = sampled("--reconstruction", 2, "--length", 9)
         assert len(video) == 9 and (video[:3] - clips[0, 1:]).abs().mean() < 0.05

@@ -95,7 +95,7 @@ class Config:
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    independent: float = 0.0        # per_frame: odds that all frames of a clip have their own sigma
+    independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
