@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import types
+from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -334,6 +335,94 @@ def test_joint_loss_is_its_two_terms():
     close(loss, ((1 / level ** 2 + 1) * (0.3 * given + 0.7 * free)).mean())
     close(parts["error"], free.mean((1, 2, 3, 4)))
     close(parts["error_given"], given.mean((1, 2, 3, 4)))
+
+
+def test_dynamics_weight():
+    """Loops over everything; a clip that is right everywhere, and one of a single frame, weigh 1."""
+    estimate, clean = torch.randn(2, 2, 4, 3, 5, 2)
+    moved = lambda x, b, t, c, h, w: (x[b, t, c, h, w] - x[b, t - 1, c, h, w]).item()
+    for toy in (False, True):
+        got = vdm.dynamics_weight(estimate, clean, toy)
+        assert (got[:, 0] == 1).all() and got.shape == clean.shape
+        for b, c in np.ndindex(2, 3):
+            at = [(b, t + 1, c, h, w) for t, h, w in np.ndindex(3, 5, 2)]
+            delta = [(moved(clean, *i) - moved(estimate, *i)) ** 2 for i in at]
+            size = sum(delta) / 30 if toy else math.sqrt(sum(d ** 2 for d in delta))
+            for i, d in zip(at, delta):
+                assert got[i].item() == pytest.approx(1 + d / size, rel=1e-5)
+        assert (vdm.dynamics_weight(clean.round() + 1, clean.round(), toy) == 1).all()
+        assert (vdm.dynamics_weight(estimate[:, :1], clean[:, :1], toy) == 1).all()
+
+
+@cases("shape, printed", [((16, 16, 16), 0.0093), ((16, 8, 8), 0.019), ((25, 40, 72), 0.0022)])
+def test_dynamics_weight_of_gaussian_errors(shape, printed):
+    """What is added is 1 / sqrt(3 n) on average for n = (T - 1) H W equal normal errors, whose mean
+    square is 1 and whose mean fourth power is 3; toy: 1."""
+    (T, H, W), B = shape, 3_000_000 // math.prod(shape)
+    estimate, clean = torch.randn(2, B, T, 1, H, W)
+    mean = (vdm.dynamics_weight(estimate, clean)[:, 1:] - 1).mean().item()
+    assert mean == pytest.approx(printed, rel=0.03)
+    assert mean == pytest.approx((3 * (T - 1) * H * W) ** -0.5, rel=0.03)
+    assert vdm.dynamics_weight(estimate, clean, toy=True)[:, 1:].mean().item() == pytest.approx(2)
+
+
+def kept(H, W):
+    """Vista's mask in exact fractions, frequency 0 in the middle: 1 is kept, 0 removed."""
+    mask = np.ones((H, W))
+    for h, w in np.ndindex(H, W):
+        f, g = Fraction(2 * (h - H // 2), H), Fraction(2 * (w - W // 2), W)
+        mask[h, w] = f ** 2 + g ** 2 > Fraction(1, 2)
+    return mask
+
+
+@cases("H, W", [(4, 4), (8, 8), (16, 12), (20, 20), (52, 52), (7, 9), (9, 4)])
+def test_high_pass(H, W):
+    """numpy's FFT in double precision; in bfloat16 under autocast the filter is float32 all the same.
+    4 x 4 loses 56 % of its frequencies, larger frames 39 %."""
+    x = torch.randn(2, 3, 2, H, W)
+    spectrum = np.fft.fftshift(np.fft.fft2(x.double().numpy()), (-2, -1)) * kept(H, W)
+    want = np.fft.ifft2(np.fft.ifftshift(spectrum, (-2, -1)))
+    assert np.abs(want.imag).max() < 1e-12
+    close(vdm.high_pass(x), torch.tensor(want.real, dtype=torch.float32), rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vdm.high_pass(x.bfloat16()), vdm.high_pass(x.bfloat16().float()))
+    point = torch.zeros(H, W)
+    point[0, 0] = 1                                                    # its spectrum is the mask
+    removed = (np.abs(np.fft.fft2(vdm.high_pass(point).numpy())) < 0.5).mean()
+    assert removed == (kept(H, W) == 0).mean()
+    if H in (4, 52):
+        assert removed == pytest.approx({4: 0.5625, 52: 0.39}[H], abs=0.01)
+
+
+def test_vistas_losses():
+    """With x0 weights the estimate is what the network says. Structure is a spectral weighting of
+    the error, by Parseval; the weight of dynamics has no gradient; each part is (B,), in all they
+    are the loss."""
+    net, (clean, noise), sigma = Told(2, 3, 2, 8, 6), torch.randn(2, 2, 3, 2, 8, 6), torch.ones(2)
+    loss = partial(vdm.diffusion_loss, vdm.Denoiser(net, "x0"), clean, sigma, noise, "x0")
+    error = (net.out - clean).detach()
+    total, parts = loss(structure=0.3)
+    power = np.abs(np.fft.fftshift(np.fft.fft2(error.double().numpy()), (-2, -1))) ** 2 / 48
+    assert total.item() == pytest.approx((power * (1 + 0.3 * kept(8, 6))).mean(), rel=1e-5)
+    close(parts["structure"], torch.tensor(0.3 * power * kept(8, 6)).mean((1, 2, 3, 4)).float())
+    total, parts = loss(dynamics=0.7)
+    total.backward()
+    weight = 1 + 0.7 * (vdm.dynamics_weight(net.out, clean) - 1)
+    close(net.out.grad, 2 * weight * error / error.numel())
+    close(total, (weight * error ** 2).mean())
+    total, parts = loss(dynamics=2.0, dynamics_toy=True, structure=0.1)
+    close(parts["error"], (error ** 2).mean((1, 2, 3, 4)))
+    extra = 2 * (vdm.dynamics_weight(net.out, clean, toy=True) - 1) * error ** 2
+    close(parts["dynamics"], extra.mean((1, 2, 3, 4)))
+    close(total.detach(), sum(parts.values()).mean())
+    assert [*parts] == ["error", "dynamics", "structure"] and parts["error"].shape == (2,)
+    level = 2 * torch.ones(2, 3)                                       # weight v: 1 + 1 / sigma^2
+    twice = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean, level, noise, "v", dynamics=2.0,
+                               dynamics_toy=True, structure=0.1)[0]
+    close(twice, 1.25 * total)
+    both = vdm.joint_loss(vdm.Denoiser(net, "x0", previous=True), clean, clean, sigma, noise,
+                          structure=0.1)[1]
+    assert [*both] == ["error", "structure", "error_given", "structure_given"]
 
 
 def test_draw_mask():
@@ -767,6 +856,12 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
 def test_build_refuses_a_task_that_nothing_would_do():
     for wrong in (dict(task="any", previous=True), dict(task="ends", frames=2, context=(1, 1))):
         with pytest.raises(ValueError, match="3 frames or more, and previous=False"):
+            vdm.build(vdm.Config(**wrong))
+
+
+def test_build_refuses_strengths_that_are_none():
+    for wrong in (dict(dynamics=-1.0), dict(structure=-0.1), dict(dynamics_toy=True)):
+        with pytest.raises(ValueError, match="neither may be negative, and dynamics_toy needs"):
             vdm.build(vdm.Config(**wrong))
 
 
@@ -1261,6 +1356,16 @@ def test_same_seed_same_weights_other_seed_others(tmp_path, trained):
     other = run_train(tmp_path / "other", "--steps", 12, "--seed", 1)
     first = torch.load(trained / "last.pt", weights_only=True)
     assert same(first, again) and not same(first["model"], other["model"])
+
+
+def test_vistas_losses_reach_the_weights(tmp_path):
+    """Each strength, with masks and with whole clips, trains something else than none."""
+    dynamics, structure = ["--dynamics", 1], ["--structure", 0.1]
+    for whole in ([], ["--previous", "--context", 1]):
+        runs = [run_train(tmp_path / f"{len(whole)}-{i}", "--steps", 2, *whole, *flags)["model"] for i, flags in
+                enumerate(([], dynamics, structure, dynamics + structure, dynamics + ["--dynamics-toy"]))]
+        assert all(w.isfinite().all() for run in runs for w in run.values())
+        assert not any(same(runs[i], runs[j]) for i in range(5) for j in range(i))
 
 
 def test_muon_steps_are_orthogonal():

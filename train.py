@@ -137,7 +137,8 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     waited = time.perf_counter() - began
     # noise: its level, its shape, and which frames are given
     sigma = vdm.noise_schedule(config)(vdm.stratified(config.batch)).to(device)                      # (B,)
-    options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma)
+    options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma,
+                   dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
     if config.previous:
         previous, clean = clean.chunk(2, 1)
         loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)

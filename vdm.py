@@ -13,7 +13,7 @@ pure noise and let it guess, step by step, a clip that was never there. That is 
 Map    1 Config        every number of a run, and the presets
        2 Noise         schedules sigma(u), offset noise, and what the network is asked to predict
        3 Denoiser      network + scalings + frames that are given -> an estimate of the clean clip
-       4 Losses        the weighted denoising error; PVDM's joint objective
+       4 Losses        the weighted denoising error; Vista's two more; PVDM's joint objective
        5 Samplers      DDPM, DDIM, Heun, DPM-Solver++(2M); DDIM inversion
        6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
@@ -87,6 +87,9 @@ class Config:
     base: int = 0                   # resolution shift: noise as seen at this resolution (0: none)
     weighting: str = "sqrt_snr"     # weight of the error: eps, v, x0, edm, min_snr or sqrt_snr
     gamma: float = 5.0              # min_snr: the largest weight
+    dynamics: float = 0.0           # more weight where the motion is wrong (Vista: 1)
+    dynamics_toy: bool = False      # dynamics: with mean 1, which small frames need to feel it
+    structure: float = 0.0          # weight of the error of edges and texture (Vista: 0.1)
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
@@ -288,15 +291,43 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     return weights[weighting]
 
 
+def dynamics_weight(estimate, clean, toy=False):
+    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 in the first frame, then
+    1 + the squared error of the change since the frame before, which is made a vector of length 1
+    per clip and channel. It has no gradient.
+
+    If n errors are Gaussian this adds 1 / sqrt(3 n) on average, 0.007 for 8 frames of 32 x 32, so
+    that only the few worst places gain. toy, which is ours: mean 1 instead of length 1."""
+    wrong = (estimate - clean).detach().float().diff(dim=1) ** 2               # (B, T - 1, C, H, W)
+    size = wrong.mean((1, 3, 4), True) if toy else wrong.norm(2, (1, 3, 4), True)  # (B, 1, C, 1, 1)
+    return 1 + F.pad(wrong / size.clamp(min=1e-12), (0,) * 6 + (1, 0))
+
+
+def high_pass(x, cut=0.25):
+    """Edges and texture of every frame of x (..., H, W), float32: without the frequencies (f, g)
+    where f^2 + g^2 <= 2 cut, 1 being the highest on an axis (Vista: 39 % of them, the mean too).
+    Any H and W; Vista's own mask is half a step off centre if one is odd."""
+    f, g = torch.fft.fftfreq(x.shape[-2], 0.5), torch.fft.rfftfreq(x.shape[-1], 0.5)
+    keep = f[:, None] ** 2 + g ** 2 > 2 * cut + 1e-6        # (H, W // 2 + 1); rounding moves no tie
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * keep.to(x.device), x.shape[-2:])
+
+
 def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.5, gamma=5.0,
-                   **cond):
+                   dynamics=0.0, dynamics_toy=False, structure=0.0, **cond):
     """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
-    scalar, and its parts by name: `error` (B,), the plain squared error of every clip. clean and
-    noise are (B, T, C, H, W), sigma (B,) or (B, T). Prediction: pass context=clean and a mask."""
+    scalar, and by name its parts (B,), whose sum weight(sigma) multiplies: `error`, the plain
+    squared error of every clip, and what Vista adds at these strengths, `dynamics`, `structure`.
+    clean, noise (B, T, C, H, W), sigma (B,) or (B, T). Prediction: pass context=clean, a mask."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
-    error = (estimate - clean) ** 2                                                # (B, T, C, H, W)
-    loss = (expand(loss_weight(sigma, weighting, sigma_data, gamma), clean) * error).mean()
-    return loss, dict(error=error.detach().flatten(1).mean(1))
+    parts = dict(error=(estimate - clean) ** 2)                                    # (B, T, C, H, W)
+    if dynamics:
+        extra = dynamics * (dynamics_weight(estimate, clean, dynamics_toy) - 1)
+        parts["dynamics"] = extra * parts["error"]
+    if structure:                                       # linear: that of the difference is enough
+        parts["structure"] = structure * high_pass(estimate - clean) ** 2
+    weight = expand(loss_weight(sigma, weighting, sigma_data, gamma), clean)
+    loss = (weight * sum(parts.values())).mean()
+    return loss, {name: part.detach().flatten(1).mean(1) for name, part in parts.items()}
 
 
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
@@ -304,7 +335,7 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     that one network both starts a video and continues it. Arguments as in diffusion_loss."""
     given, parts = diffusion_loss(denoiser, clean, sigma, noise, previous=previous, **options)
     free, parts_free = diffusion_loss(denoiser, clean, sigma, noise, **options)
-    parts_free["error_given"] = parts["error"]
+    parts_free |= {f"{name}_given": part for name, part in parts.items()}
     return share * given + (1 - share) * free, parts_free
 
 
@@ -1123,6 +1154,9 @@ def build(config):
     draw_mask(1, 2, p, config.task)
     if config.task != "predict" and (config.previous or config.frames < 3):
         raise ValueError(f"task is {config.task!r}: it needs 3 frames or more, and previous=False")
+    if min(config.dynamics, config.structure) < 0 or config.dynamics_toy and not config.dynamics:
+        raise ValueError(f"dynamics is {config.dynamics} and structure {config.structure}: neither "
+                         "may be negative, and dynamics_toy needs dynamics above 0")
     noise_schedule(config)
     in_channels = (3 if config.previous else 2) * config.channels + 1
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
