@@ -29,6 +29,9 @@ def main(argv=None):
     p.add_argument("--interpolate", type=int, help="how many times as many frames to make of --context (train with --task any)")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
+    p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
+                   help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
+    p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="another seed, other videos; video i depends on (seed, i) alone")
@@ -55,6 +58,9 @@ def main(argv=None):
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
         if value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
+    if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
+        raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
+    guidance = dict(constant=o.guidance, ramp=vdm.ramp(1, o.guidance, T), triangle=vdm.triangle(1, o.guidance, T))
 
     trained = [n for n, share in enumerate(config.context) if n and share]                     # e.g. [1, 2, 3, 4]
     if config.task == "any":
@@ -89,7 +95,7 @@ def main(argv=None):
         clips = range(i, min(i + o.batch, o.n))
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
-        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance)
+        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
                 stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)]

@@ -515,10 +515,48 @@ def test_guidance():
     x, one = torch.zeros(2, 3, 1, 2, 2), torch.ones(2)
     for scale, want in ((1, 5), (0, 2), (2.5, 9.5), (-1, -1)):         # 2 + scale * 3
         assert (vdm.guided(denoise, scale)(x, one, context=x) == want).all()
+    for s in (0, 2.5):                                                 # the transcription, solved
+        assert (vdm.guided(denoise, s)(x, one, context=x) != (5 + s * 5) / (1 + s)).all()
     per_frame = vdm.guided(denoise, torch.tensor([1, 2, 3]))(x, one, context=x)
     assert per_frame[1, :, 0, 0, 1].tolist() == [5, 8, 11]
     given = vdm.guided(denoise, 2)(x, one, context=x, mask=torch.tensor([[1, 0, 0]] * 2))
     assert given[1, :, 0, 1, 0].tolist() == [5, 8, 8]                  # what is given stays
+
+
+def test_ramp_and_triangle():
+    """As printed for SVD (14 frames, 1 to 2.5) and Vista (25 frames, 1 to 2.5 and back); of 16
+    frames the peak is 14/15 of the way; the formula of Vista's code, 2 |v - floor(v + 1/2)|."""
+    rise, hill = vdm.ramp(1.0, 2.5, 14), vdm.triangle(1.0, 2.5, 25)
+    assert rise.tolist() == pytest.approx([1 + 1.5 * i / 13 for i in range(14)])
+    assert hill[[0, 1, 12, 23, 24]].tolist() == pytest.approx([1, 1.125, 2.5, 1.125, 1])
+    assert vdm.triangle(0, 1, 16).max().item() == pytest.approx(0.933, abs=5e-4)
+    for T in range(2, 30):
+        v = np.arange(T) / (T - 1)
+        np.testing.assert_allclose(vdm.triangle(0.5, 3, T), 0.5 + 5 * np.abs(v - np.floor(v + 0.5)),
+                                   atol=1e-5)
+    assert vdm.ramp(1, 3, 1).tolist() == vdm.triangle(1, 3, 1).tolist() == [1]
+    hill = vdm.guided(lambda x, sigma, **cond: torch.full_like(x, 5.0 if cond else 2.0), hill)
+    got = hill(torch.zeros(1, 25, 1, 1, 1), torch.ones(1), context=0).flatten()
+    assert got[[0, 12]].tolist() == pytest.approx([5, 2 + 2.5 * 3])
+
+
+def test_rescale():
+    """Lin et al. 2023, eqs. 15 and 16, by numpy, clip by clip; given frames stay; a guided estimate
+    that is the same everywhere has no standard deviation to divide by, and stays."""
+    cond, free = torch.randn(2, 2, 3, 1, 4, 4) * torch.tensor([1.0, 3.0])[:, None, None, None, None]
+    denoise, sigma = lambda x, sigma, **c: cond if c else free, torch.ones(2)
+    out = (free + 4 * (cond - free)).numpy()
+    for phi in (0.0, 0.7, 1.0):
+        got = vdm.guided(denoise, 4.0, phi)(cond, sigma, context=cond)
+        for b in range(2):
+            want = phi * out[b] * cond[b].numpy().std() / out[b].std() + (1 - phi) * out[b]
+            np.testing.assert_allclose(got[b], want, rtol=1e-4, atol=1e-5)
+    mask = torch.tensor([[0, 1, 0]] * 2)
+    held = vdm.guided(denoise, 4.0, 1.0)(cond, sigma, mask=mask)
+    assert torch.equal(held[:, 1], cond[:, 1]) and torch.equal(held[:, ::2], got[:, ::2])
+    cond = cond.round()                                                # no rounding below
+    free = 2 * cond - 1                                                # 2 cond - free is 1
+    assert (vdm.guided(denoise, 2.0, 0.7)(cond, sigma, context=cond) == 1).all()
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -603,13 +641,40 @@ def test_generate_starts_from_noise_at_sigma_max():
         assert x.std().item() == pytest.approx(80, rel=0.04) and abs(x.mean()) < 4
 
 
+class Normal(nn.Module):
+    """The exact denoiser of pixels ~ Normal(M, std^2) of their own, std (B,) being the condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, sigma, std=None, beside_the_point=None):
+        std = torch.full_like(sigma, S) if std is None else std
+        return M + (std ** 2 / (std ** 2 + sigma ** 2))[:, None, None, None, None] * (x - M)
+
+
+def test_reward():
+    """exp(-variance) where it is known; higher for the surer condition, untouched by one that
+    changes nothing; each clip's its own."""
+    shape, std, sigmas = (2, 8, 3, 16, 16), torch.tensor([0.2, 0.9]), vdm.karras_sigmas(60)
+    ask = partial(vdm.reward, Normal(), shape, sigmas)
+    assert ask().tolist() == pytest.approx([math.exp(-S ** 2)] * 2, rel=0.02)
+    got = ask(std=std)
+    assert got.tolist() == pytest.approx((-std ** 2).exp().tolist(), rel=0.03) and got[0] > got[1]
+    assert torch.equal(got, ask(std=std, beside_the_point=torch.randn(shape)))
+    assert torch.equal(ask(std=std.flip(0))[0], vdm.reward(Normal(), (1, *shape[1:]), sigmas, std=std[1:])[0])
+    assert not torch.equal(got, ask(std=std, seed=9)) and not torch.equal(got, ask(std=std, ensemble=4))
+    with pytest.raises(ValueError, match="ensemble is 1"):
+        ask(ensemble=1)
+
+
 @cases("sampler", SAMPLERS)
 def test_generate_keeps_the_context_bit_for_bit(sampler):
     """Frames that are given come out as they went in, guided or not, by few steps or more."""
     context, mask = torch.randn(2, 3, 1, 16, 16), torch.tensor([[1, 0, 0]] * 2)
     for n, guidance in ((1, 1.0), (4, 1.0), (4, 2.0)):
         x = vdm.generate(tiny(), context.shape, vdm.karras_sigmas(n, 0.5, 20), sampler, guidance,
-                         context=context, mask=mask)
+                         rescale=0.7, context=context, mask=mask)
         assert torch.equal(x[:, 0], context[:, 0])
 
 
@@ -1442,6 +1507,17 @@ def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
     assert (videos[0][2:] - videos[1][2:]).abs().mean() > 0.0001
 
 
+def test_sample_guidance(trained, tmp_path, monkeypatch):
+    """What the flags say is what generate is told: in a window of 4 frames the thirds of 1 to 2.5."""
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))
+    told, generate = [], vdm.generate
+    monkeypatch.setattr(vdm, "generate", lambda *args, **options: told.append(options) or generate(*args, **options))
+    for shape, want in dict(constant=2.5, ramp=[1, 1.5, 2, 2.5], triangle=[1, 2, 2, 1]).items():
+        run_sample(trained, tmp_path / f"{shape}.mp4", "--n", 1, "--context", tmp_path / "clip.npy",
+                   "--guidance", 2.5, "--guidance-shape", shape, "--rescale", 0.6)
+        assert torch.as_tensor(told[-1]["guidance"]).tolist() == pytest.approx(want) and told[-1]["rescale"] == 0.6
+
+
 def test_sample_interpolates(tmp_path):
     """Factor 3 makes 10 frames of 4; every third is a frame of the clip."""
     run_train(tmp_path / "run", "--steps", 1, "--task", "any")
@@ -1461,6 +1537,9 @@ def test_sample_interpolates(tmp_path):
     (["--length", "9", "--overlap", "3"], r"trained on \[2\] given frames, not on overlap 3"),
     (["--interpolate", "4", "--context", "CLIP"], "trained with --task any .* has --task predict"),
     (["--context", "nothing.mp4"], "nothing.mp4"),
+    (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
+    (["--rescale", "0.7"], "need a --guidance other than 1"),
+    (["--guidance-shape", "ramp"], "--guidance-shape need a --guidance other than 1"),
     (["--n", "0"], "--n is 0"), (["--out", "x.wmv"], "mp4 or .gif"), (["--device", "quantum"], "--device quantum"),
 ])
 def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):

@@ -460,15 +460,30 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 # 6. Generation
 # ==================================================================================================
 
-def guided(denoise, scale):
+def ramp(low, high, frames):
+    """Guidance scales (T,) that rise from the first frame to the last in a straight line (SVD)."""
+    return torch.linspace(low, high, frames)
+
+
+def triangle(low, high, frames):
+    """Guidance scales (T,) that rise towards the middle and fall again, so that the windows of long
+    videos do not over-saturate more and more (Vista eq. 9). With an even T none quite is high."""
+    return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
+
+
+def guided(denoise, scale, rescale=0.0):
     """Context guidance: free + scale * (given - free), where free is the estimate without condition
     (Video LDM eq. 4; classifier-free guidance). scale is a number, or one per frame (T,) as in SVD
-    and Vista; 1 is the plain conditional estimate, 0 the unconditional one."""
+    and Vista; 1 is the plain conditional estimate, 0 the unconditional one. Guidance raises
+    contrast; rescale, from 0 to 1, takes that share of the way back to the standard deviation of
+    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7)."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
 
     def guided_denoise(x, sigma, **cond):
         given, free = denoise(x, sigma, **cond), denoise(x, sigma)
         out = free + scale.to(x) * (given - free)                                  # (B, T, C, H, W)
+        want, std = (e.std((1, 2, 3, 4), keepdim=True) for e in (given, out))      # (B, 1, 1, 1, 1)
+        out = out * (1 + rescale * torch.where(std > 1e-6, want / std - 1, 0))
         if cond.get("mask") is None:
             return out
         return torch.where(expand(cond["mask"], x) > 0, given, out)  # given frames stay as they are
@@ -488,14 +503,25 @@ def clip_noise(seed, clips, device="cpu"):
     return noise
 
 
-def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, noise=None, seed=0, **cond):
+def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0, noise=None, seed=0,
+             **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask, previous. noise is a clip_noise; by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
-    denoise = partial(denoiser if unguided else guided(denoiser, guidance), **cond)
+    denoise = partial(denoiser if unguided else guided(denoiser, guidance, rescale), **cond)
     x = sigmas[0].item() * noise(*shape[1:])
     return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
+
+
+def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
+    """How sure the model is of what a condition leads to: exp(-v), (B,), v the variance among
+    `ensemble` clips from different noise, mean over all pixels (Vista's reward of actions: 5 clips
+    of 10 steps). Compare conditions by equal seeds, so equal noise. Arguments as in generate."""
+    if ensemble < 2:
+        raise ValueError(f"ensemble is {ensemble}: a variance needs 2 clips or more")
+    clips = [generate(denoiser, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
+    return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
