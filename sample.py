@@ -35,6 +35,9 @@ def main(argv=None):
     p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
+    p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
+                   help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
+    p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="another seed, other videos; video i depends on (seed, i) alone")
@@ -61,6 +64,9 @@ def main(argv=None):
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
         if value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
+    if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
+        raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
+    guidance = dict(constant=o.guidance, ramp=vdm.ramp(1, o.guidance, T), triangle=vdm.triangle(1, o.guidance, T))
 
     if o.reconstruction and (o.reconstruction < 0 or o.guidance != 1 or config.previous or not o.context and length <= T):
         raise ValueError(f"--reconstruction is {o.reconstruction:g}: it needs a weight above 0, frames to go on from "
@@ -118,7 +124,7 @@ def main(argv=None):
         clips = range(i, min(i + o.batch, o.n))
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
-        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance,
+        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale,
                        reconstruction=o.reconstruction)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import types
+from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -338,6 +339,96 @@ def test_joint_loss_is_its_two_terms():
     close(parts["error_given"], given.mean((1, 2, 3, 4)))
 
 
+def test_dynamics_weight():
+    """Loops over everything; a clip that is right everywhere, and one of a single frame, weigh 1."""
+    estimate, clean = torch.randn(2, 2, 4, 3, 5, 2)
+    moved = lambda x, b, t, c, h, w: (x[b, t, c, h, w] - x[b, t - 1, c, h, w]).item()
+    for toy in (False, True):
+        got = vdm.dynamics_weight(estimate, clean, toy)
+        assert (got[:, 0] == 1).all() and got.shape == clean.shape
+        for b, c in np.ndindex(2, 3):
+            at = [(b, t + 1, c, h, w) for t, h, w in np.ndindex(3, 5, 2)]
+            delta = [(moved(clean, *i) - moved(estimate, *i)) ** 2 for i in at]
+            size = sum(delta) / 30 if toy else math.sqrt(sum(d ** 2 for d in delta))
+            for i, d in zip(at, delta):
+                assert got[i].item() == pytest.approx(1 + d / size, rel=1e-5)
+        assert (vdm.dynamics_weight(clean.round() + 1, clean.round(), toy) == 1).all()
+        assert (vdm.dynamics_weight(estimate[:, :1], clean[:, :1], toy) == 1).all()
+
+
+@cases("shape, printed", [((16, 16, 16), 0.0093), ((16, 8, 8), 0.019), ((25, 40, 72), 0.0022)])
+def test_dynamics_weight_of_gaussian_errors(shape, printed):
+    """What is added is 1 / sqrt(3 n) on average for n = (T - 1) H W equal normal errors, whose mean
+    square is 1 and whose mean fourth power is 3; toy: 1."""
+    (T, H, W), B = shape, 3_000_000 // math.prod(shape)
+    estimate, clean = torch.randn(2, B, T, 1, H, W)
+    mean = (vdm.dynamics_weight(estimate, clean)[:, 1:] - 1).mean().item()
+    assert mean == pytest.approx(printed, rel=0.03)
+    assert mean == pytest.approx((3 * (T - 1) * H * W) ** -0.5, rel=0.03)
+    assert vdm.dynamics_weight(estimate, clean, toy=True)[:, 1:].mean().item() == pytest.approx(2)
+
+
+def kept(H, W):
+    """Vista's mask in exact fractions, frequency 0 in the middle: 1 is kept, 0 removed."""
+    mask = np.ones((H, W))
+    for h, w in np.ndindex(H, W):
+        f, g = Fraction(2 * (h - H // 2), H), Fraction(2 * (w - W // 2), W)
+        mask[h, w] = f ** 2 + g ** 2 > Fraction(1, 2)
+    return mask
+
+
+@cases("H, W", [(4, 4), (8, 8), (16, 12), (20, 20), (52, 52), (7, 9), (9, 4)])
+def test_high_pass(H, W):
+    """numpy's FFT in double precision; bfloat16, under autocast or not, is filtered in float32.
+    4 x 4 loses 56 % of its frequencies, larger frames 39 %."""
+    x = torch.randn(2, 3, 2, H, W)
+    spectrum = np.fft.fftshift(np.fft.fft2(x.double().numpy()), (-2, -1)) * kept(H, W)
+    want = np.fft.ifft2(np.fft.ifftshift(spectrum, (-2, -1)))
+    assert np.abs(want.imag).max() < 1e-12
+    close(vdm.high_pass(x), torch.tensor(want.real, dtype=torch.float32), rtol=0, atol=1e-5)
+    half, want = x.bfloat16(), vdm.high_pass(x.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vdm.high_pass(half), want)
+    assert torch.equal(vdm.high_pass(half), want)
+    point = torch.zeros(H, W)
+    point[0, 0] = 1                                                    # its spectrum is the mask
+    removed = (np.abs(np.fft.fft2(vdm.high_pass(point).numpy())) < 0.5).mean()
+    assert removed == (kept(H, W) == 0).mean()
+    if H in (4, 52):
+        assert removed == pytest.approx({4: 0.5625, 52: 0.39}[H], abs=0.01)
+
+
+def test_vistas_losses():
+    """With x0 weights the estimate is what the network says. Structure is a spectral weighting of
+    the error, by Parseval; the weight of dynamics has no gradient; each part is (B,), in all they
+    are the loss."""
+    net, (clean, noise), sigma = Told(2, 3, 2, 8, 6), torch.randn(2, 2, 3, 2, 8, 6), torch.ones(2)
+    loss = partial(vdm.diffusion_loss, vdm.Denoiser(net, "x0"), clean, sigma, noise, "x0")
+    error = (net.out - clean).detach()
+    total, parts = loss(structure=0.3)
+    power = np.abs(np.fft.fftshift(np.fft.fft2(error.double().numpy()), (-2, -1))) ** 2 / 48
+    assert total.item() == pytest.approx((power * (1 + 0.3 * kept(8, 6))).mean(), rel=1e-5)
+    close(parts["structure"], torch.tensor(0.3 * power * kept(8, 6)).mean((1, 2, 3, 4)).float())
+    total, parts = loss(dynamics=0.7)
+    total.backward()
+    weight = 1 + 0.7 * (vdm.dynamics_weight(net.out, clean) - 1)
+    close(net.out.grad, 2 * weight * error / error.numel())
+    close(total, (weight * error ** 2).mean())
+    total, parts = loss(dynamics=2.0, dynamics_toy=True, structure=0.1)
+    close(parts["error"], (error ** 2).mean((1, 2, 3, 4)))
+    extra = 2 * (vdm.dynamics_weight(net.out, clean, toy=True) - 1) * error ** 2
+    close(parts["dynamics"], extra.mean((1, 2, 3, 4)))
+    close(total.detach(), sum(parts.values()).mean())
+    assert [*parts] == ["error", "dynamics", "structure"] and parts["error"].shape == (2,)
+    level = 2 * torch.ones(2, 3)                                       # weight v: 1 + 1 / sigma^2
+    twice = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean, level, noise, "v", dynamics=2.0,
+                               dynamics_toy=True, structure=0.1)[0]
+    close(twice, 1.25 * total)
+    both = vdm.joint_loss(vdm.Denoiser(net, "x0", previous=True), clean, clean, sigma, noise,
+                          structure=0.1)[1]
+    assert [*both] == ["error", "structure", "error_given", "structure_given"]
+
+
 def test_draw_mask():
     """Counts within five standard deviations of the binomial; given frames are the first ones."""
     p = 0.5, 0, 0.2, 0.3
@@ -536,6 +627,8 @@ def test_guidance():
     x, one = torch.zeros(2, 3, 1, 2, 2), torch.ones(2)
     for scale, want in ((1, 5), (0, 2), (2.5, 9.5), (-1, -1)):         # 2 + scale * 3
         assert (vdm.guided(denoise, scale)(x, one, context=x) == want).all()
+    for s in (0, 2.5):                                                 # the transcription, solved
+        assert (vdm.guided(denoise, s)(x, one, context=x) != (5 + s * 5) / (1 + s)).all()
     per_frame = vdm.guided(denoise, torch.tensor([1, 2, 3]))(x, one, context=x)
     assert per_frame[1, :, 0, 0, 1].tolist() == [5, 8, 11]
     given = vdm.guided(denoise, 2)(x, one, context=x, mask=torch.tensor([[1, 0, 0]] * 2))
@@ -585,6 +678,42 @@ def test_reconstruction_guidance_samples_the_conditional(name, double):
     x = vdm.SAMPLERS[name](denoise, 80 * torch.cat([noise, -noise]), karras(150, 0.01, 80))
     assert (x[:, 0] == 2).all() and all(abs(std - 1) < 0.06 for _, std in seen)
     assert abs(x[:, 1].mean() - (M + 0.8 * (2 - M))) < 0.04 and abs(x[:, 1].std() - 0.6) < 0.04
+
+
+def test_ramp_and_triangle():
+    """As printed for SVD (14 frames, 1 to 2.5) and Vista (25 frames, 1 to 2.5 and back); of 16
+    frames the peak is 14/15 of the way; the formula of Vista's code, 2 |v - floor(v + 1/2)|."""
+    rise, hill = vdm.ramp(1.0, 2.5, 14), vdm.triangle(1.0, 2.5, 25)
+    assert rise.tolist() == pytest.approx([1 + 1.5 * i / 13 for i in range(14)])
+    assert hill[[0, 1, 12, 23, 24]].tolist() == pytest.approx([1, 1.125, 2.5, 1.125, 1])
+    assert vdm.triangle(0, 1, 16).max().item() == pytest.approx(0.933, abs=5e-4)
+    for T in range(2, 30):
+        v = np.arange(T) / (T - 1)
+        np.testing.assert_allclose(vdm.triangle(0.5, 3, T), 0.5 + 5 * np.abs(v - np.floor(v + 0.5)),
+                                   atol=1e-5)
+    assert vdm.ramp(1, 3, 1).tolist() == vdm.triangle(1, 3, 1).tolist() == [1]
+    hill = vdm.guided(lambda x, sigma, **cond: torch.full_like(x, 5.0 if cond else 2.0), hill)
+    got = hill(torch.zeros(1, 25, 1, 1, 1), torch.ones(1), context=0).flatten()
+    assert got[[0, 12]].tolist() == pytest.approx([5, 2 + 2.5 * 3])
+
+
+def test_rescale():
+    """Lin et al. 2023, eqs. 15 and 16, by numpy, clip by clip; given frames stay; a guided estimate
+    that is the same everywhere has no standard deviation to divide by, and stays."""
+    cond, free = torch.randn(2, 2, 3, 1, 4, 4) * torch.tensor([1.0, 3.0])[:, None, None, None, None]
+    denoise, sigma = lambda x, sigma, **c: cond if c else free, torch.ones(2)
+    out = (free + 4 * (cond - free)).numpy()
+    for phi in (0.0, 0.7, 1.0):
+        got = vdm.guided(denoise, 4.0, phi)(cond, sigma, context=cond)
+        for b in range(2):
+            want = phi * out[b] * cond[b].numpy().std() / out[b].std() + (1 - phi) * out[b]
+            np.testing.assert_allclose(got[b], want, rtol=1e-4, atol=1e-5)
+    mask = torch.tensor([[0, 1, 0]] * 2)
+    held = vdm.guided(denoise, 4.0, 1.0)(cond, sigma, mask=mask)
+    assert torch.equal(held[:, 1], cond[:, 1]) and torch.equal(held[:, ::2], got[:, ::2])
+    cond = cond.round()                                                # no rounding below
+    free = 2 * cond - 1                                                # 2 cond - free is 1
+    assert (vdm.guided(denoise, 2.0, 0.7)(cond, sigma, context=cond) == 1).all()
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -669,6 +798,44 @@ def test_generate_starts_from_noise_at_sigma_max():
         assert x.std().item() == pytest.approx(80, rel=0.04) and abs(x.mean()) < 4
 
 
+def test_generate_passes_guidance_on():
+    """A single step is the guided estimate of the noise."""
+    denoiser, context, mask = tiny(), torch.randn(2, 3, 1, 4, 4), torch.tensor([[1, 0, 0]] * 2)
+    scale, x = torch.tensor([1.0, 2.0, 3.0]), 9 * vdm.clip_noise(0, range(2))(3, 1, 4, 4)
+    for phi in (0.0, 0.7):
+        got = vdm.generate(denoiser, context.shape, torch.tensor([9.0, 0.0]), "heun", scale, phi,
+                           context=context, mask=mask)
+        want = vdm.guided(denoiser, scale, phi)(x, torch.tensor([9.0, 9.0]), context=context, mask=mask)
+        close(got, want)
+
+
+class Normal(nn.Module):
+    """The exact denoiser of pixels ~ Normal(M, std^2) of their own, std (B,) being the condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, sigma, std=None, beside_the_point=None):
+        std = torch.full_like(sigma, S) if std is None else std
+        return M + (std ** 2 / (std ** 2 + sigma ** 2))[:, None, None, None, None] * (x - M)
+
+
+def test_reward():
+    """exp(-variance) where it is known; higher for the surer condition, untouched by one that
+    changes nothing; each clip's its own."""
+    shape, std, sigmas = (2, 8, 3, 16, 16), torch.tensor([0.2, 0.9]), vdm.karras_sigmas(60)
+    ask = partial(vdm.reward, Normal(), shape, sigmas)
+    assert ask().tolist() == pytest.approx([math.exp(-S ** 2)] * 2, rel=0.02)
+    got = ask(std=std)
+    assert got.tolist() == pytest.approx((-std ** 2).exp().tolist(), rel=0.03) and got[0] > got[1]
+    assert torch.equal(got, ask(std=std, beside_the_point=torch.randn(shape)))
+    assert torch.equal(ask(std=std.flip(0))[0], vdm.reward(Normal(), (1, *shape[1:]), sigmas, std=std[1:])[0])
+    assert not torch.equal(got, ask(std=std, seed=9)) and not torch.equal(got, ask(std=std, ensemble=4))
+    with pytest.raises(ValueError, match="ensemble is 1"):
+        ask(ensemble=1)
+
+
 @cases("sampler", SAMPLERS)
 def test_generate_keeps_the_context_bit_for_bit(sampler):
     """Frames that are given come out as they went in, guided or not, by few steps or more."""
@@ -676,7 +843,7 @@ def test_generate_keeps_the_context_bit_for_bit(sampler):
     for give in GIVES:
         for n, guidance, weight in ((1, 1.0, 0), (4, 1.0, 0), (4, 2.0, 0), (4, 1.0, 2.0)):
             x = vdm.generate(tiny(give=give), context.shape, vdm.karras_sigmas(n, 0.5, 20), sampler, guidance,
-                             reconstruction=weight, context=context, mask=mask)
+                             rescale=0.7, reconstruction=weight, context=context, mask=mask)
             assert torch.equal(x[:, 0], context[:, 0]) and x.isfinite().all()
 
 
@@ -984,6 +1151,12 @@ def test_build_refuses_ways_to_give(wrong, words):
     with pytest.raises(ValueError, match=words):
         vdm.build(vdm.Config(**wrong))
     vdm.build(vdm.Config(give="per_frame", independent=1.0, context=(1,)))   # diffusion forcing
+
+
+def test_build_refuses_strengths_that_are_none():
+    for wrong in (dict(dynamics=-1.0), dict(structure=-0.1), dict(dynamics_toy=True)):
+        with pytest.raises(ValueError, match="neither may be negative, and dynamics_toy needs"):
+            vdm.build(vdm.Config(**wrong))
 
 
 def test_build_names_the_nearest_size():
@@ -1479,6 +1652,16 @@ def test_same_seed_same_weights_other_seed_others(tmp_path, trained):
     assert same(first, again) and not same(first["model"], other["model"])
 
 
+def test_vistas_losses_reach_the_weights(tmp_path):
+    """Each strength, with masks and with whole clips, trains something else than none."""
+    dynamics, structure = ["--dynamics", 1], ["--structure", 0.1]
+    for whole in ([], ["--previous", "--context", 1]):
+        runs = [run_train(tmp_path / f"{len(whole)}-{i}", "--steps", 2, *whole, *flags)["model"] for i, flags in
+                enumerate(([], dynamics, structure, dynamics + structure, dynamics + ["--dynamics-toy"]))]
+        assert all(w.isfinite().all() for run in runs for w in run.values())
+        assert not any(same(runs[i], runs[j]) for i in range(5) for j in range(i))
+
+
 def test_muon_steps_are_orthogonal():
     """By the SVD of the gradient: the step has its singular vectors, and singular values that are all
     near 1 (0.7 to 1.2, Jordan et al. 2024) times the rate; matrices of one shape do not mix."""
@@ -1551,6 +1734,17 @@ def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
     given = vdm.read_video(tmp_path / "clip.npy")[-2:]           # the model was trained on two given frames
     assert (videos[0][:2] - given).abs().mean() < 0.05           # what H.264 loses
     assert (videos[0][2:] - videos[1][2:]).abs().mean() > 0.0001
+
+
+def test_sample_guidance(trained, tmp_path, monkeypatch):
+    """What the flags say is what generate is told: in a window of 4 frames the thirds of 1 to 2.5."""
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))
+    told, generate = [], vdm.generate
+    monkeypatch.setattr(vdm, "generate", lambda *args, **options: told.append(options) or generate(*args, **options))
+    for shape, want in dict(constant=2.5, ramp=[1, 1.5, 2, 2.5], triangle=[1, 2, 2, 1]).items():
+        run_sample(trained, tmp_path / f"{shape}.mp4", "--n", 1, "--context", tmp_path / "clip.npy",
+                   "--guidance", 2.5, "--guidance-shape", shape, "--rescale", 0.6)
+        assert torch.as_tensor(told[-1]["guidance"]).tolist() == pytest.approx(want) and told[-1]["rescale"] == 0.6
 
 
 def test_sample_interpolates(tmp_path):
@@ -1657,6 +1851,9 @@ def test_training_levels_per_frame(tmp_path, monkeypatch):
     (["--reconstruction", "1"], "needs a weight above 0, frames to go on from"),
     (["--reconstruction", "1", "--length", "9", "--guidance", "2"], "no --guidance"),
     (["--reconstruction", "-1", "--length", "9"], "reconstruction is -1: it needs a weight above 0"),
+    (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
+    (["--rescale", "0.7"], "need a --guidance other than 1"),
+    (["--guidance-shape", "ramp"], "--guidance-shape need a --guidance other than 1"),
     (["--n", "0"], "--n is 0"), (["--out", "x.wmv"], "mp4 or .gif"), (["--device", "quantum"], "--device quantum"),
 ])
 def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):

@@ -140,7 +140,8 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     if config.independent:
         u = vdm.independent_levels(u, config.frames, config.independent)                             # (B, T)
     sigma = vdm.noise_schedule(config)(u).to(device)
-    options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma)
+    options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma,
+                   dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
     if config.previous:
         previous, clean = clean.chunk(2, 1)
         loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)

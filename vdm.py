@@ -13,7 +13,7 @@ pure noise and let it guess, step by step, a clip that was never there. That is 
 Map    1 Config        every number of a run, and the presets
        2 Noise         schedules sigma(u), offset noise, and what the network is asked to predict
        3 Denoiser      network + scalings + frames that are given -> an estimate of the clean clip
-       4 Losses        the weighted denoising error; PVDM's joint objective
+       4 Losses        the weighted denoising error; Vista's two more; PVDM's joint objective
        5 Samplers      DDPM, DDIM, Heun, DPM-Solver++(2M); DDIM inversion
        6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
@@ -88,6 +88,9 @@ class Config:
     base: int = 0                   # resolution shift: noise as seen at this resolution (0: none)
     weighting: str = "sqrt_snr"     # weight of the error: eps, v, x0, edm, min_snr or sqrt_snr
     gamma: float = 5.0              # min_snr: the largest weight
+    dynamics: float = 0.0           # more weight where the motion is wrong (Vista: 1)
+    dynamics_toy: bool = False      # dynamics: with mean 1, which small frames need to feel it
+    structure: float = 0.0          # weight of the error of edges and texture (Vista: 0.1)
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
@@ -318,15 +321,43 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     return weights[weighting]
 
 
+def dynamics_weight(estimate, clean, toy=False):
+    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 in the first frame, then
+    1 + the squared error of the change since the frame before, which is made a vector of length 1
+    per clip and channel. It has no gradient.
+
+    If n errors are Gaussian this adds 1 / sqrt(3 n) on average, 0.007 for 8 frames of 32 x 32, so
+    that only the few worst places gain. toy, which is ours: mean 1 instead of length 1."""
+    wrong = (estimate - clean).detach().float().diff(dim=1) ** 2               # (B, T - 1, C, H, W)
+    size = wrong.mean((1, 3, 4), True) if toy else wrong.norm(2, (1, 3, 4), True)  # (B, 1, C, 1, 1)
+    return 1 + F.pad(wrong / size.clamp(min=1e-12), (0,) * 6 + (1, 0))
+
+
+def high_pass(x, cut=0.25):
+    """Edges and texture of every frame of x (..., H, W), float32: without the frequencies (f, g)
+    where f^2 + g^2 <= 2 cut, 1 being the highest on an axis (Vista: 39 % of them, the mean too).
+    Any H and W; Vista's own mask is half a step off centre if one is odd."""
+    f, g = torch.fft.fftfreq(x.shape[-2], 0.5), torch.fft.rfftfreq(x.shape[-1], 0.5)
+    keep = f[:, None] ** 2 + g ** 2 > 2 * cut + 1e-6        # (H, W // 2 + 1); rounding moves no tie
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * keep.to(x.device), x.shape[-2:])
+
+
 def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.5, gamma=5.0,
-                   **cond):
+                   dynamics=0.0, dynamics_toy=False, structure=0.0, **cond):
     """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
-    scalar, and its parts by name: `error`, of sigma's shape, the plain squared error. clean and
-    noise are (B, T, C, H, W), sigma (B,) or (B, T). Prediction: pass context=clean and a mask."""
+    scalar, and by name its parts, of sigma's shape, whose sum the weight multiplies: `error`, the
+    plain squared error, and what Vista adds at these strengths, `dynamics` and `structure`. clean
+    and noise are (B, T, C, H, W), sigma (B,) or (B, T). Prediction: pass context=clean, a mask."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
-    error = (estimate - clean) ** 2                                                # (B, T, C, H, W)
-    loss = (expand(loss_weight(sigma, weighting, sigma_data, gamma), clean) * error).mean()
-    return loss, dict(error=error.detach().flatten(sigma.ndim).mean(-1))
+    parts = dict(error=(estimate - clean) ** 2)                                    # (B, T, C, H, W)
+    if dynamics:
+        extra = dynamics * (dynamics_weight(estimate, clean, dynamics_toy) - 1)
+        parts["dynamics"] = extra * parts["error"]
+    if structure:                                       # linear: that of the difference is enough
+        parts["structure"] = structure * high_pass(estimate - clean) ** 2
+    weight = expand(loss_weight(sigma, weighting, sigma_data, gamma), clean)
+    loss = (weight * sum(parts.values())).mean()
+    return loss, {name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
 
 
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
@@ -334,7 +365,7 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     that one network both starts a video and continues it. Arguments as in diffusion_loss."""
     given, parts = diffusion_loss(denoiser, clean, sigma, noise, previous=previous, **options)
     free, parts_free = diffusion_loss(denoiser, clean, sigma, noise, **options)
-    parts_free["error_given"] = parts["error"]
+    parts_free |= {f"{name}_given": part for name, part in parts.items()}
     return share * given + (1 - share) * free, parts_free
 
 
@@ -486,15 +517,30 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 # 6. Generation
 # ==================================================================================================
 
-def guided(denoise, scale):
+def ramp(low, high, frames):
+    """Guidance scales (T,) that rise from the first frame to the last in a straight line (SVD)."""
+    return torch.linspace(low, high, frames)
+
+
+def triangle(low, high, frames):
+    """Guidance scales (T,) that rise towards the middle and fall again, so that the windows of long
+    videos do not over-saturate more and more (Vista eq. 9). With an even T none quite is high."""
+    return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
+
+
+def guided(denoise, scale, rescale=0.0):
     """Context guidance: free + scale * (given - free), where free is the estimate without condition
     (Video LDM eq. 4; classifier-free guidance). scale is a number, or one per frame (T,) as in SVD
-    and Vista; 1 is the plain conditional estimate, 0 the unconditional one."""
+    and Vista; 1 is the plain conditional estimate, 0 the unconditional one. Guidance raises
+    contrast; rescale, from 0 to 1, takes that share of the way back to the standard deviation of
+    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7)."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
 
     def guided_denoise(x, sigma, **cond):
         given, free = denoise(x, sigma, **cond), denoise(x, sigma)
         out = free + scale.to(x) * (given - free)                                  # (B, T, C, H, W)
+        want, std = (e.std((1, 2, 3, 4), keepdim=True) for e in (given, out))      # (B, 1, 1, 1, 1)
+        out = out * (1 + rescale * torch.where(std > 1e-6, want / std - 1, 0))
         if cond.get("mask") is None:
             return out
         return torch.where(expand(cond["mask"], x) == 1, given, out)    # given frames stay the same
@@ -534,8 +580,8 @@ def clip_noise(seed, clips, device="cpu"):
     return noise
 
 
-def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, noise=None, seed=0,
-             reconstruction=0.0, **cond):
+def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
+             reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask, previous; with reconstruction > 0, context and mask go to
     reconstruction_guided, as its weight. noise is a clip_noise; by default of clips 0 ... B - 1."""
@@ -544,9 +590,19 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, noise=None, 
     if reconstruction and cond:
         denoise = reconstruction_guided(denoiser, weight=reconstruction, **cond)
     else:
-        denoise = partial(denoiser if unguided else guided(denoiser, guidance), **cond)
+        denoise = partial(denoiser if unguided else guided(denoiser, guidance, rescale), **cond)
     x = sigmas[0].item() * noise(*shape[1:])
     return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
+
+
+def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
+    """How sure the model is of what a condition leads to: exp(-v), (B,), v the variance among
+    `ensemble` clips from different noise, mean over all pixels (Vista's reward of actions: 5 clips
+    of 10 steps). Compare conditions by equal seeds, so equal noise. Arguments as in generate."""
+    if ensemble < 2:
+        raise ValueError(f"ensemble is {ensemble}: a variance needs 2 clips or more")
+    clips = [generate(denoiser, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
+    return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
@@ -1229,7 +1285,11 @@ def build(config):
              config.previous and own, "without single given frames (previous=True, or context 1.0) "
              "neither give nor context_noise does anything: leave them out"),
             (noisy < 0 or not 0 <= own <= 1, f"context_noise is {noisy} and independent {own}: "
-             "expected 0 or more, and 0 to 1")):
+             "expected 0 or more, and 0 to 1"),
+            (min(config.dynamics, config.structure) < 0
+             or config.dynamics_toy and not config.dynamics,
+             f"dynamics is {config.dynamics} and structure {config.structure}: neither may be "
+             "negative, and dynamics_toy needs dynamics above 0")):
         if wrong:
             raise ValueError(sentence)
     noise_schedule(config)
