@@ -4,6 +4,7 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py                                            16 clips from the newest run under out/
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
+    python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive)
     python sample.py --context clip.mp4 --interpolate 4         put 3 new frames between each two of a clip
 """
 
@@ -12,11 +13,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import vdm
 from train import Parser, pick_device, pick_dtype
+
+
+def read_actions(text, config):
+    """Letters of vdm.Drive, or the name of an .npy file of numbers -> actions (T, A)."""
+    if text.endswith(".npy"):
+        actions = np.load(text).astype(np.float32)                     # a missing or damaged one says so itself
+    else:
+        if not text or set(text) - set(vdm.Drive.KEYS):
+            raise ValueError(f"--actions is {text!r}, expected letters of {vdm.Drive.KEYS}, or the name of an .npy file")
+        actions = vdm.Drive.ACTIONS[[vdm.Drive.KEYS.index(letter) for letter in text]]
+    if actions.ndim != 2 or actions.shape[1] != sum(config.actions):
+        raise ValueError(f"--actions {text} is of shape {actions.shape}, but the model was trained on "
+                         f"{sum(config.actions)} numbers per frame")
+    return torch.from_numpy(actions)
 
 
 def main(argv=None):
@@ -27,8 +43,10 @@ def main(argv=None):
     p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
     p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
     p.add_argument("--interpolate", type=int, help="how many times as many frames to make of --context (train with --task any)")
+    p.add_argument("--actions", help="one per frame: L, S, R, X for left, straight, right, stop; or an .npy file (T, A)")
+    p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
-    p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
+    p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates all that is given (1)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="another seed, other videos; video i depends on (seed, i) alone")
@@ -49,7 +67,13 @@ def main(argv=None):
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)
     denoiser.to(device)
-    T, length = config.frames, o.length or config.frames
+    if o.label is not None and not 0 <= o.label < config.labels:
+        raise ValueError(f"--label is {o.label}, but {o.checkpoint} knows {config.labels} labels, counted from 0")
+    actions = None if o.actions is None else read_actions(o.actions, config)                   # (length, A)
+    T, length = config.frames, o.length or (config.frames if actions is None else len(actions))
+    if actions is not None and (len(actions) != length or o.interpolate):
+        raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: one is needed for each frame (and "
+                         "none with --interpolate)")
     steps, sampler = o.steps or config.sampling_steps, o.sampler or config.sampler
     overlap = min(config.overlap, T) if o.overlap is None else o.overlap
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
@@ -90,6 +114,10 @@ def main(argv=None):
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
         options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=o.guidance)
+        if o.label is not None:
+            options["label"] = torch.full((len(clips),), o.label, device=device)
+        if actions is not None:
+            options["action"] = actions.expand(len(clips), *actions.shape)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
                 stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)]
