@@ -235,10 +235,10 @@ def main(argv=None):
     if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
         raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
                          f"and actions {data.actions}")
-    told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
     torch.manual_seed(options.seed)
     denoiser = vdm.build(config).to(device)
     ema = vdm.EMA(denoiser, config.ema)
+    told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
     optimizers = make_optimizers(config, denoiser.net, dtype)
     if state:
         denoiser.load_state_dict(state["model"])

@@ -1010,7 +1010,7 @@ class Drive:
             explained = left < new[:, :, 0].var(2) * new.shape[3] / 3
             costs.append(np.where(near & explained, left, np.inf))
         commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
-        told = commands if action is None else np.array(action)[:, 1:, :4].argmax(2)
+        told = commands if action is None else action[:, 1:, :4].argmax(2).cpu().numpy()
         obeys = (commands == told) & (commands >= 0)
         return dict(commands=commands, obeys=obeys, passed=obeys.all(1))
 
