@@ -24,7 +24,10 @@ from train import Parser, pick_device, pick_dtype
 def read_actions(text, config):
     """Letters of vdm.Drive, or the name of an .npy file of numbers -> actions (T, A)."""
     if text.endswith(".npy"):
-        actions = np.load(text).astype(np.float32)                     # a missing or damaged one says so itself
+        try:
+            actions = np.load(text).astype(np.float32)
+        except Exception as e:                                         # each kind of damage has its own
+            raise ValueError(f"--actions {text} cannot be read ({e})") from e
     else:
         if not text or set(text) - set(vdm.Drive.KEYS):
             raise ValueError(f"--actions is {text!r}, expected letters of {vdm.Drive.KEYS}, or the name of an .npy file")
@@ -71,9 +74,8 @@ def main(argv=None):
         raise ValueError(f"--label is {o.label}, but {o.checkpoint} knows {config.labels} labels, counted from 0")
     actions = None if o.actions is None else read_actions(o.actions, config)                   # (length, A)
     T, length = config.frames, o.length or (config.frames if actions is None else len(actions))
-    if actions is not None and (len(actions) != length or o.interpolate):
-        raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: one is needed for each frame (and "
-                         "none with --interpolate)")
+    if actions is not None and len(actions) != length:
+        raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: each frame needs one")
     steps, sampler = o.steps or config.sampling_steps, o.sampler or config.sampler
     overlap = min(config.overlap, T) if o.overlap is None else o.overlap
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
@@ -87,9 +89,9 @@ def main(argv=None):
         trained = []                                                   # neither the first frames alone nor more of them
     context = None
     if o.interpolate is not None:
-        if not o.context or o.length or config.task != "any":
-            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length, and a model trained with "
-                             f"--task any ({o.checkpoint} has --task {config.task})")
+        if not o.context or o.length or o.actions or config.task != "any":
+            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model "
+                             f"trained with --task any ({o.checkpoint} has --task {config.task})")
         context = vdm.read_video(o.context, config.size, config.channels)[-(o.context_frames or 0):]     # (K, C, H, W)
         length = o.interpolate * (len(context) - 1) + 1
     elif o.context:

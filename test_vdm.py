@@ -1338,7 +1338,7 @@ def test_actions_beside_a_clip(tmp_path):
     assert "11 files" in data.report and "5 clips used, 7 skipped" in data.report
     for name in (*wrong, "zero"):
         assert re.search(rf"skipped .*{name}.actions.npy: \S", data.report), name
-    assert "short.actions.npy: (1, 11, 2) is not clips, frames [12], 2 finite numbers" in data.report
+    assert "short.actions.npy: (1, 11, 2) is not 1 clips x 12 frames x 2 finite numbers" in data.report
     items = [data[i] for i in range(25)]
     for item in items:
         shown, action = brightness(vdm.to_uint8(item["video"])), item["action"]
@@ -1585,11 +1585,14 @@ def test_sample_drives(driver, tmp_path, capsys):
     (["--actions", "LSRQ"], "--actions is 'LSRQ', expected letters of LSRX"), (["--actions", ""], "is '', expected letters"),
     (["--actions", "LSR", "--length", "4"], "--actions has 3 frames, but --length is 4"),
     (["--actions", "bad.npy"], r"bad.npy is of shape \(3, 5\), but .* on 6 numbers per frame"),
+    (["--actions", "empty.npy"], "--actions empty.npy cannot be read"), (["--actions", "no.npy"], "no.npy cannot be read"),
+    (["--actions", "LSRX", "--interpolate", "2", "--context", "bad.npy"], "no --length or --actions"),
     (["--label", "0"], "--label is 0, but .* knows 0 labels"),
 ])
 def test_sample_says_what_is_wrong_with_actions(driver, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     np.save("bad.npy", np.zeros((3, 5)))
+    Path("empty.npy").touch()
     with pytest.raises(ValueError, match=words):
         sample.main([str(driver / "last.pt"), *flags])
 

@@ -131,7 +131,7 @@ def make_optimizers(config, net, dtype):
 
 
 def conditions(batch, config, drop=0.0):
-    """What the model is told of a batch besides frames, label (B,) and action (B, T, A), each withheld with odds `drop`."""
+    """What the model is told of a batch besides frames: label (B,), action (B, T, A), withheld with odds `drop`."""
     told = {}
     if config.labels:
         told["label"] = batch["label"].where(torch.rand(batch["label"].shape) >= drop, -1)

@@ -27,8 +27,7 @@ Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, 
 Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
        context  given frames (B, T, C, H, W)      mask     (B, T), 1 where a frame is given
-       action   (B, T, A), what moved the view to each frame; 0 is withheld
-       label    (B,), the class of a clip; -1 is none
+       label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; 0: withheld
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
 Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 2010.02502
@@ -342,8 +341,7 @@ def drop_modes(action, sizes, rates):
     mode on its own, with odds `rates` (one, or one per mode): so guidance has an estimate without
     them, and when sampling any mode may be left out (Vista sec. 3.2)."""
     keep = torch.rand(len(action), len(sizes)) >= torch.as_tensor(rates)               # (B, modes)
-    keep = keep.repeat_interleave(torch.tensor(sizes), 1).to(action)                        # (B, A)
-    return action * keep[:, None]                                                        # (B, T, A)
+    return action * keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action)   # (B, T, A)
 
 
 # ==================================================================================================
@@ -475,8 +473,8 @@ def clip_noise(seed, clips, device="cpu"):
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
-    context and mask, previous, label, action. noise is a clip_noise; by default that of clips
-    0 ... B - 1."""
+    context and mask, previous, label, action. noise: a clip_noise; else that of clips 0 ... B - 1.
+    """
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
     denoise = partial(denoiser if unguided else guided(denoiser, guidance), **cond)
@@ -492,8 +490,7 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     Each window is given the last `overlap` frames so far (Video LDM, Vista) or, if the denoiser
     takes one, the whole window before (PVDM; overlap is then not used). context (B, n, C, H, W)
     are frames to start from, which come first. clips are clip numbers: they fix the noise. action
-    (B, length, A) is for all frames, those of context too; what a last window has beyond it is 0.
-    """
+    is (B, length, A), with that of the frames of context; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
@@ -709,9 +706,8 @@ class PerFrame(nn.Module):
 class VideoUNet(nn.Module):
     """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
     the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
-    `labels`, -1 for none; action (B, T, `actions`) is one vector per frame, 0 where it is withheld.
-    Each is added to the embedded noise level by way of a layer that starts at 0: a fresh network
-    does not heed them, and one trained without them may learn them (Vista sec. 3.2).
+    `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
+    to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on the way
     down (one more on the way up); attention the downsampling factors with attention, joint those of
@@ -995,7 +991,7 @@ class Drive:
         obeys     (B, T - 1), if that is the command in action (B, T, 6); without one, any command
         passed    (B,), if all frames do"""
         v = torch.as_tensor(videos).float().cpu().numpy()
-        x = np.stack([v, *np.gradient(v, axis=(3, 4))], 2)                     # (B, T, 3, 3, H, W)
+        x = np.stack([v, *np.gradient(v, axis=(3, 4))], 2)       # (B, T, 3, 3, H, W), with slopes
         m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
         new = x[:, 1:, ..., m:-m, m:-m].reshape(*x[:, 1:].shape[:3], -1)          # (B, T - 1, 3, n)
         costs = []
@@ -1003,12 +999,12 @@ class Drive:
             shift = move.round().astype(int)
             old = np.roll(x, -shift, (4, 5))[:, :-1, ..., m:-m, m:-m].reshape(new.shape)
             change, slope = (new - old)[:, :, :1], (new + old)[:, :, 1:] / 2
-            right = slope @ change.mT                                           # (B, T - 1, 2, 1)
-            rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), right)   # beyond the shift
-            left = (change ** 2).sum((2, 3)) - (rest * right).sum((2, 3))               # (B, T - 1)
+            along = slope @ change.mT                                           # (B, T - 1, 2, 1)
+            rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)   # beyond the shift
+            error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))              # (B, T - 1)
             near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
-            explained = left < new[:, :, 0].var(2) * new.shape[3] / 3
-            costs.append(np.where(near & explained, left, np.inf))
+            explained = error < new[:, :, 0].var(2) * new.shape[3] / 3
+            costs.append(np.where(near & explained, error, np.inf))
         commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
         told = commands if action is None else action[:, 1:, :4].argmax(2).cpu().numpy()
         obeys = (commands == told) & (commands >= 0)
@@ -1196,9 +1192,10 @@ class VideoFolder:
         try:
             x = np.load(path).astype(np.float32)
             x = x if x.ndim == 3 else x[None]                                          # (N, T, A)
-            A, lengths = self.actions or x.shape[-1:], [len(clip) for clip in clips]
-            if [a.shape for a in x] != [(n, *A) for n in lengths] or not np.isfinite(x).all():
-                raise ValueError(f"{x.shape} is not clips, frames {lengths}, {A[0]} finite numbers")
+            A = self.actions or x.shape[-1:]
+            if [a.shape for a in x] != [(len(c), *A) for c in clips] or not np.isfinite(x).all():
+                raise ValueError(f"{x.shape} is not {len(clips)} clips x {len(clips[0])} frames x "
+                                 f"{A[0]} finite numbers")
         except Exception as error:
             raise ValueError(f"{path}: {error}") from error
         self.actions = A
