@@ -4,6 +4,7 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py                                            16 clips from the newest run under out/
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
+    python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive)
     python sample.py --context clip.mp4 --interpolate 4         put 3 new frames between each two of a clip
     python sample.py --context clip.mp4 --reconstruction 2      the same by a model that was never trained to go on
 
@@ -15,11 +16,29 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import vdm
 from train import Parser, pick_device, pick_dtype
+
+
+def read_actions(text, config):
+    """Letters of vdm.Drive, or the name of an .npy file of numbers -> actions (T, A)."""
+    if text.endswith(".npy"):
+        try:
+            actions = np.load(text).astype(np.float32)
+        except Exception as e:                                         # each kind of damage has its own
+            raise ValueError(f"--actions {text} cannot be read ({e})") from e
+    else:
+        if not text or set(text) - set(vdm.Drive.KEYS):
+            raise ValueError(f"--actions is {text!r}, expected letters of {vdm.Drive.KEYS}, or the name of an .npy file")
+        actions = vdm.Drive.ACTIONS[[vdm.Drive.KEYS.index(letter) for letter in text]]
+    if actions.ndim != 2 or actions.shape[1] != sum(config.actions):
+        raise ValueError(f"--actions {text} is of shape {actions.shape}, but the model was trained on "
+                         f"{sum(config.actions)} numbers per frame")
+    return torch.from_numpy(actions)
 
 
 def main(argv=None):
@@ -33,8 +52,10 @@ def main(argv=None):
     p.add_argument("--context-noise", type=float, help="sigma of noise on given frames, up to the one trained with (default: 0, "
                    "or half of that with --task image and upsample)")
     p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
+    p.add_argument("--actions", help="one per frame: L, S, R, X for left, straight, right, stop; or an .npy file (T, A)")
+    p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
-    p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates the given frames (1)")
+    p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates all that is given (1)")
     p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
@@ -58,7 +79,12 @@ def main(argv=None):
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)
     denoiser.to(device)
-    T, length = config.frames, o.length or config.frames
+    if o.label is not None and not 0 <= o.label < config.labels:
+        raise ValueError(f"--label is {o.label}, but {o.checkpoint} knows {config.labels} labels, counted from 0")
+    actions = None if o.actions is None else read_actions(o.actions, config)                   # (length, A)
+    T, length = config.frames, o.length or (config.frames if actions is None else len(actions))
+    if actions is not None and len(actions) != length:
+        raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: each frame needs one")
     steps, sampler = o.steps or config.sampling_steps, o.sampler or config.sampler
     overlap = min(config.overlap, T) if o.overlap is None else o.overlap
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
@@ -88,9 +114,9 @@ def main(argv=None):
                          f"{o.checkpoint} was trained with")
     context = None
     if o.interpolate is not None:
-        if not o.context or o.length or not anything:
-            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length, and a model trained with "
-                             f"--task any ({o.checkpoint} has --task {config.task})")
+        if not o.context or o.length or o.actions or not anything:
+            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model "
+                             f"trained with --task any ({o.checkpoint} has --task {config.task})")
         context = vdm.read_video(o.context, config.size, config.channels)[-(o.context_frames or 0):]     # (K, C, H, W)
         length = o.interpolate * (len(context) - 1) + 1
     elif hints:
@@ -126,6 +152,10 @@ def main(argv=None):
         shape, pieces = (len(clips), T, config.channels, *config.size), []
         options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale,
                        reconstruction=o.reconstruction)
+        if o.label is not None:
+            options["label"] = torch.full((len(clips),), o.label, device=device)
+        if actions is not None:
+            options["action"] = actions.expand(len(clips), *actions.shape)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
                 stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)]

@@ -620,6 +620,65 @@ def test_conditions_change_the_answer():
         tiny()(x, torch.ones(2), previous=previous)
 
 
+def told(labels=3, actions=2):
+    """A network with random weights, but for those that its label and action go through."""
+    net = vdm.VideoUNet(3, 1, 8, (1, 2), head_dim=8, labels=labels, actions=actions)
+    fresh = {k: v.clone() for k, v in net.state_dict().items() if "embed_" in k}
+    randomize(net).load_state_dict(fresh, strict=False)
+    return vdm.Denoiser(net)
+
+
+def test_label_and_action_start_as_nothing_and_learn_at_once():
+    """The same answer bit for bit; gradient in the first step, except for the row of no label."""
+    denoiser, x, one = told(), torch.randn(3, 4, 1, 4, 4), torch.ones(3)
+    cond = dict(label=torch.tensor([-1, 0, 2]), action=torch.randn(3, 4, 2))
+    got = denoiser(x, one, **cond)
+    assert torch.equal(got, denoiser(x, one)) and got.std() > 0.1
+    got.square().mean().backward()
+    rows = denoiser.net.embed_label.weight.grad.abs().amax(1)          # of -1, 0, 1, 2
+    assert (rows > 1e-6).tolist() == [False, True, False, True] and rows[0] == 0
+    assert (denoiser.net.embed_action.weight.grad.abs().amax(0) > 1e-6).all()
+
+
+def test_label_and_action_change_the_answer():
+    """Each frame heeds its own action; -1 and 0 are none; a network built without either says so."""
+    denoiser, x, one = told(), torch.randn(2, 4, 1, 4, 4), torch.ones(2)
+    nn.init.normal_(denoiser.net.embed_action.weight)
+    nn.init.normal_(denoiser.net.embed_label.weight[1:])
+    free, action = denoiser(x, one), torch.randn(2, 4, 2)
+    assert torch.equal(free, denoiser(x, one, label=torch.tensor([-1, -1]), action=0 * action))
+    moved = denoiser(x, one, action=action) - free
+    assert (moved.abs().amax((2, 3, 4)) > 1e-3).all()
+    action[:, 2] = 0                                   # gates are closed: frames are on their own
+    less = denoiser(x, one, action=action) - free
+    assert (less[:, 2] == 0).all() and torch.equal(less[:, [0, 1, 3]], moved[:, [0, 1, 3]])
+    labels = torch.stack([denoiser(x[:1], one[:1], label=torch.tensor([k])) for k in (-1, 0, 1, 2)])
+    assert (torch.pdist(labels.flatten(1)) > 1e-2).all()
+    both = dict(label=torch.tensor([0, 1]), action=action)
+    close(vdm.guided(denoiser, 3.0)(x, one, **both), 3 * denoiser(x, one, **both) - 2 * free,
+          rtol=1e-4, atol=1e-4)
+    for name, given in both.items():
+        with pytest.raises(ValueError, match=f"{name} was given, but .* {name}s=0"):
+            told(labels=0, actions=0)(x, one, **{name: given})
+
+
+def test_modes_are_dropped_at_their_rates_each_on_its_own():
+    """By counting 20,000 clips of ones: whole modes, whole clips, pairs as often as chance has it."""
+    sizes, rates = (2, 1, 3), (0.1, 0.5, 0.9)
+    got = vdm.drop_modes(torch.ones(20_000, 3, 6), sizes, rates)
+    assert (got == got[:, :1]).all() and (got[..., 0] == got[..., 1]).all()
+    assert (got[..., 3:] == got[..., 3:4]).all() and set(got.unique().tolist()) == {0, 1}
+    gone = (got[:, 0, [0, 2, 3]] == 0).double()                        # (clips, modes)
+    both = gone.T @ gone / len(gone)
+    for i, j in ((i, j) for i in range(3) for j in range(3)):
+        assert abs(both[i, j] - rates[i] * (rates[j] if i != j else 1)) < 0.015
+    one = (vdm.drop_modes(torch.ones(20_000, 1, 6), sizes, 0.15) == 0).double().mean((0, 1))
+    assert (one - 0.15).abs().max() < 0.015
+    clip = torch.randn(5, 3, 6)
+    assert torch.equal(vdm.drop_modes(clip, sizes, 0.0), clip)
+    assert (vdm.drop_modes(clip, sizes, 1.0) == 0).all()
+
+
 def test_guidance():
     """Video LDM eq. 4 by hand, for a network that says 5 with a condition and 2 without. (Its
     common transcription, f' = f(c) + s (f(c) - f'), would give f' = f(c) = 5 for every scale s.)"""
@@ -904,6 +963,25 @@ def test_rollout_windows(overlap, given):
     spy = Spy()
     next(iter(vdm.rollout(spy, 10 ** 9, (2, 8, 1, 2, 2), sigmas, overlap)))
     assert len(spy.given) == 1                                         # and no more than was asked
+
+
+class Obedient(Spy):
+    """A denoiser whose frames show the number that each is told."""
+
+    def forward(self, x, sigma, action, **given):
+        self.told = action[0, :, 0].tolist()
+        return action[..., None, None].expand_as(x)
+
+
+@cases("previous, overlap, given", [(False, 2, 0), (False, 1, 3), (True, 0, 0), (True, 0, 5)])
+def test_rollout_tells_each_window_its_own_actions(previous, overlap, given):
+    """Frame n is told n, so the video must count; frames that nobody asked for are told 0."""
+    spy, action = Obedient(previous), torch.arange(1.0, 13)[:, None].expand(2, 12, 1)
+    video = rolled(spy, 12, (2, 5, 1, 2, 2), torch.tensor([1.0, 0.0]), overlap,
+                   count(given) if given else None, action=action)
+    assert torch.equal(video, count(12))
+    first = int(spy.told[0])
+    assert spy.told == [n if n <= 12 else 0 for n in range(first, first + 5)] and 0 in spy.told
 
 
 def test_rollout_in_whole_clips():
@@ -1304,6 +1382,101 @@ def test_bounce_is_a_ball_between_walls():
         np.testing.assert_allclose(got, path, atol=0.05)
 
 
+def test_labels_name_kind_and_colour(worlds):
+    """As check, which knows no labels, sees them: 6 times the kind, plus the colour."""
+    got, world = check((8, 1), worlds[8, 1][1]), vdm.MovingShapes(8, seed=3)
+    labels = np.array([world[i]["label"] for i in range(256)])
+    assert (labels == 6 * got["kinds"][:, 0] + got["colors"][:, 0]).mean() > 0.98
+    assert set(labels) == set(range(world.labels)) and "label" not in vdm.MovingShapes(objects=2)[0]
+
+
+# ---- Drive ---------------------------------------------------------------------------------------
+
+COMMANDS = dict(L=(-0.5 ** 0.5, -0.5 ** 0.5), S=(-1, 0), R=(-0.5 ** 0.5, 0.5 ** 0.5), X=(0, 0))
+
+
+def drives(n, *args, **options):
+    items = [vdm.Drive(*args, **options)[i] for i in range(n)]
+    return (torch.stack([item[key] for item in items]) for key in ("video", "action"))
+
+
+def test_drive_actions():
+    """One-hot and motion by hand; each next command stays for 0.7 of times, or is any other."""
+    for k, letter in enumerate(vdm.Drive.KEYS):
+        want = [float(j == k) for j in range(4)] + list(COMMANDS[letter])
+        np.testing.assert_allclose(vdm.Drive.ACTIONS[k], want, rtol=1e-6)
+    action = vdm.Drive(20_000, (1, 1), seed=1)[0]["action"]
+    command = action[:, :4].argmax(1).numpy()
+    assert np.array_equal(action, vdm.Drive.ACTIONS[command])
+    pairs = np.histogram2d(command[:-1], command[1:], 4)[0]
+    odds = pairs / pairs.sum(1, keepdims=True)
+    assert np.abs(odds - (0.7 * np.eye(4) + 0.1 * (1 - np.eye(4)))).max() < 0.02
+    first = [vdm.Drive(1, (1, 1))[i]["action"][0, :4].argmax().item() for i in range(800)]
+    assert np.abs(np.bincount(first) / 800 - 0.25).max() < 0.06
+
+
+@cases("size", [(32, 32), (32, 48)])
+def test_drive_moves_as_its_actions_say(size):
+    """A frame is the one before, seen from action * 2 pixels further on: by torch's bicubic."""
+    video, action = drives(16, 8, size, seed=2)
+    assert video.shape == (16, 8, 3, *size) and video.abs().max() <= 1 and 0.5 < video.std() < 0.8
+    def moved(sign):
+        shift = 2 * sign * action[:, 1:, 4:].reshape(-1, 2)                                 # pixels
+        theta = torch.eye(2, 3).repeat(len(shift), 1, 1)
+        theta[:, :, 2] = shift.flip(1) * 2 / torch.tensor([size[1], size[0]])         # (x, y) in -1, 1
+        old = video[:, :-1].flatten(0, 1)
+        grid = F.affine_grid(theta, old.shape, align_corners=False)
+        seen = F.grid_sample(old, grid, "bicubic", align_corners=False)
+        return (seen - video[:, 1:].flatten(0, 1))[..., 4:-4, 4:-4].abs().mean((1, 2, 3))
+    still = action[:, 1:, 3].flatten() == 1
+    assert moved(1).max() < 0.01 and moved(-1)[still].max() < 1e-5 and moved(-1)[~still].min() > 0.1
+
+
+def test_drive_depends_on_seed_and_index_only():
+    world = vdm.Drive(4, (8, 8), seed=1)
+    world[3]
+    again, others = vdm.Drive(4, (8, 8), seed=1)[7], (world[8], vdm.Drive(4, (8, 8), seed=2)[7])
+    assert all(torch.equal(world[7][k], again[k]) for k in again) and again.keys() == {"video", "action"}
+    assert not any(torch.equal(world[7]["video"], other["video"]) for other in others)
+
+
+@cases("size", [(32, 32), (16, 16), (24, 64)])
+def test_drive_check_knows_right_from_wrong(size):
+    """Clips as they are, and with a little noise; then such as are wrong by construction."""
+    world = vdm.Drive(8, size)
+    clips, action = drives(64, 8, size, seed=5)
+    commands = action[:, 1:, :4].argmax(2).numpy()
+    for good in (clips, clips + 0.1 * torch.randn(clips.shape)):
+        got = world.check(good, action)
+        assert got["obeys"].mean() >= 0.99 and (got["commands"] == commands)[got["obeys"]].all()
+        assert np.array_equal(got["passed"], got["obeys"].all(1))
+    other = torch.cat([action[..., :4].roll(1, 2), action[..., 4:]], 2)
+    assert world.check(clips, other)["obeys"].mean() <= 0.01
+    slow = vdm.Drive(8, size, seed=5)
+    slow.speed /= 2
+    slow = torch.stack([slow[i]["video"] for i in range(64)])
+    scenes = torch.stack([clips.roll(t, 0)[:, t] for t in range(8)], 1)    # each frame of another clip
+    noise, black = torch.rand(clips.shape) * 2 - 1, -torch.ones(clips.shape)
+    for bad in (noise, black, scenes):
+        assert world.check(bad)["obeys"].mean() <= 0.05
+    for bad in (slow, clips.flip(3)):                                  # half as fast, or backwards
+        assert world.check(bad)["obeys"][commands < 3].mean() <= 0.05
+    frozen, mirrored = clips[:, :1].expand_as(clips), clips.flip(4)
+    assert (world.check(frozen)["commands"] == 3).all()
+    assert (world.check(mirrored)["commands"] == np.array([2, 1, 0, 3])[commands]).mean() >= 0.99
+
+
+def test_drive_report():
+    """Every third clip is noise: so two thirds obey, and the shares of commands are those of the rest."""
+    clips, action = drives(60, 6, (16, 16), seed=9)
+    clips[::3] = torch.randn(clips[::3].shape)
+    told = vdm.Drive(6, (16, 16)).report(clips, action)
+    rows = dict(re.findall(r"^ *(\S.*?)  +(\d+)% ", told, re.M))
+    assert re.search("clips that obey +67% +100%", told) and rows["frames that obey"] == "67"
+    left = action[:, 1:, 0][torch.arange(60) % 3 > 0].sum() / (60 * 5)
+    assert abs(float(rows["left"]) - 100 * left) <= 1 and "made   real" in told
+
+
 # ---- the file ------------------------------------------------------------------------------------
 
 SOURCE = Path(vdm.__file__).read_text()
@@ -1531,6 +1704,39 @@ def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
     assert "two.npz: 5 frames are too few, it takes --stride 1 --frames 5" in data.report
 
 
+def test_actions_beside_a_clip(tmp_path):
+    """Frame t shows t and is told (t, k) of clip k; each way to be wrong is skipped with its reason."""
+    told = lambda n, k: np.stack([np.arange(n), np.full(n, k)], 1)
+    (tmp_path / "pictures").mkdir()
+    for t, picture in enumerate(flat(12)):
+        Image.fromarray(picture).save(tmp_path / f"pictures/{t}.png")
+    save(tmp_path / "film.v2.mp4", flat(14), fps=10)
+    np.save(tmp_path / "two.npy", np.stack([flat(12)] * 2))
+    np.save(tmp_path / "bare.npy", flat(12))
+    for name, actions in (("pictures", told(12, 1)), ("film.v2", told(14, 2)),
+                          ("two", np.stack([told(12, 3), told(12, 4)]))):
+        np.save(tmp_path / f"{name}.actions.npy", actions)
+    wrong = dict(short=told(11, 0), flat=np.zeros(12), wide=np.zeros((12, 3)), nan=told(12, np.nan),
+                 text=np.full((12, 2), "left"), code=np.array([print], object))
+    for name, actions in wrong.items():
+        np.save(tmp_path / f"{name}.npy", flat(12))
+        np.save(tmp_path / f"{name}.actions.npy", actions)
+    np.save(tmp_path / "zero.npy", flat(12))
+    (tmp_path / "zero.actions.npy").touch()
+    data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
+    assert "11 files" in data.report and "5 clips used, 7 skipped" in data.report
+    for name in (*wrong, "zero"):
+        assert re.search(rf"skipped .*{name}.actions.npy: \S", data.report), name
+    assert "short.actions.npy: (1, 11, 2) is not 1 clips x 12 frames x 2 finite numbers" in data.report
+    items = [data[i] for i in range(25)]
+    for item in items:
+        shown, action = brightness(vdm.to_uint8(item["video"])), item["action"]
+        bare = (action == 0).all()
+        assert action.dtype == torch.float32 and (bare or action[:, 0].tolist() == shown)
+    assert {item["action"][1, 1].item() for item in items} == {0, 1, 2, 3, 4} and data.actions == (2,)
+    assert vdm.VideoFolder(tmp_path / "bare.npy", 4, (8, 8))[0].keys() == {"video"}
+
+
 def test_range_crop_and_pictures(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     clip = vdm.from_uint8(pixels)
@@ -1622,18 +1828,20 @@ def same(a, b):
 
 
 @cases("flags", [[], ["--optimizer", "adamw", "--dropout", "0.1", "--offset", "0.1"],
-                                   ["--previous", "--context", "1", "--weighting", "min_snr"]])
+                                   ["--previous", "--context", "1", "--weighting", "min_snr"],
+                                   ["--labels", "18", "--drop", "0.5"], ["--data", "drive", "--drop", "0.5"]])
 def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, flags):
     """10 steps = 5, a crash at step 8, resume: weights, averages, optimisers and log, bit for bit."""
     whole = run_train(tmp_path / "whole", "--steps", 10, "--save-every", 5, *flags)
-    get, broken = vdm.MovingShapes.__getitem__, tmp_path / "broken"
+    world, broken = vdm.Drive if "drive" in flags else vdm.MovingShapes, tmp_path / "broken"
+    get = world.__getitem__
 
     def stumble(self, i):
         if i >= 2 * 7:
             raise KeyboardInterrupt
         return get(self, i)
 
-    monkeypatch.setattr(vdm.MovingShapes, "__getitem__", stumble)
+    monkeypatch.setattr(world, "__getitem__", stumble)
     with pytest.raises(SystemExit, match="--resume"):
         run_train(broken, "--steps", 10, "--save-every", 5, *flags)
     assert torch.load(broken / "last.pt", weights_only=True)["step"] == 5
@@ -1708,6 +1916,106 @@ def test_training_on_a_folder_then_sampling(tmp_path, capsys):
     assert "3 clips used" in capsys.readouterr().out
     sample.main([str(tmp_path / "run/last.pt"), "--n", "2", "--device", "cpu", "--out", str(tmp_path / "s.mp4")])
     assert iio.imread(tmp_path / "s.gif").shape[-1] == 3 and (tmp_path / "s/001.mp4").exists()
+
+
+def test_train_tells_labels_and_actions(tmp_path, monkeypatch):
+    """What the loss is told is what the data says, or withheld at the rate that was asked for; with
+    --previous it is told of the second half."""
+    seen, loss = [], vdm.diffusion_loss
+    keep = lambda net, clean, *args, **told: seen.append((clean, told)) or loss(net, clean, *args, **told)
+    monkeypatch.setattr(vdm, "diffusion_loss", keep)
+    common = "--steps", 1, "--batch", 64, "--sampling-steps", 1
+    for data, world, key, rest in (("shapes", vdm.MovingShapes, "label", ["--labels", 18]),
+                                   ("drive", vdm.Drive, "action", []),
+                                   ("drive", vdm.Drive, "action", ["--previous", "--context", 1])):
+        seen.clear()
+        run_train(tmp_path / data / key / str(len(rest)), "--data", data, "--drop", 0.25, *common, *rest)
+        clean, options = seen[-1]
+        items = [world(8 if "--previous" in rest else 4, (16, 16), seed=0)[i] for i in range(64)]
+        assert torch.equal(clean, torch.stack([item["video"][-4:] for item in items]))
+        truth = [torch.as_tensor(item[key]) for item in items]
+        if key == "label":
+            share = np.mean([told == true for told, true in zip(options[key], truth)])
+            assert all(told in (-1, true) for told, true in zip(options[key], truth))
+        else:
+            ones = [torch.equal(told[:, :4], true[-4:, :4]) for told, true in zip(options[key], truth)]
+            share = np.mean(ones)
+            assert all(one or (told[:, :4] == 0).all() for one, told in zip(ones, options[key]))
+        assert 0.55 < share < 0.92                                     # 0.75 of 64, 3.5 deviations
+
+
+def run_loud(out, *flags):
+    """A run whose weights are then random: a label or action cannot be overheard."""
+    state = run_train(out, "--steps", 2, *flags)
+    denoiser = randomize(vdm.build(vdm.Config(**state["config"])), gates=True)
+    if denoiser.net.embed_label:
+        nn.init.zeros_(denoiser.net.embed_label.weight[0])
+    vdm.save(out / "last.pt", **dict(state, ema=denoiser.state_dict()))
+    return out
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    return run_loud(tmp_path_factory.mktemp("drive") / "run", "--data", "drive")
+
+
+def test_sample_drives(driver, tmp_path, capsys):
+    """Letters, or the same numbers in a file, make a video of their length; other letters, another,
+    from the first frame that they change on."""
+    assert json.loads((driver / "config.json").read_text())["actions"] == [4, 2]
+    commands = ["LSR".index(c) if c in "LSR" else 3 for c in "LLSSRRX"]
+    np.save(tmp_path / "a.npy", vdm.Drive.ACTIONS[commands])
+    texts = "LLSSRRX", tmp_path / "a.npy", "LLSSRRL", "XXXXXXX"
+    a, same, end, other = (run_sample(driver, tmp_path / f"{i}.mp4", "--n", 1, "--actions", text)[0]
+                           for i, text in enumerate(texts))
+    assert len(a) == 7 and torch.equal(a, same)
+    assert (a - end)[:4].abs().mean() < 0.002 < (a - end)[6].abs().mean()      # the first window
+    assert (a - other)[0].abs().mean() > 0.002
+    run_sample(driver, tmp_path / "long.mp4", "--n", 1, "--actions", "LSRX", "--length", 4, "--guidance", 2)
+    capsys.readouterr()
+    train.main([*FLAGS, "--out", str(tmp_path / "run"), "--data", "drive", "--steps", "1"])
+    said = capsys.readouterr().out
+    assert "Drive: made in code" in said and re.search(r"frames that obey +\d+% +100%", said)
+    command = re.search(r"python sample.py (.*)", said[said.index("next"):])[1].split()
+    sample.main([*command, "--device", "cpu", "--out", str(tmp_path / "next.mp4")])
+
+
+@cases("flags, words", [
+    (["--actions", "LSRQ"], "--actions is 'LSRQ', expected letters of LSRX"), (["--actions", ""], "is '', expected letters"),
+    (["--actions", "LSR", "--length", "4"], "--actions has 3 frames, but --length is 4"),
+    (["--actions", "bad.npy"], r"bad.npy is of shape \(3, 5\), but .* on 6 numbers per frame"),
+    (["--actions", "empty.npy"], "--actions empty.npy cannot be read"), (["--actions", "no.npy"], "no.npy cannot be read"),
+    (["--actions", "LSRX", "--interpolate", "2", "--context", "bad.npy"], "no --length or --actions"),
+    (["--label", "0"], "--label is 0, but .* knows 0 labels"),
+])
+def test_sample_says_what_is_wrong_with_actions(driver, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    np.save("bad.npy", np.zeros((3, 5)))
+    Path("empty.npy").touch()
+    with pytest.raises(ValueError, match=words):
+        sample.main([str(driver / "last.pt"), *flags])
+
+
+def test_sample_by_label(tmp_path):
+    run = run_loud(tmp_path / "run", "--labels", 18)
+    videos = [run_sample(run, tmp_path / f"{k}.mp4", "--n", 1, *flags)[0]
+              for k, flags in enumerate((["--label", 0], ["--label", 17], ["--label", 17, "--guidance", 0], []))]
+    assert (videos[0] - videos[1]).abs().mean() > 0.002
+    assert (videos[2] - videos[3]).abs().mean() < 0.001                # guidance 0 is as if not told
+    for wrong in (-1, 18):
+        with pytest.raises(ValueError, match=f"--label is {wrong}, but .* knows 18 labels, counted from 0"):
+            run_sample(run, tmp_path / "a.mp4", "--label", wrong)
+
+
+def test_training_on_a_folder_with_actions(tmp_path):
+    """Numbers of a person's own, from the file beside the clip to a video that is told others."""
+    np.save(tmp_path / "clip.npy", flat(9, 16, 16))
+    np.save(tmp_path / "clip.actions.npy", np.random.randn(9, 3))
+    run_train(tmp_path / "run", "--steps", 2, "--data", tmp_path / "clip.npy")
+    np.save(tmp_path / "told.npy", np.zeros((5, 3)))
+    assert len(run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, "--actions", tmp_path / "told.npy")[0]) == 5
+    with pytest.raises(ValueError, match=r"--labels is 0 and --actions \(2, 2\), but the data has 0 labels and actions \(3,\)"):
+        run_train(tmp_path / "other", "--steps", 2, "--data", tmp_path / "clip.npy", "--actions", 2, 2)
 
 
 def run_sample(trained, out, *flags):
@@ -1882,7 +2190,8 @@ def test_a_run_is_never_overwritten(trained):
     (["--kind", "z"], "expected one of eps, v, x0, edm"), (["--weighting", "z"], "expected one of x0, eps"),
     (["--schedule", "z"], "expected one of linear"), (["--sampler", "z"], "expected one of ddpm"),
     (["--head-dim", "48"], "head_dim is 48"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
-    (["--context", "0"], "context is"),
+    (["--context", "0"], "context is"), (["--drop", "2"], "drop 2.0: expected"), (["--actions", "0"], r"actions \(0,\)"),
+    (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
 ])
 def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):
     """As a person would run it: exit code not 0, no traceback, the flag or value named."""

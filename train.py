@@ -2,6 +2,7 @@
 train.py: train a video diffusion model.
 
     python train.py --preset tiny                        a toy world: no data, no download, no GPU
+    python train.py --preset tiny --data drive           another, whose clips obey commands: left, straight, right, stop
     python train.py --preset tiny --data my_videos/      your own files: videos, GIFs, picture folders, arrays
     python train.py --preset tiny --resume               go on where a run was stopped
 
@@ -21,11 +22,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import vdm
 
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
+WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MAY_CHANGE = {"steps", "sampler", "sampling_steps", "sigma_min", "sigma_max", "rho", "overlap", "fps"}   # on --resume
 
 
@@ -38,7 +41,7 @@ def parse(argv):
     """Flags -> (options, Config). The comment beside each field of Config is its --help line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
-    p.add_argument("--data", default="shapes", help="shapes (the toy world), or a file or folder of your own")
+    p.add_argument("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder of your own")
     p.add_argument("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
@@ -53,7 +56,7 @@ def parse(argv):
     for f in dataclasses.fields(vdm.Config):
         flag, default = "--" + f.name.replace("_", "-"), getattr(vdm.PRESETS["tiny"], f.name)
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(nargs="+", type=type(default[0])) if f.type is tuple else dict(type=f.type)
+            dict(nargs="+", type=type((*default, 0)[0])) if f.type is tuple else dict(type=f.type)
         fields.add_argument(flag, default=argparse.SUPPRESS, help=f"{comments[f.name]} ({default})", **kind)
     options = p.parse_args(argv)
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(vdm.Config) if hasattr(options, f.name)}
@@ -127,21 +130,33 @@ def make_optimizers(config, net, dtype):
     return optimizers
 
 
+def conditions(batch, config, drop=0.0):
+    """What the model is told of a batch besides frames: label (B,), action (B, T, A), withheld with odds `drop`."""
+    told = {}
+    if config.labels:
+        told["label"] = batch["label"].where(torch.rand(batch["label"].shape) >= drop, -1)
+    if config.actions:                                                 # with --previous, those of the second half
+        told["action"] = vdm.drop_modes(batch["action"][:, -config.frames:], config.actions, drop)
+    return told
+
+
 def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed):
     """One optimiser step. All randomness follows from (seed, step): resuming needs no generator's state."""
     torch.manual_seed(seed * 1_000_003 + step)
     # batch: frames in [-1, 1]; with --previous, clips of twice the length whose first half is the condition
     began = time.perf_counter()
     indices = range(step * config.batch, (step + 1) * config.batch)
-    clean = torch.stack([data[i]["video"] for i in indices]).to(device)                        # (B, T, C, H, W)
+    batch = default_collate([data[i] for i in indices])
+    clean = batch["video"].to(device)                                                          # (B, T, C, H, W)
     waited = time.perf_counter() - began
-    # noise: its level, its shape, and which frames are given
+    # noise: its level, its shape, and what is given: frames, labels, actions
     u = vdm.stratified(config.batch)                                                                 # (B,)
     if config.independent:
         u = vdm.independent_levels(u, config.frames, config.independent)                             # (B, T)
     sigma = vdm.noise_schedule(config)(u).to(device)
-    options = dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma,
-                   dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
+    options = {name: given.to(device) for name, given in conditions(batch, config, config.drop).items()}
+    options |= dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma,
+                    dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
     if config.previous:
         previous, clean = clean.chunk(2, 1)
         loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
@@ -176,14 +191,15 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
                 error=parts["error"][noisy].cpu())
 
 
-def sample(config, denoiser, n, device, dtype, seed=0):
-    """n clips (n, T, C, H, W) on the CPU, 16 at a time; clip i depends on (seed, i) alone."""
+def sample(config, denoiser, n, device, dtype, seed=0, **told):
+    """n clips (n, T, C, H, W) on the CPU, 16 at a time; clip i depends on (seed, i) and what it is told alone."""
     sigmas, clips = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho), []
     for i in range(0, n, 16):
         shape = (min(16, n - i), config.frames, config.channels, *config.size)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            clips.append(vdm.generate(denoiser, shape, sigmas, config.sampler, noise=noise).cpu())
+            cond = {name: given[i : i + shape[0]].to(device) for name, given in told.items()}
+            clips.append(vdm.generate(denoiser, shape, sigmas, config.sampler, noise=noise, **cond).cpu())
     return torch.cat(clips)
 
 
@@ -218,18 +234,23 @@ def main(argv=None):
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
-    if options.data == "shapes":
+    if options.data in WORLDS:
         if config.channels != 3:
             raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
-        data, held_out = (vdm.MovingShapes(frames, config.size, seed=options.seed + k) for k in (0, 1))
-        print(f"data    MovingShapes: made in code, {frames} frames of {config.size[0]}x{config.size[1]}")
+        data, held_out = (WORLDS[options.data](frames, config.size, seed=options.seed + k) for k in (0, 1))
+        print(f"data    {type(data).__name__}: made in code, {frames} frames of {config.size[0]}x{config.size[1]}")
     else:
-        data = vdm.VideoFolder(options.data, frames, config.size, config.stride, config.channels, options.seed, progress=True)
+        data = held_out = vdm.VideoFolder(options.data, frames, config.size, config.stride, config.channels, options.seed, progress=True)
         config = dataclasses.replace(config, fps=data.fps)
         print(data.report)
+    config = dataclasses.replace(config, actions=config.actions or data.actions)
+    if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
+        raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
+                         f"and actions {data.actions}")
     torch.manual_seed(options.seed)
     denoiser = vdm.build(config).to(device)
     ema = vdm.EMA(denoiser, config.ema)
+    told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
     optimizers = make_optimizers(config, denoiser.net, dtype)
     if state:
         denoiser.load_state_dict(state["model"])
@@ -288,7 +309,7 @@ def main(argv=None):
                          data=options.data, model=denoiser.state_dict(), ema=ema.model.state_dict(),
                          ema_updates=ema.updates, optimizers=[o.state_dict() for o in optimizers])
             if done % sample_every == 0 and done < config.steps:
-                clips = sample(config, ema.model, 6, device, dtype)    # always from the same noise
+                clips = sample(config, ema.model, 6, device, dtype, **told)      # always from the same noise
                 vdm.write_image(out / f"samples/step_{done:06d}.png", vdm.film_strip(clips), 2)
                 vdm.write_video(out / f"samples/step_{done:06d}.gif", vdm.grid(clips), config.fps)
     except KeyboardInterrupt:
@@ -297,7 +318,7 @@ def main(argv=None):
         log.close()
 
     began = time.perf_counter()
-    clips = sample(config, ema.model, options.marks, device, dtype, seed=1)
+    clips = sample(config, ema.model, options.marks, device, dtype, seed=1, **told)
     n = min(8, len(clips))
     files = [vdm.write_image(out / "samples/final.png", vdm.film_strip(clips[:n]), 2),
              vdm.write_video(out / "samples/final.gif", vdm.grid(clips[:16]), config.fps),
@@ -307,9 +328,13 @@ def main(argv=None):
           f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations} evaluations each, averaged weights)")
     if options.data == "shapes":
         print(held_out.report(clips))
+    elif options.data == "drive":
+        print(held_out.report(clips, told["action"][:len(clips)]))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
     longer = config.previous or config.independent or sum(config.context[1:]) and config.task in ("predict", "any")
     told = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
+    if options.data == "drive":
+        told = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
     print(f"next    python sample.py {checkpoint} --n 16{told}")
 
 

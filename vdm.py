@@ -18,7 +18,7 @@ Map    1 Config        every number of a run, and the presets
        6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
        8 EMA           the running average of the weights, which is what one samples from
-       9 World         MovingShapes, a toy world that can mark its own videos
+       9 World         MovingShapes and Drive, toy worlds that can mark their own videos
       10 Video files   read and write them; a dataset from a folder of them
       11 Models        build, save, load
 
@@ -27,6 +27,7 @@ Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, 
 Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
        context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
+       label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; 0: withheld
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
 Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 2010.02502
@@ -102,6 +103,10 @@ class Config:
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
+    # labels and actions
+    labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
+    actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
+    drop: float = 0.15              # odds that the label, and each mode, is withheld in training
     # training
     steps: int = 1400               # optimiser steps
     batch: int = 16                 # clips per step
@@ -250,7 +255,7 @@ def scalings(sigma, kind, sigma_data=0.5):
 # ==================================================================================================
 
 class Denoiser(nn.Module):
-    """forward(x, sigma, context, mask, previous) -> estimate of the clean clip (B, T, C, H, W).
+    """forward(x, sigma, context, mask, previous, **cond) -> the clean estimate (B, T, C, H, W).
 
     x         noisy clip (B, T, C, H, W): clean + sigma * noise
     sigma     (B,), or (B, T) where every frame has its own (diffusion forcing)
@@ -258,6 +263,7 @@ class Denoiser(nn.Module):
               and so has no loss. 0: it is not, context is not read there. Between, a hint: context
               has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
     previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
+    cond      for the network, as it is: label (B,), action (B, T, A)
 
     give says how net(inputs, c_noise), with c_noise (B, T), is shown the context:
 
@@ -276,7 +282,7 @@ class Denoiser(nn.Module):
         self.net, self.kind, self.sigma_data, self.takes_previous = net, kind, sigma_data, previous
         self.give = give
 
-    def forward(self, x, sigma, context=None, mask=None, previous=None):
+    def forward(self, x, sigma, context=None, mask=None, previous=None, **cond):
         if previous is not None and not self.takes_previous:
             raise ValueError("previous was given, but this model was built with previous=False")
         if sigma.ndim == 1:
@@ -296,8 +302,9 @@ class Denoiser(nn.Module):
             inputs += [context, given.expand_as(x[:, :, :1])]
         if self.takes_previous:
             inputs.append(torch.zeros_like(x) if previous is None else previous)
-        told = (mask > 0,) if self.give == "replace" else ()
-        output = self.net(torch.cat(inputs, 2), c_noise, *told).to(x.dtype)        # (B, T, C, H, W)
+        if self.give == "replace":
+            cond["given"] = mask > 0
+        output = self.net(torch.cat(inputs, 2), c_noise, **cond).to(x.dtype)       # (B, T, C, H, W)
         clean = expand(c_skip, x) * x + expand(c_out, x) * output
         return torch.where(given == 1, context, clean)
 
@@ -416,6 +423,14 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
         return context, mask
     hint = torch.arange(mask.shape[1], device=mask.device) >= (task == "image")               # (T,)
     return augment(context, mask, sigma[:, None] * hint, noise)
+
+
+def drop_modes(action, sizes, rates):
+    """Withhold (set to 0) modes of action (B, T, A), A = sum(sizes), whole clips at a time and each
+    mode on its own, with odds `rates` (one, or one per mode): so guidance has an estimate without
+    them, and when sampling any mode may be left out (Vista sec. 3.2)."""
+    keep = torch.rand(len(action), len(sizes)) >= torch.as_tensor(rates)               # (B, modes)
+    return action * keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action)   # (B, T, A)
 
 
 # ==================================================================================================
@@ -583,12 +598,13 @@ def clip_noise(seed, clips, device="cpu"):
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
              reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
-    context and mask, previous; with reconstruction > 0, context and mask go to
-    reconstruction_guided, as its weight. noise is a clip_noise; by default of clips 0 ... B - 1."""
+    context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
+    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
-    if reconstruction and cond:
-        denoise = reconstruction_guided(denoiser, weight=reconstruction, **cond)
+    if reconstruction and "mask" in cond:
+        given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
+        denoise = reconstruction_guided(partial(denoiser, **cond), **given)
     else:
         denoise = partial(denoiser if unguided else guided(denoiser, guidance, rescale), **cond)
     x = sigmas[0].item() * noise(*shape[1:])
@@ -606,7 +622,7 @@ def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
-            context_noise=0.0, **options):
+            context_noise=0.0, action=None, **options):
     """Yield a video of any length in pieces (B, n, C, H, W), window by window
     of shape (B, T, C, H, W), in constant memory; torch.cat(list(rollout(...)), 1) is all of it.
 
@@ -614,7 +630,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     takes one, the whole window before (PVDM; overlap is then not used). context (B, n, C, H, W)
     are frames to start from, which come first. clips are clip numbers: they fix the noise.
     context_noise > 0 shows a window such frames only as hints, with noise of that level, so that
-    it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay."""
+    it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
+    action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
@@ -640,6 +657,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             if context_noise:
                 seen, mask = augment(seen, mask, constant(context_noise, seen), noise(*shape[1:]))
             cond = dict(context=seen, mask=mask)
+        if action is not None:
+            here = action[:, done - given : done - given + T].to(tail)
+            cond["action"] = F.pad(here, (0, 0, 0, T - here.shape[1]))                  # (B, T, A)
         window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
@@ -829,8 +849,10 @@ class PerFrame(nn.Module):
 
 
 class VideoUNet(nn.Module):
-    """forward(x, c_noise): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T), the noise level
-    as scalings gives it -> (B, T, out_channels, H, W).
+    """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
+    the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
+    `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
+    to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on the way
     down (one more on the way up); attention the downsampling factors with attention, joint those of
@@ -840,7 +862,7 @@ class VideoUNet(nn.Module):
     forward takes given (B, T) as well: where it is True another MLP embeds c_noise (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
-                 joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0,
+                 joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
                  second_embedding=False):
         super().__init__()
         self.patch, dim_emb = patch, 4 * width
@@ -848,6 +870,8 @@ class VideoUNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(width, dim_emb), nn.SiLU(),
                                    nn.Linear(dim_emb, dim_emb), nn.SiLU())
         self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
+        self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
+        self.embed_action = zero(nn.Linear(actions, dim_emb, bias=False)) if actions else None
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
@@ -880,7 +904,7 @@ class VideoUNet(nn.Module):
             nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
-    def forward(self, x, c_noise, given=None):
+    def forward(self, x, c_noise, label=None, action=None, given=None):
         B, T = x.shape[:2]
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
@@ -888,6 +912,13 @@ class VideoUNet(nn.Module):
         emb = self.embed(waves)                                                        # (B, T, E)
         if given is not None:
             emb = torch.where(given[..., None], self.embed_given(waves), emb)
+        for name, told in dict(label=label, action=action).items():
+            if told is not None and getattr(self, f"embed_{name}") is None:
+                raise ValueError(f"{name} was given, but this model was built with {name}s=0")
+        if label is not None:
+            emb = emb + self.embed_label(label + 1)[:, None]              # row 0, for none, stays 0
+        if action is not None:
+            emb = emb + self.embed_action(action)
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
@@ -928,14 +959,15 @@ class EMA:
 
 
 # ==================================================================================================
-# 9. A world that can be marked
+# 9. Worlds that can be marked
 # ==================================================================================================
 # A dataset gives dict(video=clip (T, C, H, W)) for any index 0, 1, 2 ... without end, and what it
-# gives depends on its seed and the index alone: a run can be resumed from a number.
+# gives depends on its seed and the index alone: a run can be resumed from a number. If it has them,
+# there is a label of .labels classes, and an action (T, A) of modes of the lengths .actions.
 
 class MovingShapes:
     """On black, one or two solid shapes move at constant speed in straight lines and bounce off the
-    walls. Each keeps its kind, colour and size for ever.
+    walls. Each keeps its kind, colour and size for ever. The label of one alone is 6 kind + colour.
 
     A shape fills a box of half-width r; RADIUS and SPEED (per frame) are shares of the shorter
     side. Shapes are lamps: where two overlap their light adds up. Two are of different primary
@@ -949,18 +981,21 @@ class MovingShapes:
     def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
         self.frames, self.size, self.objects, self.seed = frames, tuple(size), objects, seed
         self.palette = np.array(list(self.COLORS.values()))[: 6 if objects == 1 else 3]
+        self.labels, self.actions = 18 * (objects == 1), ()
 
     def __getitem__(self, i):
         rng, unit = np.random.default_rng([self.seed, i]), min(self.size)
         video = np.zeros((self.frames, 3, *self.size))
-        for color in rng.permutation(self.palette)[: self.objects]:
+        for shade in rng.permutation(len(self.palette))[: self.objects]:
+            color = self.palette[shade]
             kind, r = rng.integers(3), rng.uniform(*self.RADIUS) * unit
             speed, angle = rng.uniform(*self.SPEED) * unit, rng.uniform(0, 2 * np.pi)
             walls, way = np.array(self.size) - r, np.array([np.sin(angle), np.cos(angle)])
             path = rng.uniform(r, walls) + speed * way * np.arange(self.frames)[:, None]    # (T, 2)
             y, x = self.bounce(path, r, walls).T
             video += self.draw(kind, r, y, x, self.size)[:, None] * color[:, None, None]
-        return dict(video=torch.from_numpy(video).float() * 2 - 1)             # (T, 3, H, W)
+        label = dict(label=6 * int(kind) + int(shade)) if self.labels else {}
+        return dict(video=torch.from_numpy(video).float() * 2 - 1, **label)    # (T, 3, H, W)
 
     @staticmethod
     def bounce(x, low, high):
@@ -1067,6 +1102,75 @@ class MovingShapes:
             lines.append(f"{'mismatch of ' + name:>25} {distance(m):7.2f} {distance(t):6.2f}   "
                          f"(real: below {np.quantile(distance(chance), 0.95):.2f})")
         return "\n".join(lines)
+
+
+class Drive:
+    """An endless map seen from above by a car that obeys one command per frame: left, straight,
+    right (all at one speed; left and right are 45 degrees off, nothing turns) or stop. A command
+    lasts for another frame with a chance of 0.7. action[t] is what moved the view from frame t - 1
+    to t, in two modes: the command, one-hot (4), and the motion (2), down and right as shares of
+    the speed. (A stop's motion is 0, which is also how a withheld one looks.)"""
+
+    KEYS, SPEED = "LSRX", 1 / 16              # left, straight, right, stop; share of the short side
+    MOVES = np.array([(-0.5 ** 0.5, -0.5 ** 0.5), (-1, 0), (-0.5 ** 0.5, 0.5 ** 0.5), (0, 0)])
+    ACTIONS = np.hstack([np.eye(4), MOVES]).astype(np.float32)       # (4, 6): that of each command
+
+    def __init__(self, frames=8, size=(32, 32), seed=0):
+        self.frames, self.size, self.seed = frames, tuple(size), seed
+        self.labels, self.actions, self.speed = 0, (4, 2), self.SPEED * min(size)
+
+    def __getitem__(self, i):
+        rng, n = np.random.default_rng([self.seed, i]), 12
+        turn = np.where(rng.random(self.frames) < 0.7, 0, rng.integers(1, 4, self.frames))
+        commands = (rng.integers(4) + turn.cumsum()) % 4                                     # (T,)
+        place = self.speed * self.MOVES[commands].cumsum(0)                                # (T, 2)
+        # the map, in each channel: n plane waves, weight exp(i (ky y + kx x)), between -1 and 1
+        length, angle = min(self.size) * rng.uniform(0.4, 1.2, n), rng.uniform(0, 2 * np.pi, n)
+        k = 2 * np.pi / length * np.array([np.sin(angle), np.cos(angle)])                  # (2, n)
+        weight = rng.normal(size=(2, 3, 1, n)) / n ** 0.5
+        y, x = (np.exp(1j * k[a] * (np.arange(self.size[a])[:, None] + place[:, a, None, None]))
+                for a in (0, 1))                                             # (T, H, n), (T, W, n)
+        waves = ((weight[0] + 1j * weight[1]) * y[:, None]) @ x[:, None].mT          # (T, 3, H, W)
+        return dict(video=torch.from_numpy(np.tanh(waves.real)).float(),
+                    action=torch.from_numpy(self.ACTIONS[commands]))
+
+    def check(self, videos, action=None):
+        """Mark clips (B, T, 3, H, W) by the motion seen between neighbouring frames: a dict with
+
+        commands  (B, T - 1), what each frame t > 0 followed; -1 if its motion is none of the four,
+                  to 0.3 of the speed, or leaves more than a third of the picture unexplained
+        obeys     (B, T - 1), if that is the command in action (B, T, 6); without one, any command
+        passed    (B,), if all frames do"""
+        v = torch.as_tensor(videos).float().cpu().numpy()
+        x = np.stack([v, *np.gradient(v, axis=(3, 4))], 2)       # (B, T, 3, 3, H, W), with slopes
+        m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
+        new = x[:, 1:, ..., m:-m, m:-m].reshape(*x[:, 1:].shape[:3], -1)          # (B, T - 1, 3, n)
+        costs = []
+        for move in self.speed * self.MOVES:   # least squares around a whole shift (Lucas, Kanade)
+            shift = move.round().astype(int)
+            old = np.roll(x, -shift, (4, 5))[:, :-1, ..., m:-m, m:-m].reshape(new.shape)
+            change, slope = (new - old)[:, :, :1], (new + old)[:, :, 1:] / 2
+            along = slope @ change.mT                                           # (B, T - 1, 2, 1)
+            rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)   # beyond the shift
+            error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))              # (B, T - 1)
+            near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
+            explained = error < new[:, :, 0].var(2) * new.shape[3] / 3
+            costs.append(np.where(near & explained, error, np.inf))
+        commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
+        told = commands if action is None else action[:, 1:, :4].argmax(2).cpu().numpy()
+        obeys = (commands == told) & (commands >= 0)
+        return dict(commands=commands, obeys=obeys, passed=obeys.all(1))
+
+    def report(self, videos, action=None):
+        """As text: the shares that obey, and that follow each command, with real clips beside."""
+        world = Drive(videos.shape[1], self.size, seed=987_654_321)
+        real = torch.utils.data.default_collate([world[i] for i in range(len(videos))])
+        marks = self.check(videos, action), self.check(*real.values())
+        table = [[m["obeys"].mean(), m["passed"].mean(), *(m["commands"] == k for k in range(4))]
+                 for m in marks]
+        names = "frames that obey", "clips that obey", "left", "straight", "right", "stop"
+        return "\n".join([f"{len(videos)} clips of {videos.shape[1]} frames    made   real"] + [
+            f"{name:>25} {np.mean(a):7.0%} {np.mean(b):6.0%}" for name, a, b in zip(names, *table)])
 
 
 # ==================================================================================================
@@ -1196,23 +1300,28 @@ class VideoFolder:
     """The clips in a file, or below a folder or its train/. A folder of pictures is one. dataset[i]
     is dict(video=float (frames, channels, H, W) in [-1, 1]) for any i >= 0 and depends on (seed, i)
     alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
-    .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing."""
+    .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
+    Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
+    of a clip without are 0, withheld."""
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False):
         from tqdm import tqdm
         self.stride, self.channels, self.seed = stride, channels, seed
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.clips, speeds, skipped, root = [], [], [], Path(path)
+        self.clips, self.moves, self.labels, self.actions = [], [], 0, ()
+        speeds, skipped, root = [], [], Path(path)
         if not root.exists():
             raise ValueError(f"{path} does not exist")
         root = root / "train" if (root / "train").is_dir() else root
         below = map(root.joinpath, glob("**", root_dir=root, recursive=True))        # none hidden
         files = {p.parent if p.suffix.lower() in PICTURES and p != root else p
-                 for p in (root, *below) if p.is_file()}
+                 for p in (root, *below) if p.is_file() and not p.name.endswith(".actions.npy")}
         for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
                 clips, fps = decode(file, size, channels)
+                moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
                 short = [len(clip) for clip in clips if len(clip) < self.span]
+                self.moves += [m for m, clip in zip(moves, clips) if len(clip) >= self.span]
                 self.clips += [clip for clip in clips if len(clip) >= self.span]
                 speeds.append(fps)
                 if short:
@@ -1227,14 +1336,33 @@ class VideoFolder:
         if not self.clips:
             raise ValueError(self.report)
 
+    def read_actions(self, path, clips):
+        """Of each clip its actions (T, A), or None if there is no such file."""
+        if not path.is_file():
+            return [None] * len(clips)
+        try:
+            x = np.load(path).astype(np.float32)
+            x = x if x.ndim == 3 else x[None]                                          # (N, T, A)
+            A = self.actions or x.shape[-1:]
+            if [a.shape for a in x] != [(len(c), *A) for c in clips] or not np.isfinite(x).all():
+                raise ValueError(f"{x.shape} is not {len(clips)} clips x {len(clips[0])} frames x "
+                                 f"{A[0]} finite numbers")
+        except Exception as error:
+            raise ValueError(f"{path}: {error}") from error
+        self.actions = A
+        return list(x)
+
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
         order = np.random.default_rng([self.seed, 0, i // len(self)]).permutation(len(self))
-        clip = self.clips[order[i % len(self)]]
+        clip, moves = self.clips[order[i % len(self)]], self.moves[order[i % len(self)]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
-        return dict(video=from_uint8(clip[start : start + self.span : self.stride]))
+        cut = slice(start, start + self.span, self.stride)
+        moves = np.zeros((len(clip), *self.actions), np.float32) if moves is None else moves
+        action = dict(action=torch.from_numpy(moves[cut])) if self.actions else {}
+        return dict(video=from_uint8(clip[cut]), **action)
 
 
 # ==================================================================================================
@@ -1289,14 +1417,17 @@ def build(config):
             (min(config.dynamics, config.structure) < 0
              or config.dynamics_toy and not config.dynamics,
              f"dynamics is {config.dynamics} and structure {config.structure}: neither may be "
-             "negative, and dynamics_toy needs dynamics above 0")):
+             "negative, and dynamics_toy needs dynamics above 0"),
+            (config.labels < 0 or min(config.actions, default=1) < 1 or not 0 <= config.drop <= 1,
+             f"labels is {config.labels}, actions {config.actions} and drop {config.drop}: "
+             "expected a count, lengths of 1 or more, and odds")):
         if wrong:
             raise ValueError(sentence)
     noise_schedule(config)
     in_channels = (1 + concat + config.previous) * config.channels + concat
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
-                    config.dropout, config.give == "replace")
+                    config.dropout, config.labels, sum(config.actions), config.give == "replace")
     return Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
 
 
