@@ -326,6 +326,38 @@ def test_loss_weight_is_a_unit_weight_on_that_prediction(kind, double):
         close(got, weight * (guess - right) ** 2)
 
 
+def test_balance_is_one_over_the_running_mean():
+    """By a loop over the clips of a batch: each case goes to its batch mean at (1 - rate)^count."""
+    balance, means = vdm.Balance(rate=0.2), np.full((2, 16), 0.3)
+    for _ in range(30):
+        sigma, given = torch.exp(2 * torch.randn(64)), torch.rand(64) < 0.4
+        error, cells = torch.rand(64, requires_grad=True), {}
+        weight = balance(sigma, error, given)
+        for k in range(64):
+            octave = int(min(max(round(math.log2(sigma[k].item())) + 4, 0), 15))
+            cells.setdefault((int(given[k]), octave), []).append(error[k].item())
+            close(weight[k].double(), torch.tensor(1 / means[int(given[k]), octave]), rtol=1e-4, atol=0)
+        for cell, errors in cells.items():
+            keep = 0.8 ** len(errors)
+            means[cell] = keep * means[cell] + (1 - keep) * np.mean(errors)
+        assert not weight.requires_grad
+    close(balance.mean.double(), torch.tensor(means).flatten(), rtol=1e-4, atol=0)
+
+
+def test_balance_makes_all_cases_pull_equally():
+    """Errors of 0.01 to 1, by noise level and by what is given: every weighted one goes to 1."""
+    net, balance = Told(3, 2, 1, 4, 4), vdm.Balance()
+    net.out.data = torch.tensor([0.1, 1.0, 0.2]).reshape(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4).clone()
+    clean, sigma = torch.zeros(3, 2, 1, 4, 4), torch.tensor([0.5, 8.0, 8.0])
+    mask = torch.tensor([[0, 0], [0, 0], [1, 0]])                      # a given frame has no error
+    for _ in range(200):
+        loss, parts = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean, sigma, clean, balance, context=clean, mask=mask)
+    close(parts["error"], torch.tensor([0.01, 1.0, 0.02]), rtol=1e-4, atol=0)
+    loss.backward()
+    pull = (net.out.grad * net.out).sum((1, 2, 3, 4))                  # d loss / d log size = 2 weight error / 3
+    close(pull, torch.full((3,), 2 / 3), rtol=1e-3, atol=0)
+
+
 def test_joint_loss_is_its_two_terms():
     """PVDM's objective (Yu et al. 2023), both terms by hand from the denoiser."""
     denoiser, sigma = tiny(previous=True), torch.tensor([0.5, 3.0])
@@ -580,10 +612,10 @@ def test_second_embedding_is_for_given_frames():
     fresh = vdm.VideoUNet(1, 1, 8, (1, 2), head_dim=8, second_embedding=True)
     assert same(fresh.embed.state_dict(), fresh.embed_given.state_dict())
     x, level, given = torch.randn(2, 3, 1, 4, 4), torch.randn(2), torch.tensor([[True, False, True]] * 2)
-    before = net(x, level, given)
+    before = net(x, level, given=given)
     assert torch.equal(before, net(x, level))
     nn.init.normal_(net.embed_given[2].bias)
-    changed = (net(x, level, given) - before).abs().amax((2, 3, 4)) > 1e-3
+    changed = (net(x, level, given=given) - before).abs().amax((2, 3, 4)) > 1e-3
     assert torch.equal(changed, given)
 
 
@@ -1224,7 +1256,7 @@ def test_build_refuses_a_task_that_nothing_would_do():
     (dict(previous=True, give="per_frame"), "without single given frames"),
     (dict(previous=True, give="per_frame", independent=0.2), "without single given frames"),
     (dict(context_noise=-0.1), "expected 0 or more"),
-    (dict(independent=1.5, give="per_frame"), "independent 1.5: expected 0 or more, and 0 to 1")])
+    (dict(independent=1.5, give="per_frame"), "independent 1.5: expected 0 or more, more than 0, and 0 to 1")])
 def test_build_refuses_ways_to_give(wrong, words):
     with pytest.raises(ValueError, match=words):
         vdm.build(vdm.Config(**wrong))
@@ -1868,6 +1900,23 @@ def test_vistas_losses_reach_the_weights(tmp_path):
                 enumerate(([], dynamics, structure, dynamics + structure, dynamics + ["--dynamics-toy"]))]
         assert all(w.isfinite().all() for run in runs for w in run.values())
         assert not any(same(runs[i], runs[j]) for i in range(5) for j in range(i))
+
+
+def test_given_frames_bring_more_noise():
+    """Same step, same draws: only clips with given frames see the factor, frame by frame if need be."""
+    def levels(**changes):
+        c = vdm.dataclasses.replace(SMALL, channels=3, batch=64, **changes)
+        torch.manual_seed(0)
+        denoiser = vdm.build(c)
+        optimizers = train.make_optimizers(c, denoiser.net, torch.float32)
+        data = vdm.MovingShapes(3, (8, 8))
+        return train.train_step(0, c, data, denoiser, vdm.EMA(denoiser), optimizers, torch.device("cpu"), torch.float32, 0)["sigma"]
+
+    for odds in ((1.0,), (0.0, 1.0), (0.5, 0.5)):
+        ratio = levels(context=odds, given_noise=3.0) / levels(context=odds, given_noise=1.0)
+        share = (ratio - 1).abs() < 1e-4
+        assert ((ratio - 3).abs() < 1e-4)[~share].all() and abs(share.float().mean() - odds[0]) < 0.2
+        assert odds[0] == 0.5 or share.float().mean() == odds[0]
 
 
 def test_muon_steps_are_orthogonal():

@@ -155,7 +155,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         u = vdm.independent_levels(u, config.frames, config.independent)                             # (B, T)
     sigma = vdm.noise_schedule(config)(u).to(device)
     options = {name: given.to(device) for name, given in conditions(batch, config, config.drop).items()}
-    options |= dict(weighting=config.weighting, sigma_data=config.sigma_data, gamma=config.gamma,
+    options |= dict(weighting=getattr(denoiser, "balance", config.weighting), sigma_data=config.sigma_data, gamma=config.gamma,
                     dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
     if config.previous:
         previous, clean = clean.chunk(2, 1)
@@ -166,6 +166,8 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
             level, unit = config.context_noise * torch.rand(config.batch), torch.randn(clean.shape)
             hint = dict(sigma=level.to(device), noise=unit.to(device))
         context, mask = vdm.draw_context(clean, config.context, config.task, **hint)
+        more = torch.where(mask.amax(1) > 0, config.given_noise, 1.0)                                # (B,)
+        sigma = sigma * vdm.expand(more, sigma)
         if config.give == "per_frame":                                 # then this is the level of what is given
             sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                     # (B, T)
         loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)

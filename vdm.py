@@ -71,12 +71,12 @@ class Config:
     stride: int = 1                 # take every stride-th frame of a file
     fps: float = 8.0                # frames per second of the videos written
     # the network
-    width: int = 64                 # channels of the first level
+    width: int = 48                 # channels of the first level
     mults: tuple = (1, 2)           # channels of each level, as multiples of width
     blocks: int = 1                 # residual blocks per level
     attention: tuple = (2,)         # downsampling factors at which there is attention
     joint: tuple = (2,)             # those where one attention sees all places of all frames
-    head_dim: int = 32              # channels per attention head
+    head_dim: int = 24              # channels per attention head
     patch: int = 4                  # frames are cut into patch x patch tiles first
     detail: int = 8                 # channels of a full-resolution path around the tiles (0: none)
     dropout: float = 0.0            # dropout in the residual blocks
@@ -84,10 +84,10 @@ class Config:
     kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
     sigma_data: float = 0.5         # standard deviation of the data (for kind and weighting edm)
     schedule: str = "lognormal"     # noise: linear, scaled_linear, cosine, sigmoid, lognormal
-    mean: float = 1.8               # lognormal: mean of log sigma
+    mean: float = 1.5               # lognormal: mean of log sigma
     std: float = 1.2                # lognormal: standard deviation of log sigma
     base: int = 0                   # resolution shift: noise as seen at this resolution (0: none)
-    weighting: str = "sqrt_snr"     # weight of the error: eps, v, x0, edm, min_snr or sqrt_snr
+    weighting: str = "balance"      # of the error: eps, v, x0, edm, min_snr, sqrt_snr or balance
     gamma: float = 5.0              # min_snr: the largest weight
     dynamics: float = 0.0           # more weight where the motion is wrong (Vista: 1)
     dynamics_toy: bool = False      # dynamics: with mean 1, which small frames need to feel it
@@ -97,6 +97,7 @@ class Config:
     # frames that are given
     context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
+    given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
@@ -108,7 +109,7 @@ class Config:
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that the label, and each mode, is withheld in training
     # training
-    steps: int = 1400               # optimiser steps
+    steps: int = 2400               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -129,7 +130,7 @@ class Config:
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
-    "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 3),
+    "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
                     steps=20_000, ema=0.999),
 }
@@ -318,14 +319,35 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 
     x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: unit weight on the error of that output
     min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)
-    sqrt_snr  1 / (1 + sigma): falls about as fast as the error rises on the toy world, so that all
-              levels pull equally (EDM2 learns such a weight: Karras et al. 2023, sec. 2.2)"""
+    sqrt_snr  1 / (1 + sigma): about the inverse of the error on the toy world"""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
     weights = dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
                    min_snr=snr.clamp(max=gamma), sqrt_snr=1 / (1 + sigma))
     if weighting not in weights:
-        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}")
+        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}, or a "
+                         "Balance")
     return weights[weighting]
+
+
+class Balance(nn.Module):
+    """The weight 1 / error, by a running mean of the error at this noise level, with given frames
+    and without: whether much can be known or little, all cases pull equally. EDM2's learned weight
+    has its optimum there (Karras et al. 2023, config B). sigma, error (B,) or (B, T); given (B,)
+    """
+
+    def __init__(self, rate=0.1):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("mean", torch.full((32,), 0.3))      # 16 octaves of sigma, from 1 / 16
+
+    @torch.no_grad()
+    def forward(self, sigma, error, given):
+        cell = (sigma.log2().round() + 4).clamp(0, 15).long() + 16 * expand(given, sigma).long()
+        weight = 1 / self.mean.clamp(min=1e-6)[cell]                                # sigma's shape
+        count = cell.flatten().bincount(minlength=32)
+        total = cell.flatten().bincount(error.detach().float().flatten(), 32)
+        self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
+        return weight
 
 
 def dynamics_weight(estimate, clean, toy=False):
@@ -354,7 +376,8 @@ def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.
     """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
     scalar, and by name its parts, of sigma's shape, whose sum the weight multiplies: `error`, the
     plain squared error, and what Vista adds at these strengths, `dynamics` and `structure`. clean
-    and noise are (B, T, C, H, W), sigma (B,) or (B, T). Prediction: pass context=clean, a mask."""
+    and noise are (B, T, C, H, W), sigma (B,) or (B, T); weighting is a name or a Balance.
+    Prediction: pass context=clean, a mask."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
     parts = dict(error=(estimate - clean) ** 2)                                    # (B, T, C, H, W)
     if dynamics:
@@ -362,9 +385,15 @@ def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.
         parts["dynamics"] = extra * parts["error"]
     if structure:                                       # linear: that of the difference is enough
         parts["structure"] = structure * high_pass(estimate - clean) ** 2
-    weight = expand(loss_weight(sigma, weighting, sigma_data, gamma), clean)
-    loss = (weight * sum(parts.values())).mean()
-    return loss, {name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
+    total, parts = sum(parts.values()), {
+        name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
+    if isinstance(weighting, str):
+        weight = loss_weight(sigma, weighting, sigma_data, gamma)
+    else:
+        given = cond["mask"].amax(1) > 0 if "mask" in cond else \
+            torch.full((len(clean),), "previous" in cond, device=sigma.device)                # (B,)
+        weight = weighting(sigma, parts["error"], given)
+    return (expand(weight, clean) * total).mean(), parts
 
 
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
@@ -838,13 +867,13 @@ class Block(nn.Module):
 
 
 class PerFrame(nn.Module):
-    """Apply a picture layer to every frame of a clip."""
+    """Apply a picture layer to every frame of a clip, whatever its noise level."""
 
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x):                                                     # (B, T, C, H, W)
+    def forward(self, x, emb=None):                                           # (B, T, C, H, W)
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
@@ -854,9 +883,10 @@ class VideoUNet(nn.Module):
     `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
     to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
 
-    width x mults are the channels of the levels; blocks the residual blocks of a level on the way
-    down (one more on the way up); attention the downsampling factors with attention, joint those of
-    them where it is joint over space and time. Frames are first cut into patch x patch tiles
+    width x mults are the channels of the levels; blocks the residual blocks of a level on each way
+    (DDPM's UNet has one more on the way up: a third more work, which at toy size more steps repay);
+    attention the downsampling factors with attention, joint those where it is joint over space and
+    time. Frames are first cut into patch x patch tiles
     as in a vision transformer, which saves most of the work at toy size; a thin path of `detail`
     channels at full resolution leads around them and keeps edges sharp. With second_embedding
     forward takes given (B, T) as well: where it is True another MLP embeds c_noise (Vista)."""
@@ -877,19 +907,17 @@ class VideoUNet(nn.Module):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
                          dropout)
 
-        self.down, self.up, dim, skips = nn.ModuleList(), nn.ModuleList(), width, [width]
+        self.down, self.up, dim = nn.ModuleList(), nn.ModuleList(), width
         for level, mult in enumerate(mults):
             for _ in range(blocks):
                 self.down.append(block(dim, mult * width, 2 ** level))
                 dim = mult * width
-                skips.append(dim)
             if level < len(mults) - 1:
                 self.down.append(PerFrame(nn.Conv2d(dim, dim, 3, stride=2, padding=1)))
-                skips.append(dim)
         self.middle = block(dim, dim, 2 ** (len(mults) - 1))
         for level, mult in reversed(list(enumerate(mults))):
-            for _ in range(blocks + 1):
-                self.up.append(block(dim + skips.pop(), mult * width, 2 ** level))
+            for _ in range(blocks):
+                self.up.append(block(dim + mult * width, mult * width, 2 ** level))
                 dim = mult * width
             if level > 0:
                 self.up.append(PerFrame(nn.Sequential(nn.Upsample(scale_factor=2),
@@ -922,13 +950,14 @@ class VideoUNet(nn.Module):
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
-        skips = [x]
+        skips = []
         for layer in self.down:
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
+            x = layer(x, emb)
+            if isinstance(layer, Block):
+                skips.append(x)
         x = self.middle(x, emb)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], 2), emb) if isinstance(layer, Block) else layer(x)
+            x = layer(torch.cat([x, skips.pop()], 2) if isinstance(layer, Block) else x, emb)
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
             x = self.output_detail(torch.cat([self.detail(frames), x], 1))
@@ -1397,7 +1426,8 @@ def build(config):
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler is {config.sampler!r}, expected one of {', '.join(SAMPLERS)}")
     scalings(torch.ones(1), config.kind)                         # an unknown choice is a ValueError
-    loss_weight(torch.ones(1), config.weighting)
+    if config.weighting != "balance":
+        loss_weight(torch.ones(1), config.weighting)
     draw_mask(1, 2, p, config.task)
     concat, noisy, own = config.give == "concat", config.context_noise, config.independent
     for wrong, sentence in (
@@ -1412,8 +1442,9 @@ def build(config):
             ((config.previous or not sum(p[1:])) and (noisy or not (concat or own)) or
              config.previous and own, "without single given frames (previous=True, or context 1.0) "
              "neither give nor context_noise does anything: leave them out"),
-            (noisy < 0 or not 0 <= own <= 1, f"context_noise is {noisy} and independent {own}: "
-             "expected 0 or more, and 0 to 1"),
+            (noisy < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
+             f"context_noise is {noisy}, given_noise {config.given_noise} and independent {own}: "
+             "expected 0 or more, more than 0, and 0 to 1"),
             (min(config.dynamics, config.structure) < 0
              or config.dynamics_toy and not config.dynamics,
              f"dynamics is {config.dynamics} and structure {config.structure}: neither may be "
@@ -1428,7 +1459,10 @@ def build(config):
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
                     config.dropout, config.labels, sum(config.actions), config.give == "replace")
-    return Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
+    denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
+    if config.weighting == "balance":
+        denoiser.balance = Balance()                           # kept, and resumed, with the weights
+    return denoiser
 
 
 def save(path, **state):
