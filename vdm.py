@@ -76,7 +76,7 @@ class Config:
     blocks: int = 1                 # residual blocks per level
     attention: tuple = (2,)         # downsampling factors at which there is attention
     joint: tuple = (2,)             # those where one attention sees all places of all frames
-    head_dim: int = 24              # channels per attention head
+    head_dim: int = 16              # channels per attention head
     patch: int = 4                  # frames are cut into patch x patch tiles first
     detail: int = 8                 # channels of a full-resolution path around the tiles (0: none)
     dropout: float = 0.0            # dropout in the residual blocks
@@ -109,7 +109,7 @@ class Config:
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that the label, and each mode, is withheld in training
     # training
-    steps: int = 2400               # optimiser steps
+    steps: int = 2200               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW

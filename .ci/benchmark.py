@@ -3,7 +3,8 @@ Compare with video-diffusion-pytorch in one run on one machine, at equal paramet
 
     pip install --no-deps video-diffusion-pytorch einops-exts rotary-embedding-torch
     python .ci/benchmark.py                      a training step, and drawing a batch of clips
-    python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length
+    python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length; with
+                                                 --task any interpolation, too; of --data drive, how well it obeys
 
 Each training step runs in a process of its own, so that its peak memory can be told apart.
 """
@@ -27,8 +28,8 @@ BATCH, FRAMES, SIZE = 8, 8, 32
 
 
 def ours():
-    """A UNet of 3.27 M parameters (theirs has 3.16 M) at the settings of the preset tiny; one whole step of train.py."""
-    _, config = train.parse(["--batch", str(BATCH), "--width", "62", "--head-dim", "62"])
+    """A UNet of 3.29 M parameters (theirs has 3.16 M) at the settings of the preset tiny; one whole step of train.py."""
+    _, config = train.parse(["--batch", str(BATCH), "--width", "72", "--head-dim", "24"])
     dtype = train.pick_dtype("auto", torch.device("cpu"))
     denoiser, world = vdm.build(config), vdm.MovingShapes()
     state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net, dtype)
@@ -99,6 +100,8 @@ def marks(folder):
     denoiser, config = vdm.load(Path(folder) / "last.pt")
     device, world = torch.device("cpu"), vdm.MovingShapes(size=config.size)
     dtype = train.pick_dtype("auto", device)
+    if config.actions:
+        return drive(denoiser, config, device, dtype)
     print(world.report(train.sample(config, denoiser, 64, device, dtype, seed=2)))
     sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
     videos = []
@@ -110,6 +113,19 @@ def marks(folder):
     print(world.report(torch.cat(videos)))
     if config.task == "any":
         interpolation(denoiser, config, sigmas, dtype)
+
+
+def drive(denoiser, config, device, dtype):
+    """Commands of fresh clips; none; and with the same noise those of the next clip: does the video change as told?"""
+    world = vdm.Drive(config.frames, config.size, seed=55)
+    action = torch.stack([world[i]["action"] for i in range(64)])                                   # (64, T, 6)
+    made = [train.sample(config, denoiser, 64, device, dtype, seed=2, **told)
+            for told in (dict(action=action), {}, dict(action=action.roll(1, 0)))]
+    print("told the commands", world.report(made[0], action), sep="\n")
+    print("told nothing", world.report(made[1]), sep="\n")
+    print("told other commands, from the same noise", world.report(made[2], action.roll(1, 0)), sep="\n")
+    print(f"of these, frames that obey the old commands: {world.check(made[2], action)['obeys'].mean():.0%} (of unrelated "
+          f"real clips: {world.check(torch.stack([world[i]['video'] for i in range(64)]), action.roll(1, 0))['obeys'].mean():.0%})")
 
 
 def centre(video):
