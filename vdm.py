@@ -332,8 +332,7 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 class Balance(nn.Module):
     """The weight 1 / error, by a running mean of the error at this noise level, with given frames
     and without: whether much can be known or little, all cases pull equally. EDM2's learned weight
-    has its optimum there (Karras et al. 2023, config B). sigma, error (B,) or (B, T); given (B,)
-    """
+    has its optimum there (Karras et al. 2023). sigma, error (B,) or (B, T); given (B,)."""
 
     def __init__(self, rate=0.1):
         super().__init__()
@@ -866,17 +865,6 @@ class Block(nn.Module):
         return self.time_attention(self.space_attention(self.time(self.space(x, emb))))
 
 
-class PerFrame(nn.Module):
-    """Apply a picture layer to every frame of a clip, whatever its noise level."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x, emb=None):                                           # (B, T, C, H, W)
-        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
 class VideoUNet(nn.Module):
     """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
     the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
@@ -886,10 +874,10 @@ class VideoUNet(nn.Module):
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
     (DDPM's UNet has one more on the way up: a third more work, which at toy size more steps repay);
     attention the downsampling factors with attention, joint those where it is joint over space and
-    time. Frames are first cut into patch x patch tiles
-    as in a vision transformer, which saves most of the work at toy size; a thin path of `detail`
-    channels at full resolution leads around them and keeps edges sharp. With second_embedding
-    forward takes given (B, T) as well: where it is True another MLP embeds c_noise (Vista)."""
+    time. Frames are first cut into patch x patch tiles as in a vision transformer, which saves most
+    of the work at toy size; a thin path of `detail` channels at full resolution leads around them
+    and keeps edges sharp. With second_embedding forward takes given (B, T) as well: where it is
+    True another MLP embeds c_noise (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
@@ -913,15 +901,15 @@ class VideoUNet(nn.Module):
                 self.down.append(block(dim, mult * width, 2 ** level))
                 dim = mult * width
             if level < len(mults) - 1:
-                self.down.append(PerFrame(nn.Conv2d(dim, dim, 3, stride=2, padding=1)))
+                self.down.append(nn.Conv2d(dim, dim, 3, stride=2, padding=1))
         self.middle = block(dim, dim, 2 ** (len(mults) - 1))
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks):
                 self.up.append(block(dim + mult * width, mult * width, 2 ** level))
                 dim = mult * width
             if level > 0:
-                self.up.append(PerFrame(nn.Sequential(nn.Upsample(scale_factor=2),
-                                                      nn.Conv2d(dim, dim, 3, padding=1))))
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                             nn.Conv2d(dim, dim, 3, padding=1)))
         self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
         last = detail or out_channels
         kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
@@ -952,12 +940,17 @@ class VideoUNet(nn.Module):
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
         skips = []
         for layer in self.down:
-            x = layer(x, emb)
             if isinstance(layer, Block):
+                x = layer(x, emb)
                 skips.append(x)
+            else:                                                      # half the height and width
+                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = self.middle(x, emb)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], 2) if isinstance(layer, Block) else x, emb)
+            if isinstance(layer, Block):
+                x = layer(torch.cat([x, skips.pop()], 2), emb)
+            else:                                                      # twice
+                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
             x = self.output_detail(torch.cat([self.detail(frames), x], 1))
