@@ -737,6 +737,21 @@ def exact(x, sigma, r=0.8):
     return M + torch.einsum("st,bt...->bs...", K, x - M)
 
 
+def test_temporal_guidance(double):
+    """Two frames of correlation 0.8, or 0 where each is alone. By hand at sigma 1: what both share
+    is kept by 1.8 / 2.8 together and 1 / 2 alone, what differs by 0.2 / 1.2; scale 1.5 goes half as
+    far again. Sampled clips are then more alike than the data, at scale 1 exactly as much."""
+    denoise = lambda x, sigma, temporal=1.0: exact(x, sigma, 0.8 * temporal)
+    same, other = torch.ones(1, 2, 1, 1, 1), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1, 1)
+    guess = vdm.temporally_guided(denoise, 1.5)
+    close(guess(M + same, torch.ones(1)) - M, same * (1 / 2 + 1.5 * (1.8 / 2.8 - 1 / 2)))
+    close(guess(M + other, torch.ones(1)) - M, other * (1 / 2 + 1.5 * (0.2 / 1.2 - 1 / 2)))
+    x, sigmas = 60 * torch.randn(4000, 2, 1, 1, 1), vdm.karras_sigmas(60, 0.01, 60)
+    for scale, low, high in ((1.0, 0.77, 0.83), (1.5, 0.9, 1)):
+        made = vdm.sample_heun(vdm.temporally_guided(denoise, scale), x, sigmas.double())
+        assert low < np.corrcoef(made[:, :, 0, 0, 0].numpy().T)[0, 1] < high
+
+
 @cases("sigma", [0.1, 1.0, 7.0])
 def test_reconstruction_guidance(sigma, double):
     """By hand: |a - guess_a|^2 has the gradient -2 K_ab (a - guess_a). Here q(a | z) is exactly
@@ -1065,6 +1080,18 @@ def test_fresh_network_is_an_image_network(patch):
     before = randomize(net, gates=True)(x, level)
     x[:, 3] += torch.randn(x[:, 3].shape)
     assert ((net(x, level) - before).abs().amax((0, 2, 3, 4)) > 1e-3).all()
+
+
+def test_temporal_layers_can_be_heeded_by_clip():
+    """At 0 a clip is treated frame by frame, whatever the gates and the clip beside it; at 1 as ever."""
+    net = randomize(vdm.VideoUNet(2, 3, 8, (1, 2), 1, (1, 2), (2,), head_dim=8), gates=True)
+    x, level = torch.randn(2, 5, 2, 8, 4), torch.randn(2, 5)
+    alone = torch.cat([net(x[:, t : t + 1], level[:, t : t + 1], temporal=0.0) for t in range(5)], 1)
+    close(net(x, level, temporal=0.0), alone, rtol=1e-4, atol=1e-4)
+    mixed = net(x, level, temporal=torch.tensor([0.0, 1.0]))
+    close(mixed[0], alone[0], rtol=1e-4, atol=1e-4)
+    close(mixed[1], net(x, level)[1], rtol=1e-4, atol=1e-4)
+    assert (alone - net(x, level)).abs().max() > 0.1
 
 
 def test_every_gate_learns_from_the_first_step():
@@ -1890,6 +1917,18 @@ def test_same_seed_same_weights_other_seed_others(tmp_path, trained):
     other = run_train(tmp_path / "other", "--steps", 12, "--seed", 1)
     first = torch.load(trained / "last.pt", weights_only=True)
     assert same(first, again) and not same(first["model"], other["model"])
+
+
+def test_pictures_train_the_spatial_layers_alone(tmp_path):
+    """With --images 1 gates stay at 0 and temporal layers as they were made; all others learn."""
+    state = run_train(tmp_path / "run", "--steps", 2, "--images", 1, "--weight-decay", 0)
+    torch.manual_seed(0)
+    fresh = vdm.build(vdm.Config(**state["config"])).state_dict()
+    for name, w in state["model"].items():
+        if "time" in name:
+            assert torch.equal(w, fresh[name]), name
+    moved = [name for name, w in state["model"].items() if not torch.equal(w, fresh[name])]
+    assert any("space" in name for name in moved) and "net.input.weight" in moved
 
 
 def test_vistas_losses_reach_the_weights(tmp_path):

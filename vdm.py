@@ -104,6 +104,7 @@ class Config:
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
+    images: float = 0.0             # share of clips trained as pictures, without temporal layers
     # labels and actions
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
@@ -122,6 +123,7 @@ class Config:
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
+    temporal_guidance: float = 1.0  # more than 1 exaggerates what frames tell each other
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -591,6 +593,18 @@ def guided(denoise, scale, rescale=0.0):
     return guided_denoise
 
 
+def temporally_guided(denoise, scale, temporal=0.0):
+    """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
+    the estimate of the same model with temporal layers heeded at `temporal`, 0 being none at all.
+    scale is as in guided. It is classifier-free guidance whose condition are the other frames;
+    trained for by `images` of train.py (cf. skip guidance, Hyung et al. 2024, 2411.18664)."""
+    def guided_denoise(x, sigma, **cond):
+        alone = denoise(x, sigma, temporal=temporal, **cond)
+        return alone + scale * (denoise(x, sigma, **cond) - alone)
+
+    return guided_denoise
+
+
 def reconstruction_guided(denoise, context, mask, weight=1.0):
     """Frames given to a model that was never trained to be given any (VDM sec. 3.1): where mask is
     1 the estimate is context, so that samplers keep x there at context + sigma noise; elsewhere it
@@ -624,12 +638,14 @@ def clip_noise(seed, clips, device="cpu"):
 
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             reconstruction=0.0, noise=None, seed=0, **cond):
+             temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
     label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
+    if temporal_guidance != 1:
+        denoiser = temporally_guided(denoiser, temporal_guidance)
     if reconstruction and "mask" in cond:
         given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
         denoise = reconstruction_guided(partial(denoiser, **cond), **given)
@@ -799,10 +815,10 @@ class TemporalConv(nn.Module):
         self.norm, self.conv = normalize(dim), nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0))
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x):                                                     # (B, T, C, H, W)
+    def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
         h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
-        return x + self.gate * h
+        return x + strength * self.gate * h
 
 
 class SpatialAttention(nn.Module):
@@ -834,7 +850,7 @@ class TemporalAttention(nn.Module):
                                           nn.Linear(4 * dim, dim))
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x):                                                     # (B, T, C, H, W)
+    def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
         B, T, _, H, W = x.shape
         tokens, axes = ("b (t h w) c", (T, H, W)) if self.joint else ("(b h w) t c", (T,))
         h = self.norm(x.flatten(0, 1)).unflatten(0, (B, T))
@@ -845,7 +861,8 @@ class TemporalAttention(nn.Module):
         h = attend(rotate(q, position), rotate(k, position), v)
         h = self.out(rearrange(h, "n heads l d -> n l (heads d)"))
         h = h + self.feed_forward(h)
-        return x + self.gate * rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
+        h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
+        return x + strength * self.gate * h
 
 
 class Block(nn.Module):
@@ -855,14 +872,15 @@ class Block(nn.Module):
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout):
         super().__init__()
         self.space, self.time = SpatialResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
-        self.space_attention = self.time_attention = nn.Identity()
-        if has_attention and not joint:
-            self.space_attention = SpatialAttention(dim, head_dim)
-        if has_attention:
-            self.time_attention = TemporalAttention(dim, head_dim, joint)
+        both = has_attention and not joint
+        self.space_attention = SpatialAttention(dim, head_dim) if both else None
+        self.time_attention = TemporalAttention(dim, head_dim, joint) if has_attention else None
 
-    def forward(self, x, emb):                                       # (B, T, C, H, W), (B, T, E)
-        return self.time_attention(self.space_attention(self.time(self.space(x, emb))))
+    def forward(self, x, emb, strength):                             # (B, T, C, H, W), (B, T, E)
+        x = self.time(self.space(x, emb), strength)
+        if self.space_attention is not None:
+            x = self.space_attention(x)
+        return x if self.time_attention is None else self.time_attention(x, strength)
 
 
 class VideoUNet(nn.Module):
@@ -870,6 +888,7 @@ class VideoUNet(nn.Module):
     the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
     `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
     to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
+    temporal, a number or (B,), is how far the temporal layers are heeded: at 0 it is an image model.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
     (DDPM's UNet has one more on the way up: a third more work, which at toy size more steps repay);
@@ -920,8 +939,9 @@ class VideoUNet(nn.Module):
             nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
-    def forward(self, x, c_noise, label=None, action=None, given=None):
+    def forward(self, x, c_noise, label=None, action=None, given=None, temporal=1.0):
         B, T = x.shape[:2]
+        strength = expand(torch.as_tensor(temporal).to(x), x)                 # (B, 1, 1, 1, 1), or ()
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
         waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, width)
@@ -941,14 +961,14 @@ class VideoUNet(nn.Module):
         skips = []
         for layer in self.down:
             if isinstance(layer, Block):
-                x = layer(x, emb)
+                x = layer(x, emb, strength)
                 skips.append(x)
             else:                                                      # half the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
-        x = self.middle(x, emb)
+        x = self.middle(x, emb, strength)
         for layer in self.up:
             if isinstance(layer, Block):
-                x = layer(torch.cat([x, skips.pop()], 2), emb)
+                x = layer(torch.cat([x, skips.pop()], 2), emb, strength)
             else:                                                      # twice
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
@@ -1438,6 +1458,7 @@ def build(config):
             (noisy < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
              f"context_noise is {noisy}, given_noise {config.given_noise} and independent {own}: "
              "expected 0 or more, more than 0, and 0 to 1"),
+            (not 0 <= config.images <= 1, f"images is {config.images}: expected a share, 0 to 1"),
             (min(config.dynamics, config.structure) < 0
              or config.dynamics_toy and not config.dynamics,
              f"dynamics is {config.dynamics} and structure {config.structure}: neither may be "
