@@ -107,7 +107,7 @@ class Config:
     # labels and actions
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    drop: float = 0.15              # odds that the label, and each mode, is withheld in training
+    drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
     steps: int = 2200               # optimiser steps
     batch: int = 16                 # clips per step
@@ -455,10 +455,11 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
 
 
 def drop_modes(action, sizes, rates):
-    """Withhold (set to 0) modes of action (B, T, A), A = sum(sizes), whole clips at a time and each
-    mode on its own, with odds `rates` (one, or one per mode): so guidance has an estimate without
-    them, and when sampling any mode may be left out (Vista sec. 3.2)."""
-    keep = torch.rand(len(action), len(sizes)) >= torch.as_tensor(rates)               # (B, modes)
+    """Withhold (set to 0) action (B, T, A), A = sum(sizes), whole clips at a time, with odds `rates`
+    (one, or one for all of it and one per mode): all of it, so that guidance has an estimate
+    without, and each mode on its own, so that any may be left out when sampling (Vista sec. 3.2)"""
+    keep = torch.rand(len(action), 1 + len(sizes)) >= torch.as_tensor(rates)       # (B, 1 + modes)
+    keep = keep[:, :1] & keep[:, 1:]                                                   # (B, modes)
     return action * keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action)   # (B, T, A)
 
 
