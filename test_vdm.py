@@ -1489,8 +1489,8 @@ def test_drive_check_knows_right_from_wrong(size):
     slow.speed /= 2
     slow = torch.stack([slow[i]["video"] for i in range(64)])
     scenes = torch.stack([clips.roll(t, 0)[:, t] for t in range(8)], 1)    # each frame of another clip
-    noise, black = torch.rand(clips.shape) * 2 - 1, -torch.ones(clips.shape)
-    for bad in (noise, black, scenes):
+    noise, black, faint = torch.rand(clips.shape) * 2 - 1, -torch.ones(clips.shape), 0.02 * clips
+    for bad in (noise, black, faint, scenes):
         assert world.check(bad)["obeys"].mean() <= 0.05
     for bad in (slow, clips.flip(3)):                                  # half as fast, or backwards
         assert world.check(bad)["obeys"][commands < 3].mean() <= 0.05
