@@ -108,7 +108,7 @@ class Config:
     # labels and actions
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    drop: float = 0.15              # odds that the label, and each mode, is withheld in training
+    drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
     steps: int = 2200               # optimiser steps
     batch: int = 16                 # clips per step
@@ -456,10 +456,11 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
 
 
 def drop_modes(action, sizes, rates):
-    """Withhold (set to 0) modes of action (B, T, A), A = sum(sizes), whole clips at a time and each
-    mode on its own, with odds `rates` (one, or one per mode): so guidance has an estimate without
-    them, and when sampling any mode may be left out (Vista sec. 3.2)."""
-    keep = torch.rand(len(action), len(sizes)) >= torch.as_tensor(rates)               # (B, modes)
+    """Withhold (set to 0) parts of action (B, T, A), A = sum(sizes), for whole clips, with odds
+    `rates` (one, or one for all of it and one per mode): all of it, so that guidance has an
+    estimate without, and each mode on its own, so that any may be left out (Vista sec. 3.2)."""
+    keep = torch.rand(len(action), 1 + len(sizes)) >= torch.as_tensor(rates)       # (B, 1 + modes)
+    keep = keep[:, :1] & keep[:, 1:]                                                   # (B, modes)
     return action * keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action)   # (B, T, A)
 
 
@@ -1180,7 +1181,7 @@ class Drive:
         """Mark clips (B, T, 3, H, W) by the motion seen between neighbouring frames: a dict with
 
         commands  (B, T - 1), what each frame t > 0 followed; -1 if its motion is none of the four,
-                  to 0.3 of the speed, or leaves more than a third of the picture unexplained
+                  to 0.3 of the speed, or explains less than two thirds of the picture
         obeys     (B, T - 1), if that is the command in action (B, T, 6); without one, any command
         passed    (B,), if all frames do"""
         v = torch.as_tensor(videos).float().cpu().numpy()
@@ -1196,7 +1197,7 @@ class Drive:
             rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)   # beyond the shift
             error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))              # (B, T - 1)
             near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
-            explained = error < new[:, :, 0].var(2) * new.shape[3] / 3
+            explained = error / new.shape[3] < new[:, :, 0].var(2) / 3 - 1e-3  # no blank ones
             costs.append(np.where(near & explained, error, np.inf))
         commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
         told = commands if action is None else action[:, 1:, :4].argmax(2).cpu().numpy()
