@@ -1095,13 +1095,18 @@ def test_temporal_layers_can_be_heeded_by_clip():
     assert (alone - net(x, level)).abs().max() > 0.1
 
 
-def test_every_gate_learns_from_the_first_step():
-    """A gate of 0 before a layer of 0 would have a gradient of 0 for ever."""
+def test_every_gate_learns_within_three_steps():
+    """A gate of 0 before a layer of 0 would have a gradient of 0 for ever. That of a residual branch
+    stands before one which leaves 0 at the first step, as does the network's last layer."""
     net = vdm.VideoUNet(1, 1, 8, (1, 2), 1, (1, 2), (2,), head_dim=8)
-    nn.init.normal_(net.output[-1].weight)
-    net(torch.randn(2, 4, 1, 4, 4), torch.randn(2)).square().mean().backward()
+    optimizer, x, level = torch.optim.SGD(net.parameters(), 0.1), torch.randn(2, 4, 1, 4, 4), torch.randn(2)
     gates = [p for name, p in net.named_parameters() if name.endswith("gate")]
-    assert len(gates) == 2 * 5 and all(p == 0 and p.grad.abs() > 1e-7 for p in gates)
+    assert len(gates) == 3 * 5 and all(p == 0 for p in gates)
+    for step in range(3):
+        optimizer.zero_grad()
+        (net(x, level) - x).square().mean().backward()
+        optimizer.step()
+    assert all(p != 0 and p.grad != 0 for p in gates)
 
 
 def test_attention():

@@ -95,7 +95,7 @@ class Config:
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
-    context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
+    context: tuple = (0.6, 0.04, 0.04, 0.04, 0.28)  # odds that the first 0, 1, 2 ... are given
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
@@ -104,13 +104,13 @@ class Config:
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
-    images: float = 0.0             # share of clips trained as pictures, without temporal layers
+    images: float = 0.08            # share of clips trained as pictures, without temporal layers
     # labels and actions
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
-    steps: int = 2200               # optimiser steps
+    steps: int = 2000               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -123,7 +123,7 @@ class Config:
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
-    temporal_guidance: float = 1.0  # more than 1 exaggerates what frames tell each other
+    temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -786,27 +786,6 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class SpatialResBlock(nn.Module):
-    """Two 3x3 convolutions on every frame, scaled and shifted by the noise level."""
-
-    def __init__(self, dim_in, dim, dim_emb, dropout=0.0):
-        super().__init__()
-        self.norm1, self.conv1 = normalize(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
-        self.emb = nn.Linear(dim_emb, 2 * dim)
-        self.norm2, self.conv2 = normalize(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
-
-    def forward(self, x, emb):                                       # (B, T, C, H, W), (B, T, E)
-        B, T = x.shape[:2]
-        x = x.flatten(0, 1)                                                       # (B T, C, H, W)
-        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + scale) + shift
-        h = self.conv2(self.dropout(F.silu(h)))
-        return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
-
-
 class TemporalConv(nn.Module):
     """A convolution over three neighbouring frames at every place (Make-A-Video's pseudo-3D)."""
 
@@ -820,6 +799,30 @@ class TemporalConv(nn.Module):
         h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
         return x + strength * self.gate * h
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions on every frame, scaled and shifted by the noise level, with a temporal
+    one between them: what moves has to be followed through space and time in turn."""
+
+    def __init__(self, dim_in, dim, dim_emb, dropout=0.0):
+        super().__init__()
+        self.norm1, self.conv1 = normalize(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
+        self.time = TemporalConv(dim)
+        self.emb = nn.Linear(dim_emb, 2 * dim)
+        self.norm2, self.conv2 = normalize(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+
+    def forward(self, x, emb, strength=1.0):                         # (B, T, C, H, W), (B, T, E)
+        B, T = x.shape[:2]
+        x = x.flatten(0, 1)                                                       # (B T, C, H, W)
+        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
 
 
 class SpatialAttention(nn.Module):
@@ -872,13 +875,13 @@ class Block(nn.Module):
 
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout):
         super().__init__()
-        self.space, self.time = SpatialResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
+        self.space, self.time = ResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
         both = has_attention and not joint
         self.space_attention = SpatialAttention(dim, head_dim) if both else None
         self.time_attention = TemporalAttention(dim, head_dim, joint) if has_attention else None
 
     def forward(self, x, emb, strength):                             # (B, T, C, H, W), (B, T, E)
-        x = self.time(self.space(x, emb), strength)
+        x = self.time(self.space(x, emb, strength), strength)
         if self.space_attention is not None:
             x = self.space_attention(x)
         return x if self.time_attention is None else self.time_attention(x, strength)
@@ -928,8 +931,10 @@ class VideoUNet(nn.Module):
                 self.up.append(block(dim + mult * width, mult * width, 2 ** level))
                 dim = mult * width
             if level > 0:
+                narrow = mults[level - 1] * width
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
-                                             nn.Conv2d(dim, dim, 3, padding=1)))
+                                             nn.Conv2d(dim, narrow, 3, padding=1)))
+                dim = narrow
         self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
         last = detail or out_channels
         kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
