@@ -330,6 +330,7 @@ def main(argv=None):
              vdm.write_video(out / "samples/final.gif", vdm.grid(clips[:16]), config.fps),
              vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps)]
     evaluations = (2 if config.sampler == "heun" else 1) * config.sampling_steps - (config.sampler == "heun")
+    evaluations *= 1 + (config.temporal_guidance != 1)
     print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
           f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations} evaluations each, averaged weights)")
     if options.data == "shapes":
