@@ -53,7 +53,7 @@ def flags_of(setting, seed, o):
 
 
 def train_once(flags):
-    """Train, or go on, unless it is done -> Config, and the files with the weights at half the steps and at the end."""
+    """Train, or go on, unless it is done -> Config, and the files with the state at half the steps and at the end."""
     options, config = train.parse(flags)
     half, last, save = options.out / "half.pt", options.out / "last.pt", vdm.save
 
@@ -62,14 +62,10 @@ def train_once(flags):
             save(half, **state)
         save(path, **state)
 
-    vdm.save, done = save_and_keep_half, 0
-    if last.exists():
-        state, saved = vdm.read_checkpoint(last)
-        if saved != config:
-            raise ValueError(f"{last} was made with other flags: choose another --out")
-        done = state["step"]
-    else:
-        (options.out / "log.csv").unlink(missing_ok=True)                # a run that was stopped before it saved
+    vdm.save = save_and_keep_half
+    done = vdm.read_checkpoint(last)[0]["step"] if last.exists() else 0
+    if not done:
+        (options.out / "log.csv").unlink(missing_ok=True)                # of a run that was stopped before it saved
     if done < config.steps:
         train.main(flags + ["--resume"] * (done > 0))
     return config, half, last
@@ -113,15 +109,15 @@ def measure(setting, seed, n, config, half, last):
     def flicker(clips):                                  # change of a frame's mean colour, in steps of 0 ... 255
         return {"flicker": clips.mean((3, 4)).diff(dim=1).abs().mean() * 127.5}
 
-    made, base = draw(model), setting == "base"
+    made, going, base = draw(model), goes_on(), setting == "base"
     if base or setting.startswith("offset"):
-        add("offset", "offset 0" if base else setting, flicker(made), passes(made), goes_on())
+        add("offset", "offset 0" if base else setting, flicker(made), passes(made), going)
     if base or setting.startswith(("dynamics", "structure")):
         wrong = vdm.high_pass(model(real + unit, vdm.constant(1, real)) - real)
-        add("losses", "neither" if base else setting, passes(made), goes_on(), errors(model, [1]),
+        add("losses", "neither" if base else setting, passes(made), going, errors(model, [1]),
             {"error of edges at sigma 1": wrong.square().mean()})
     if base or setting.startswith("batch"):
-        add("batch", "batch 16" if base else setting, passes(made), goes_on(), errors(model),
+        add("batch", "batch 16" if base else setting, passes(made), going, errors(model),
             {"seconds of training": vdm.read_checkpoint(last)[0]["seconds"]})
     if not base:
         return rows
@@ -138,26 +134,27 @@ def measure(setting, seed, n, config, half, last):
             passes(video[:, -8:], "pass (last 8)"), {"one colour throughout": world.check(video)["color"].mean()})
     for name, weight in {"replacement": 1e-9, "weight 1": 1, "weight 3": 3}.items():
         add("replacement", name, goes_on(reconstruction=weight))
-    add("replacement", "(shown the frames, as trained)", goes_on())
+    add("replacement", "(shown the frames, as trained)", going)
     return rows
 
 
 def job(setting, seed, o):
     """Train and measure in a process of its own, unless it is done -> its rows."""
     *flags, folder = flags_of(setting, seed, o)
-    done = Path(folder) / f"measured_{o.clips}.json"
+    known, done = Path(folder) / "flags.json", Path(folder) / f"rows_{o.clips}.json"
+    if known.exists() and json.loads(known.read_text()) != flags:
+        raise ValueError(f"{folder} was made with other flags: choose another --out")
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(flags))
     if not done.exists():
-        run = subprocess.run([sys.executable, __file__, "--job", setting, str(seed), "--steps", str(o.steps), "--clips",
-                              str(o.clips), "--out", str(o.out), *o.more],
-                             capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        words = ["--job", setting, str(seed), "--steps", str(o.steps), "--clips", str(o.clips), "--out", str(o.out), *o.more]
+        run = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True,
+                             env=os.environ | dict(OMP_NUM_THREADS="1"))
         if run.returncode:
             raise ValueError(f"{setting}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
-        done.write_text(json.dumps(dict(flags=flags, rows=json.loads(run.stdout.splitlines()[-1]))))
+        done.write_text(run.stdout.splitlines()[-1])
         print(f"done: {setting}, seed {seed}", flush=True)
-    found = json.loads(done.read_text())
-    if found["flags"] != flags:
-        raise ValueError(f"{folder} was made with other flags: choose another --out")
-    return found["rows"]
+    return json.loads(done.read_text())
 
 
 def summary(jobs):
