@@ -58,6 +58,8 @@ def main(argv=None):
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates all that is given (1)")
     p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
+    p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates what frames tell each other, and takes twice "
+                   "as long (default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
@@ -150,21 +152,22 @@ def main(argv=None):
         clips = range(i, min(i + o.batch, o.n))
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
-        options = dict(seed=o.seed, clips=clips, sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale,
-                       reconstruction=o.reconstruction)
+        which = dict(seed=o.seed, clips=clips)
+        options = dict(sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
+                       temporal_guidance=config.temporal_guidance if o.temporal_guidance is None else o.temporal_guidance)
         if o.label is not None:
             options["label"] = torch.full((len(clips),), o.label, device=device)
         if actions is not None:
             options["action"] = actions.expand(len(clips), *actions.shape)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
-                stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **options)]
+                stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **which, **options)]
             elif hints:
                 noise, given = vdm.clip_noise(o.seed, clips, device), given.to(device)
                 seen, mask = vdm.draw_context(given, (0, 1), config.task, vdm.constant(level, given), noise(*shape[1:]))
-                stream = [vdm.generate(denoiser, shape, sigmas, sampler, o.guidance, noise, context=seen, mask=mask)[:, :length]]
+                stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
-                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, **options)
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, **which, **options)
             for piece in stream:
                 pieces.append(piece.cpu())
                 bar.update(piece.shape[0] * piece.shape[1])

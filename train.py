@@ -29,7 +29,8 @@ import vdm
 
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
-MAY_CHANGE = {"steps", "sampler", "sampling_steps", "sigma_min", "sigma_max", "rho", "overlap", "fps"}   # on --resume
+MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "overlap",
+              "fps"}                                                   # on --resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -171,6 +172,8 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         if config.give == "per_frame":                                 # then this is the level of what is given
             sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                     # (B, T)
         loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
+    if config.images:
+        options["temporal"] = (torch.rand(config.batch) >= config.images).float().to(device)         # (B,)
     noise = vdm.offset_noise(torch.randn(clean.shape), config.offset, config.offset_per_frame).to(device)
     # loss and gradient
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -201,7 +204,8 @@ def sample(config, denoiser, n, device, dtype, seed=0, **told):
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             cond = {name: given[i : i + shape[0]].to(device) for name, given in told.items()}
-            clips.append(vdm.generate(denoiser, shape, sigmas, config.sampler, noise=noise, **cond).cpu())
+            clips.append(vdm.generate(denoiser, shape, sigmas, config.sampler, temporal_guidance=config.temporal_guidance,
+                                      noise=noise, **cond).cpu())
     return torch.cat(clips)
 
 

@@ -95,7 +95,7 @@ class Config:
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
-    context: tuple = (0.55, 0.05, 0.05, 0.05, 0.3)  # odds that the first 0, 1, 2 ... are given
+    context: tuple = (0.6, 0.04, 0.04, 0.04, 0.28)  # odds that the first 0, 1, 2 ... are given
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
@@ -104,12 +104,13 @@ class Config:
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
+    images: float = 0.08            # share of clips trained as pictures, without temporal layers
     # labels and actions
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    drop: float = 0.15              # odds that the label, and each mode, is withheld in training
+    drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
-    steps: int = 2200               # optimiser steps
+    steps: int = 2000               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -122,6 +123,7 @@ class Config:
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
+    temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -332,8 +334,7 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 class Balance(nn.Module):
     """The weight 1 / error, by a running mean of the error at this noise level, with given frames
     and without: whether much can be known or little, all cases pull equally. EDM2's learned weight
-    has its optimum there (Karras et al. 2023, config B). sigma, error (B,) or (B, T); given (B,)
-    """
+    has its optimum there (Karras et al. 2023). sigma, error (B,) or (B, T); given (B,)."""
 
     def __init__(self, rate=0.1):
         super().__init__()
@@ -455,10 +456,11 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
 
 
 def drop_modes(action, sizes, rates):
-    """Withhold (set to 0) modes of action (B, T, A), A = sum(sizes), whole clips at a time and each
-    mode on its own, with odds `rates` (one, or one per mode): so guidance has an estimate without
-    them, and when sampling any mode may be left out (Vista sec. 3.2)."""
-    keep = torch.rand(len(action), len(sizes)) >= torch.as_tensor(rates)               # (B, modes)
+    """Withhold (set to 0) parts of action (B, T, A), A = sum(sizes), for whole clips, with odds
+    `rates` (one, or one for all of it and one per mode): all of it, so that guidance has an
+    estimate without, and each mode on its own, so that any may be left out (Vista sec. 3.2)."""
+    keep = torch.rand(len(action), 1 + len(sizes)) >= torch.as_tensor(rates)       # (B, 1 + modes)
+    keep = keep[:, :1] & keep[:, 1:]                                                   # (B, modes)
     return action * keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action)   # (B, T, A)
 
 
@@ -592,6 +594,18 @@ def guided(denoise, scale, rescale=0.0):
     return guided_denoise
 
 
+def temporally_guided(denoise, scale, temporal=0.0):
+    """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
+    the estimate of the same model with temporal layers heeded at `temporal`, 0 being none at all.
+    scale is as in guided. It is classifier-free guidance whose condition are the other frames;
+    trained for by `images` of train.py (cf. skip guidance, Hyung et al. 2024, 2411.18664)."""
+    def guided_denoise(x, sigma, **cond):
+        alone = denoise(x, sigma, temporal=temporal, **cond)
+        return alone + scale * (denoise(x, sigma, **cond) - alone)
+
+    return guided_denoise
+
+
 def reconstruction_guided(denoise, context, mask, weight=1.0):
     """Frames given to a model that was never trained to be given any (VDM sec. 3.1): where mask is
     1 the estimate is context, so that samplers keep x there at context + sigma noise; elsewhere it
@@ -625,12 +639,14 @@ def clip_noise(seed, clips, device="cpu"):
 
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             reconstruction=0.0, noise=None, seed=0, **cond):
+             temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
     label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
+    if temporal_guidance != 1:
+        denoiser = temporally_guided(denoiser, temporal_guidance)
     if reconstruction and "mask" in cond:
         given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
         denoise = reconstruction_guided(partial(denoiser, **cond), **given)
@@ -770,27 +786,6 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class SpatialResBlock(nn.Module):
-    """Two 3x3 convolutions on every frame, scaled and shifted by the noise level."""
-
-    def __init__(self, dim_in, dim, dim_emb, dropout=0.0):
-        super().__init__()
-        self.norm1, self.conv1 = normalize(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
-        self.emb = nn.Linear(dim_emb, 2 * dim)
-        self.norm2, self.conv2 = normalize(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
-
-    def forward(self, x, emb):                                       # (B, T, C, H, W), (B, T, E)
-        B, T = x.shape[:2]
-        x = x.flatten(0, 1)                                                       # (B T, C, H, W)
-        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + scale) + shift
-        h = self.conv2(self.dropout(F.silu(h)))
-        return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
-
-
 class TemporalConv(nn.Module):
     """A convolution over three neighbouring frames at every place (Make-A-Video's pseudo-3D)."""
 
@@ -800,10 +795,34 @@ class TemporalConv(nn.Module):
         self.norm, self.conv = normalize(dim), nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0))
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x):                                                     # (B, T, C, H, W)
+    def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
         h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
-        return x + self.gate * h
+        return x + strength * self.gate * h
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions on every frame, scaled and shifted by the noise level, with a temporal
+    one between them: what moves has to be followed through space and time in turn."""
+
+    def __init__(self, dim_in, dim, dim_emb, dropout=0.0):
+        super().__init__()
+        self.norm1, self.conv1 = normalize(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
+        self.time = TemporalConv(dim)
+        self.emb = nn.Linear(dim_emb, 2 * dim)
+        self.norm2, self.conv2 = normalize(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+
+    def forward(self, x, emb, strength=1.0):                         # (B, T, C, H, W), (B, T, E)
+        B, T = x.shape[:2]
+        x = x.flatten(0, 1)                                                       # (B T, C, H, W)
+        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
 
 
 class SpatialAttention(nn.Module):
@@ -835,7 +854,7 @@ class TemporalAttention(nn.Module):
                                           nn.Linear(4 * dim, dim))
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x):                                                     # (B, T, C, H, W)
+    def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
         B, T, _, H, W = x.shape
         tokens, axes = ("b (t h w) c", (T, H, W)) if self.joint else ("(b h w) t c", (T,))
         h = self.norm(x.flatten(0, 1)).unflatten(0, (B, T))
@@ -846,7 +865,8 @@ class TemporalAttention(nn.Module):
         h = attend(rotate(q, position), rotate(k, position), v)
         h = self.out(rearrange(h, "n heads l d -> n l (heads d)"))
         h = h + self.feed_forward(h)
-        return x + self.gate * rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
+        h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
+        return x + strength * self.gate * h
 
 
 class Block(nn.Module):
@@ -855,26 +875,16 @@ class Block(nn.Module):
 
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout):
         super().__init__()
-        self.space, self.time = SpatialResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
-        self.space_attention = self.time_attention = nn.Identity()
-        if has_attention and not joint:
-            self.space_attention = SpatialAttention(dim, head_dim)
-        if has_attention:
-            self.time_attention = TemporalAttention(dim, head_dim, joint)
+        self.space, self.time = ResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
+        both = has_attention and not joint
+        self.space_attention = SpatialAttention(dim, head_dim) if both else None
+        self.time_attention = TemporalAttention(dim, head_dim, joint) if has_attention else None
 
-    def forward(self, x, emb):                                       # (B, T, C, H, W), (B, T, E)
-        return self.time_attention(self.space_attention(self.time(self.space(x, emb))))
-
-
-class PerFrame(nn.Module):
-    """Apply a picture layer to every frame of a clip, whatever its noise level."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x, emb=None):                                           # (B, T, C, H, W)
-        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    def forward(self, x, emb, strength):                             # (B, T, C, H, W), (B, T, E)
+        x = self.time(self.space(x, emb, strength), strength)
+        if self.space_attention is not None:
+            x = self.space_attention(x)
+        return x if self.time_attention is None else self.time_attention(x, strength)
 
 
 class VideoUNet(nn.Module):
@@ -882,14 +892,15 @@ class VideoUNet(nn.Module):
     the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
     `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
     to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
+    temporal, a number or (B,), is how far the temporal layers are heeded: at 0 it is an image model.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
     (DDPM's UNet has one more on the way up: a third more work, which at toy size more steps repay);
     attention the downsampling factors with attention, joint those where it is joint over space and
-    time. Frames are first cut into patch x patch tiles
-    as in a vision transformer, which saves most of the work at toy size; a thin path of `detail`
-    channels at full resolution leads around them and keeps edges sharp. With second_embedding
-    forward takes given (B, T) as well: where it is True another MLP embeds c_noise (Vista)."""
+    time. Frames are first cut into patch x patch tiles as in a vision transformer, which saves most
+    of the work at toy size; a thin path of `detail` channels at full resolution leads around them
+    and keeps edges sharp. With second_embedding forward takes given (B, T) as well: where it is
+    True another MLP embeds c_noise (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
@@ -913,15 +924,17 @@ class VideoUNet(nn.Module):
                 self.down.append(block(dim, mult * width, 2 ** level))
                 dim = mult * width
             if level < len(mults) - 1:
-                self.down.append(PerFrame(nn.Conv2d(dim, dim, 3, stride=2, padding=1)))
+                self.down.append(nn.Conv2d(dim, dim, 3, stride=2, padding=1))
         self.middle = block(dim, dim, 2 ** (len(mults) - 1))
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks):
                 self.up.append(block(dim + mult * width, mult * width, 2 ** level))
                 dim = mult * width
             if level > 0:
-                self.up.append(PerFrame(nn.Sequential(nn.Upsample(scale_factor=2),
-                                                      nn.Conv2d(dim, dim, 3, padding=1))))
+                narrow = mults[level - 1] * width
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                             nn.Conv2d(dim, narrow, 3, padding=1)))
+                dim = narrow
         self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
         last = detail or out_channels
         kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
@@ -932,8 +945,9 @@ class VideoUNet(nn.Module):
             nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
-    def forward(self, x, c_noise, label=None, action=None, given=None):
+    def forward(self, x, c_noise, label=None, action=None, given=None, temporal=1.0):
         B, T = x.shape[:2]
+        strength = expand(torch.as_tensor(temporal).to(x), x)                 # (B, 1, 1, 1, 1), or ()
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
         waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, width)
@@ -952,12 +966,17 @@ class VideoUNet(nn.Module):
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
         skips = []
         for layer in self.down:
-            x = layer(x, emb)
             if isinstance(layer, Block):
+                x = layer(x, emb, strength)
                 skips.append(x)
-        x = self.middle(x, emb)
+            else:                                                      # half the height and width
+                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
+        x = self.middle(x, emb, strength)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], 2) if isinstance(layer, Block) else x, emb)
+            if isinstance(layer, Block):
+                x = layer(torch.cat([x, skips.pop()], 2), emb, strength)
+            else:                                                      # twice
+                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
             x = self.output_detail(torch.cat([self.detail(frames), x], 1))
@@ -1167,7 +1186,7 @@ class Drive:
         """Mark clips (B, T, 3, H, W) by the motion seen between neighbouring frames: a dict with
 
         commands  (B, T - 1), what each frame t > 0 followed; -1 if its motion is none of the four,
-                  to 0.3 of the speed, or leaves more than a third of the picture unexplained
+                  to 0.3 of the speed, or explains less than two thirds of the picture
         obeys     (B, T - 1), if that is the command in action (B, T, 6); without one, any command
         passed    (B,), if all frames do"""
         v = torch.as_tensor(videos).float().cpu().numpy()
@@ -1183,7 +1202,7 @@ class Drive:
             rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)   # beyond the shift
             error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))              # (B, T - 1)
             near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
-            explained = error < new[:, :, 0].var(2) * new.shape[3] / 3
+            explained = error / new.shape[3] < new[:, :, 0].var(2) / 3 - 1e-3  # no blank ones
             costs.append(np.where(near & explained, error, np.inf))
         commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
         told = commands if action is None else action[:, 1:, :4].argmax(2).cpu().numpy()
@@ -1445,6 +1464,7 @@ def build(config):
             (noisy < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
              f"context_noise is {noisy}, given_noise {config.given_noise} and independent {own}: "
              "expected 0 or more, more than 0, and 0 to 1"),
+            (not 0 <= config.images <= 1, f"images is {config.images}: expected a share, 0 to 1"),
             (min(config.dynamics, config.structure) < 0
              or config.dynamics_toy and not config.dynamics,
              f"dynamics is {config.dynamics} and structure {config.structure}: neither may be "

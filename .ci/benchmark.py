@@ -108,7 +108,7 @@ def marks(folder):
     for i in range(0, 64, 16):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, 3, *config.size), sigmas, config.overlap,
-                                 seed=3, clips=range(i, i + 16), sampler=config.sampler)
+                                 seed=3, clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance)
             videos.append(torch.cat(list(pieces), 1))
     print(world.report(torch.cat(videos)))
     if config.task == "any":
@@ -144,7 +144,7 @@ def interpolation(denoiser, config, sigmas, dtype):
         for i in range(0, 64, 16):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 made.append(vdm.interpolate(denoiser, real[i:i + 16, ::factor], factor, config.frames, sigmas,
-                                            clips=range(i, i + 16), sampler=config.sampler))
+                                            clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance))
         near = (centre(torch.cat(made).float()) - centre(real)).norm(dim=2) < 1                     # (64, 13)
         near = near[:, torch.arange(13) % factor > 0]
         print(f"interpolation {factor}x: within a pixel {near.float().mean():.0%} of inserted frames, all of them in "
