@@ -4,8 +4,8 @@ Seven things that papers say of video diffusion, tried on the toy world by one c
     python .ci/claims.py --seeds 3 --steps 500       eight models per seed; a process per core, each on one thread
 
 All models see the same number of clips, 16 x steps, and each sees the same ones as the others of its seed. What is done is
-kept in out/claims/: after a stop the same command goes on. It prints a table and writes it to notebooks/claims.csv. Flags
-not listed below go to train.py.
+kept in out/claims/: after a stop the same command goes on. It prints a table and writes it to notebooks/claims.csv. Clips
+are drawn without temporal guidance: one thing at a time. Flags not listed below go to train.py.
 
 Every setting is compared with the first of its claim, seed by seed: "better" and "worse" are said only if all seeds agree
 and the mean difference is more than twice the standard deviation of the differences; the rest is "unclear".
@@ -48,7 +48,7 @@ def flags_of(setting, seed, o):
     """What to tell train.py. From 1 to 4 given frames are equally likely, or claim f would not be compared fairly."""
     batch = int(setting.split()[1]) if setting.startswith("batch") else 16
     steps, folder = o.steps * 16 // batch, o.out / f"{setting.replace(',', '').replace(' ', '_')}-{seed}"
-    fixed = f"--steps {steps} --sample-every {steps} --seed {seed} --context 0.5 0.125 0.125 0.125 0.125 --marks 2 --device cpu"
+    fixed = f"--steps {steps} --sample-every {steps} --seed {seed} --marks 2 --device cpu --context 0.5 0.125 0.125 0.125 0.125"
     return [*fixed.split(), *SETTINGS[setting].split(), *o.more, "--out", str(folder)]
 
 
@@ -151,7 +151,8 @@ def job(setting, seed, o):
         run = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True,
                              env=os.environ | dict(OMP_NUM_THREADS="1"))
         if run.returncode:
-            raise ValueError(f"{setting}, seed {seed}: {(run.stderr.strip() or 'killed').splitlines()[-1]}")
+            cause = (run.stderr.strip() or "killed").splitlines()[-1].removeprefix("error: ")
+            raise ValueError(f"{setting}, seed {seed}: {cause}")
         done.write_text(run.stdout.splitlines()[-1])
         print(f"done: {setting}, seed {seed}", flush=True)
     return json.loads(done.read_text())
@@ -178,7 +179,7 @@ def text(rows):
     """The rows of one claim as markdown: a table, mean ± std over the seeds, and in words what was found and what not."""
     settings, measures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "measure"))
     cell = {(row["setting"], row["measure"]): f"{row['mean']} ± {row['std'] or '?'}" for row in rows}
-    lines = [f"\n**{rows[0]['claim']}**\n", f"| {max(int(row['seeds']) for row in rows)} seeds | " + " | ".join(measures) + " |",
+    lines = [f"\n**{rows[0]['claim']}**\n", f"| {rows[0]['seeds']} seeds | " + " | ".join(measures) + " |",
              "|---" * (len(measures) + 1) + "|"]
     lines += [f"| {s} | " + " | ".join(cell.get((s, m), "") for m in measures) + " |" for s in settings] + [""]
     for s in settings[1:]:
@@ -198,7 +199,7 @@ def main():
     p.add_argument("--clips", type=int, default=64, help="clips that each measure is made of (64)")
     p.add_argument("--out", type=Path, default=ROOT / "out/claims", help="folder of the models (out/claims)")
     p.add_argument("--csv", default=ROOT / "notebooks/claims.csv", help="the table (notebooks/claims.csv)")
-    p.add_argument("--job", nargs=2, help="a setting and a seed: these alone, measures as JSON (used by the command itself)")
+    p.add_argument("--job", nargs=2, help="a setting and a seed: only these, rows as JSON (the command calls itself so)")
     o, o.more = p.parse_known_args()
     if o.job:
         setting, seed = o.job[0], int(o.job[1])
