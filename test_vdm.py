@@ -2358,6 +2358,36 @@ def test_notebook_runs_and_is_light(notebook, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+def test_table_of_claims(tmp_path):
+    """.ci/claims.py with a tiny budget; and what it calls better, worse and unclear, on numbers made up for it."""
+    path = ROOT / ".ci/claims.py"
+    words = "--seeds 1 --steps 4 --clips 2 --size 16 --width 16 --sampling-steps 2 --out".split()
+    run = subprocess.run([sys.executable, path, *words, tmp_path, "--csv", tmp_path / "t.csv"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = list(csv.DictReader(open(tmp_path / "t.csv")))
+    names = "claim setting measure mean std seeds verdict".split()
+    assert list(rows[0]) == names and {r["claim"][0] for r in rows} == set("abcdefg")
+    assert all(math.isfinite(float(r["mean"])) for r in rows) and (tmp_path / "base-0/last.pt").exists()
+    sys.path.append(str(path.parent))                                          # claims.py imports its neighbour
+    claims = types.ModuleType("claims")
+    claims.__file__ = str(path)
+    exec(path.read_text(), claims.__dict__)
+    made = {("a", "error"): (1, 2, 3), ("b", "error"): (0.9, 1.9, 2.8), ("c", "error"): (1.1, 2.1, 2.9),
+            ("d", "error"): (1.1, 2.9, 3.1), ("a", "pass"): (0.3, 0.4, 0.5), ("b", "pass"): (0.2, 0.3, 0.4),
+            ("c", "pass"): (0.6, 0.7, 0.8), ("d", "pass"): (0.3, 0.4, 0.5)}
+    title = next(iter(claims.CLAIMS.values()))
+    jobs = [[(title, setting, key, x[seed]) for (setting, key), x in made.items()] for seed in range(3)]
+    claims.CLAIMS = {"only": title}
+    found = list(claims.summary(jobs))
+    assert {(r["setting"], r["measure"]): r["verdict"] for r in found} == {
+        ("a", "error"): "", ("b", "error"): "better", ("c", "error"): "unclear", ("d", "error"): "unclear",
+        ("a", "pass"): "", ("b", "pass"): "worse", ("c", "pass"): "better", ("d", "pass"): "unclear"}
+    assert (found[0]["mean"], found[0]["std"], found[0]["seeds"]) == ("2", "1", 3)
+    text = claims.text(found)
+    assert "| a | 2 ± 1 | 0.4 ± 0.1 |" in text and "* b against a: better: error; worse: pass" in text
+    assert "* c against a: better: pass (nothing found: error)" in text and "* d against a: no difference was found" in text
+
+
 def test_paste_guide_of_the_readme():
     """The table names every other definition that a piece needs, as the paste test finds them."""
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
