@@ -892,7 +892,7 @@ class VideoUNet(nn.Module):
     the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
     `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
     to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
-    temporal, a number or (B,), is how far the temporal layers are heeded: at 0 it is an image model.
+    temporal, a number or (B,), tells how far temporal layers are heeded: at 0 it is an image model.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
     (DDPM's UNet has one more on the way up: a third more work, which at toy size more steps repay);
@@ -947,7 +947,7 @@ class VideoUNet(nn.Module):
 
     def forward(self, x, c_noise, label=None, action=None, given=None, temporal=1.0):
         B, T = x.shape[:2]
-        strength = expand(torch.as_tensor(temporal).to(x), x)                 # (B, 1, 1, 1, 1), or ()
+        strength = expand(torch.as_tensor(temporal).to(x), x)               # (B or 1, 1, 1, 1, 1)
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
         waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, width)
