@@ -2059,7 +2059,7 @@ def test_sample_drives(driver, tmp_path, capsys):
     assert json.loads((driver / "config.json").read_text())["actions"] == [4, 2]
     commands = ["LSR".index(c) if c in "LSR" else 3 for c in "LLSSRRX"]
     np.save(tmp_path / "a.npy", vdm.Drive.ACTIONS[commands])
-    texts = "LLSSRRX", tmp_path / "a.npy", "LLSSRRL", "XXXXXXX"
+    texts = "LLSSRRX", tmp_path / "a.npy", "LLSSRRL", "X" * 7
     a, same, end, other = (run_sample(driver, tmp_path / f"{i}.mp4", "--n", 1, "--actions", text)[0]
                            for i, text in enumerate(texts))
     assert len(a) == 7 and torch.equal(a, same)

@@ -596,9 +596,11 @@ def guided(denoise, scale, rescale=0.0):
 
 def temporally_guided(denoise, scale, temporal=0.0):
     """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
-    the estimate of the same model with temporal layers heeded at `temporal`, 0 being none at all.
-    scale is as in guided. It is classifier-free guidance whose condition are the other frames;
-    trained for by `images` of train.py (cf. skip guidance, Hyung et al. 2024, 2411.18664)."""
+    the estimate of the same model with temporal layers heeded at `temporal`, 0 being none at all:
+    classifier-free guidance whose condition is the other frames. scale is a number, 1 the plain
+    estimate; denoise must take temporal, as VideoUNet does, and --images has train.py teach it to
+    do without temporal layers (related: skip guidance, Hyung et al. 2024, 2411.18664)."""
+
     def guided_denoise(x, sigma, **cond):
         alone = denoise(x, sigma, temporal=temporal, **cond)
         return alone + scale * (denoise(x, sigma, **cond) - alone)
@@ -803,7 +805,8 @@ class TemporalConv(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions on every frame, scaled and shifted by the noise level, with a temporal
-    one between them: what moves has to be followed through space and time in turn."""
+    one between them: what moves has to be followed through space and time in turn. The gate of that
+    one waits for conv2, which starts at zero but, having an input, leaves it at its first step."""
 
     def __init__(self, dim_in, dim, dim_emb, dropout=0.0):
         super().__init__()
@@ -880,7 +883,7 @@ class Block(nn.Module):
         self.space_attention = SpatialAttention(dim, head_dim) if both else None
         self.time_attention = TemporalAttention(dim, head_dim, joint) if has_attention else None
 
-    def forward(self, x, emb, strength):                             # (B, T, C, H, W), (B, T, E)
+    def forward(self, x, emb, strength=1.0):                         # (B, T, C, H, W), (B, T, E)
         x = self.time(self.space(x, emb, strength), strength)
         if self.space_attention is not None:
             x = self.space_attention(x)
@@ -931,10 +934,10 @@ class VideoUNet(nn.Module):
                 self.up.append(block(dim + mult * width, mult * width, 2 ** level))
                 dim = mult * width
             if level > 0:
-                narrow = mults[level - 1] * width
+                finer = mults[level - 1] * width
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
-                                             nn.Conv2d(dim, narrow, 3, padding=1)))
-                dim = narrow
+                                             nn.Conv2d(dim, finer, 3, padding=1)))
+                dim = finer
         self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
         last = detail or out_channels
         kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
@@ -969,13 +972,13 @@ class VideoUNet(nn.Module):
             if isinstance(layer, Block):
                 x = layer(x, emb, strength)
                 skips.append(x)
-            else:                                                      # half the height and width
+            else:                                              # to half the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = self.middle(x, emb, strength)
         for layer in self.up:
             if isinstance(layer, Block):
                 x = layer(torch.cat([x, skips.pop()], 2), emb, strength)
-            else:                                                      # twice
+            else:                                              # to twice the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
