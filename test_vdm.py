@@ -1610,9 +1610,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,550 lines of at most 100 columns, read in an evening."""
+    """At most 1,640 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1550
+    assert len(lines) <= 1640
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 

@@ -53,7 +53,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 
 # ==================================================================================================
 # 1. Config
@@ -79,6 +79,9 @@ class Config:
     head_dim: int = 16              # channels per attention head
     patch: int = 4                  # frames are cut into patch x patch tiles first
     detail: int = 8                 # channels of a full-resolution path around the tiles (0: none)
+    convs: bool = True              # temporal convolutions in and after every residual block
+    feed_forward: str = "time"      # none, in temporal attention, or both: transformers as in SVD
+    ddpm_layout: bool = False       # one more block in the middle and per level on the way up
     dropout: float = 0.0            # dropout in the residual blocks
     # the diffusion
     kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
@@ -129,12 +132,49 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
 
+# The papers' models, without tiny's own devices; their learning rates stay, ours fall. "Unverified"
+# was found neither in papers nor in code. Where channels are 4, size counts latents of 8 x 8 pixels
+paper = partial(Config, channels=4, blocks=2, ddpm_layout=True, joint=(), head_dim=64, patch=1,
+                detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0, ema=0.9999,
+                temporal_guidance=1.0)
+stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
+                 feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
+                 std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
                     steps=20_000, ema=0.999),
+    # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
+    # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
+    "ucf101": paper(frames=16, size=(64, 64), channels=3, fps=25.0, width=256, mults=(1, 2, 4, 8),
+                    attention=(2, 4, 8), convs=False, feed_forward="none", dropout=0.1, lr=3e-4,
+                    kind="eps", schedule="cosine", weighting="eps", context=(1.0,), images=1 / 3,
+                    steps=60_000, batch=128, gate_lr=3e-4, weight_decay=0.0, sampler="ddpm",
+                    sampling_steps=256, sigma_min=4.54e-5, sigma_max=22026.0),
+    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
+    # planes in place of frames; ours has 459 M and 115 M. Unverified: fps, clip_norm, steps
+    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), attention=(1, 2, 4),
+                 convs=False, feed_forward="none", kind="eps", schedule="scaled_linear", lr=1e-4,
+                 weighting="eps", context=(1.0,), previous=True, joint_weight=0.2, gate_lr=1e-4,
+                 steps=850_000, batch=64, sampler="ddpm", sampling_steps=200, sigma_min=0.0388,
+                 sigma_max=83.8),
+    # Video LDM, key frames, 128 x 256 pixels, without labels. Unverified: frames, betas, context,
+    # clip_norm, ema, sampling and widths (these: its text model's, 860 M, kept fixed, + 649 M)
+    "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
+                  context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
+                  lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
+    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B. Ours lacks CLIP, fps, motion, and keeps
+    # frame 0; there the noise on it is log-normal. Unverified: odds of context, clip_norm
+    "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
+                  overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
+    # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
+    # angle, goal) 1.65 B, 111 M with no gradient. Ours lacks CLIP, SVD's weights, frame 0 as channels
+    "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
+                    offset_per_frame=True, context=(0.25, 0.25, 0.25, 0.25), give="replace",
+                    overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
+                    warmup=1000, clip_norm=0.3, sampling_steps=50),
 }
 
 # ==================================================================================================
@@ -808,10 +848,10 @@ class ResBlock(nn.Module):
     one between them: what moves has to be followed through space and time in turn. The gate of that
     one waits for conv2, which starts at zero but, having an input, leaves it at its first step."""
 
-    def __init__(self, dim_in, dim, dim_emb, dropout=0.0):
+    def __init__(self, dim_in, dim, dim_emb, dropout=0.0, convs=True):
         super().__init__()
         self.norm1, self.conv1 = normalize(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
-        self.time = TemporalConv(dim)
+        self.time = TemporalConv(dim) if convs else None
         self.emb = nn.Linear(dim_emb, 2 * dim)
         self.norm2, self.conv2 = normalize(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
@@ -822,72 +862,108 @@ class ResBlock(nn.Module):
         x = x.flatten(0, 1)                                                       # (B T, C, H, W)
         scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1)
+        h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1) if self.time else h
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
         return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
 
 
-class SpatialAttention(nn.Module):
-    """Every place of a frame looks at all places of that frame."""
+def feed_forward(dim, gated=False):
+    """What transformers have between attentions. gated: by half of its channels, the other half."""
+    wide = [nn.Linear(dim, 8 * dim), nn.GLU()] if gated else [nn.Linear(dim, 4 * dim), nn.GELU()]
+    return nn.Sequential(nn.LayerNorm(dim), *wide, nn.Linear(4 * dim, dim))
 
-    def __init__(self, dim, head_dim=32):
+
+def one_token(told, dim):
+    """Cross-attention to one token, as SVD and Vista have it, is none: the softmax over one key is
+    1, and the layers for value and output are all that is left. Starts at 0."""
+    return nn.Sequential(zero(nn.Linear(told, dim, bias=False)), nn.Linear(dim, dim, bias=False))
+
+
+class SpatialAttention(nn.Module):
+    """Every place of a frame looks at all places of that frame and, with a width of `told`, at what
+    is told of the frame; with both, a feed-forward layer follows (latent diffusion)."""
+
+    def __init__(self, dim, head_dim=32, both=False, told=0):
         super().__init__()
         self.norm, self.heads = normalize(dim), dim // head_dim
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), zero(nn.Linear(dim, dim))
+        self.feed_forward = feed_forward(dim, gated=True) if both else None
+        self.told = one_token(told, dim) if told else None
 
-    def forward(self, x):                                                     # (B, T, C, H, W)
+    def forward(self, x, told=None):                               # (B, T, C, H, W), (B, T, told)
         B, H = x.shape[0], x.shape[3]
         h = rearrange(self.norm(x.flatten(0, 1)), "bt c h w -> bt (h w) c")
         q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
         h = self.out(rearrange(attend(q, k, v), "n heads l d -> n l (heads d)"))
-        return x + rearrange(h, "(b t) (h w) c -> b t c h w", b=B, h=H)
+        if self.told is not None and told is not None:
+            h = h + self.told(told).flatten(0, 1)[:, None]
+        x = x + rearrange(h, "(b t) (h w) c -> b t c h w", b=B, h=H)
+        return x + self.feed_forward(x.movedim(2, -1)).movedim(-1, 2) if self.feed_forward else x
 
 
 class TemporalAttention(nn.Module):
     """Every place looks at itself in all frames or, joint, at all places of all frames; then a
     feed-forward layer: the temporal transformer block of Video LDM and SVD. Frames are told apart
-    by rotary angles: only distances count (as in VDM), and clips may get longer."""
+    by rotary angles: only distances count (as in VDM), and clips may get longer. mode none has no
+    feed-forward layer; both has one before attention, too, and embeds the frame's number (SVD)."""
 
-    def __init__(self, dim, head_dim=32, joint=False):
+    def __init__(self, dim, head_dim=32, joint=False, mode="time", told=0):
         super().__init__()
+        both = mode == "both"
         self.norm, self.heads, self.joint = normalize(dim), dim // head_dim, joint
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(),
-                                          nn.Linear(4 * dim, dim))
+        self.feed_forward = feed_forward(dim, gated=both) if mode != "none" else None
         self.gate = nn.Parameter(torch.zeros(1))
+        self.number = feed_forward(dim) if both else None
+        self.before = feed_forward(dim, gated=True) if both else None
+        self.told = one_token(told, dim) if told else None
 
-    def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
-        B, T, _, H, W = x.shape
+    def forward(self, x, strength=1.0, told=None):                            # (B, T, C, H, W)
+        B, T, C, H, W = x.shape
         tokens, axes = ("b (t h w) c", (T, H, W)) if self.joint else ("(b h w) t c", (T,))
         h = self.norm(x.flatten(0, 1)).unflatten(0, (B, T))
         h = rearrange(h, f"b t c h w -> {tokens}")
+        if self.before is not None:
+            number = self.number(fourier(torch.arange(T, device=x.device), C))        # (T, C)
+            h = h + repeat(number, f"t c -> {tokens}", b=B, h=H, w=W)
+            h = h + self.before(h)
         q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
         position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in axes))
         position = position.reshape(-1, len(axes))                                    # (L, axes)
         h = attend(rotate(q, position), rotate(k, position), v)
         h = self.out(rearrange(h, "n heads l d -> n l (heads d)"))
-        h = h + self.feed_forward(h)
+        if self.told is not None and told is not None:
+            h = h + repeat(self.told(told), f"b t c -> {tokens}", h=H, w=W)
+        h = h + self.feed_forward(h) if self.feed_forward else h
         h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
         return x + strength * self.gate * h
 
 
 class Block(nn.Module):
     """One step of the UNet: space, then time; then, where there is attention, once more with it.
-    Joint attention sees what both would: it takes the place of both."""
+    Joint attention sees what both would: it takes the place of both. With feed_forward both a layer
+    leads into the attentions and one, which starts at 0, out of them (latent diffusion)."""
 
-    def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout):
+    def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout, convs=True,
+                 mode="time", told=0):
         super().__init__()
-        self.space, self.time = ResBlock(dim_in, dim, dim_emb, dropout), TemporalConv(dim)
-        both = has_attention and not joint
-        self.space_attention = SpatialAttention(dim, head_dim) if both else None
-        self.time_attention = TemporalAttention(dim, head_dim, joint) if has_attention else None
+        self.space = ResBlock(dim_in, dim, dim_emb, dropout, convs)
+        self.time = TemporalConv(dim) if convs else None
+        alone, both = has_attention and not joint, has_attention and mode == "both"
+        self.space_attention = SpatialAttention(dim, head_dim, both, told) if alone else None
+        self.time_attention = \
+            TemporalAttention(dim, head_dim, joint, mode, told) if has_attention else None
+        self.enter = nn.Sequential(normalize(dim), nn.Conv2d(dim, dim, 1)) if both else None
+        self.leave = zero(nn.Conv2d(dim, dim, 1)) if both else None
 
-    def forward(self, x, emb, strength=1.0):                         # (B, T, C, H, W), (B, T, E)
-        x = self.time(self.space(x, emb, strength), strength)
-        if self.space_attention is not None:
-            x = self.space_attention(x)
-        return x if self.time_attention is None else self.time_attention(x, strength)
+    def forward(self, x, emb, strength=1.0, told=None):              # (B, T, C, H, W), (B, T, E)
+        x = self.space(x, emb, strength)
+        x = self.time(x, strength) if self.time else x
+        h = self.enter(x.flatten(0, 1)).view_as(x) if self.enter else x
+        h = self.space_attention(h, told) if self.space_attention else h
+        h = self.time_attention(h, strength, told) if self.time_attention else h
+        return x + self.leave(h.flatten(0, 1)).view_as(x) if self.leave else h
 
 
 class VideoUNet(nn.Module):
@@ -898,18 +974,20 @@ class VideoUNet(nn.Module):
     temporal, a number or (B,), tells how far temporal layers are heeded: at 0 it is an image model.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
-    (DDPM's UNet has one more on the way up: a third more work, which at toy size more steps repay);
-    attention the downsampling factors with attention, joint those where it is joint over space and
-    time. Frames are first cut into patch x patch tiles as in a vision transformer, which saves most
-    of the work at toy size; a thin path of `detail` channels at full resolution leads around them
-    and keeps edges sharp. With second_embedding forward takes given (B, T) as well: where it is
-    True another MLP embeds c_noise (Vista)."""
+    (ddpm_layout: one more on the way up and in the middle, and skips from all layers: a third more
+    work, which at toy size more steps repay); attention the downsampling factors with attention,
+    joint those where it is joint over space and time. feed_forward is none, time, or both: SVD's
+    transformers, each told the action anew, 128 waves a number (Vista). Frames are first cut into
+    patch x patch tiles as in a vision transformer, which saves most of the work at toy size; a thin
+    path of `detail` channels at full resolution leads around them and keeps edges sharp. With
+    second_embedding forward takes given (B, T) as well: where it is True another MLP embeds c_noise
+    (Vista). convs: whether there are temporal convolutions."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
-                 second_embedding=False):
+                 second_embedding=False, convs=True, feed_forward="time", ddpm_layout=False):
         super().__init__()
-        self.patch, dim_emb = patch, 4 * width
+        self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * width
         self.input = nn.Conv2d(in_channels * patch ** 2, width, 3, padding=1)
         self.embed = nn.Sequential(nn.Linear(width, dim_emb), nn.SiLU(),
                                    nn.Linear(dim_emb, dim_emb), nn.SiLU())
@@ -919,22 +997,27 @@ class VideoUNet(nn.Module):
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
-                         dropout)
+                         dropout, convs, feed_forward, 128 * actions * (feed_forward == "both"))
 
         self.down, self.up, dim = nn.ModuleList(), nn.ModuleList(), width
+        skips = [width] if ddpm_layout else []
         for level, mult in enumerate(mults):
             for _ in range(blocks):
                 self.down.append(block(dim, mult * width, 2 ** level))
                 dim = mult * width
+                skips.append(dim)
             if level < len(mults) - 1:
                 self.down.append(nn.Conv2d(dim, dim, 3, stride=2, padding=1))
-        self.middle = block(dim, dim, 2 ** (len(mults) - 1))
+                skips += [dim] * ddpm_layout
+        # DDPM's middle has attention, whether the level around it has or not
+        self.middle = block(dim, dim, max(attention, default=0) if ddpm_layout else 2 ** level)
+        self.middle_again = block(dim, dim, 0) if ddpm_layout else None
         for level, mult in reversed(list(enumerate(mults))):
-            for _ in range(blocks):
-                self.up.append(block(dim + mult * width, mult * width, 2 ** level))
+            for _ in range(blocks + ddpm_layout):
+                self.up.append(block(dim + skips.pop(), mult * width, 2 ** level))
                 dim = mult * width
             if level > 0:
-                finer = mults[level - 1] * width
+                finer = dim if ddpm_layout else mults[level - 1] * width
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
                                              nn.Conv2d(dim, finer, 3, padding=1)))
                 dim = finer
@@ -964,20 +1047,24 @@ class VideoUNet(nn.Module):
             emb = emb + self.embed_label(label + 1)[:, None]              # row 0, for none, stays 0
         if action is not None:
             emb = emb + self.embed_action(action)
+            action = (fourier(action, 128) * (action != 0)[..., None]).flatten(2)    # (B, T, 128 A)
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
-        skips = []
+        skips = [x] if self.ddpm_layout else []
         for layer in self.down:
             if isinstance(layer, Block):
-                x = layer(x, emb, strength)
-                skips.append(x)
+                x = layer(x, emb, strength, action)
             else:                                              # to half the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
-        x = self.middle(x, emb, strength)
+            if isinstance(layer, Block) or self.ddpm_layout:
+                skips.append(x)
+        x = self.middle(x, emb, strength, action)
+        if self.ddpm_layout:
+            x = self.middle_again(x, emb, strength, action)
         for layer in self.up:
             if isinstance(layer, Block):
-                x = layer(torch.cat([x, skips.pop()], 2), emb, strength)
+                x = layer(torch.cat([x, skips.pop()], 2), emb, strength, action)
             else:                                              # to twice the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
@@ -1467,6 +1554,8 @@ def build(config):
             (noisy < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
              f"context_noise is {noisy}, given_noise {config.given_noise} and independent {own}: "
              "expected 0 or more, more than 0, and 0 to 1"),
+            (config.feed_forward not in ("none", "time", "both"),
+             f"feed_forward is {config.feed_forward!r}: expected none, time or both"),
             (not 0 <= config.images <= 1, f"images is {config.images}: expected a share, 0 to 1"),
             (min(config.dynamics, config.structure) < 0
              or config.dynamics_toy and not config.dynamics,
@@ -1481,7 +1570,8 @@ def build(config):
     in_channels = (1 + concat + config.previous) * config.channels + concat
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
-                    config.dropout, config.labels, sum(config.actions), config.give == "replace")
+                    config.dropout, config.labels, sum(config.actions), config.give == "replace",
+                    config.convs, config.feed_forward, config.ddpm_layout)
     denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
     if config.weighting == "balance":
         denoiser.balance = Balance()                           # kept, and resumed, with the weights
