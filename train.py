@@ -19,10 +19,19 @@ import math
 import re
 import sys
 import time
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vdm
@@ -51,7 +60,9 @@ def parse(argv):
     p.add_argument("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
     p.add_argument("--sample-every", type=int, help="steps between sample pictures (default: a fifth of the run)")
     p.add_argument("--marks", type=int, default=64, help="clips generated and marked at the end")
-    p.add_argument("--dry-run", action="store_true", help="print what the run would be, and stop")
+    p.add_argument("--dry-run", action="store_true", help="print parameters, operations and memory of the run, and stop")
+    p.add_argument("--gpu-memory", type=float, metavar="GIB", help="of --dry-run: the largest batch that fits a GPU of this size")
+    p.add_argument("--speed", type=float, metavar="TFLOPS", help="of --dry-run: the time that all steps take at this speed per GPU")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
     fields = p.add_argument_group("Config fields, with the defaults of --preset tiny")
     for f in dataclasses.fields(vdm.Config):
@@ -60,6 +71,10 @@ def parse(argv):
             dict(nargs="+", type=type((*default, 0)[0])) if f.type is tuple else dict(type=f.type)
         fields.add_argument(flag, default=argparse.SUPPRESS, help=f"{comments[f.name]} ({default})", **kind)
     options = p.parse_args(argv)
+    for flag in ("gpu_memory", "speed"):
+        value, name = getattr(options, flag), "--" + flag.replace("_", "-")
+        if value is not None and not (options.dry_run and value > 0):
+            raise ValueError(f"{name} is {value:g}: expected a number above 0, together with --dry-run")
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(vdm.Config) if hasattr(options, f.name)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if len(given.get("size", (0, 0))) == 1:
@@ -209,6 +224,114 @@ def sample(config, denoiser, n, device, dtype, seed=0, **told):
     return torch.cat(clips)
 
 
+def evaluations(config):
+    """How often the network is evaluated to generate a clip."""
+    return (2 * config.sampling_steps - 1 if config.sampler == "heun" else config.sampling_steps) * (1 + (config.temporal_guidance != 1))
+
+
+# ---- --dry-run: what a run would need --------------------------------------------------------------------------------
+
+PARTS = {"what is told": "told|embed_(action|label)", "noise level": "^embed", "temporal attention": "time_attention",
+         "temporal convolutions": r"\btime\.", "spatial attention": "space_attention|enter|leave", "spatial convolutions": ""}
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of all tensors made while it is on: now, at most so far, and how many of those are copies of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = self.copies = self.fixed = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.alive:    # no mere view
+                copy = function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter)
+                self.alive.add(storage._cdata)
+                self.count(storage.nbytes(), copy)
+                if self.now > self.most:
+                    self.most, self.fixed = self.now, self.copies
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes(), copy)
+        return out
+
+    def count(self, size, copy):
+        self.now += size
+        self.copies += size * copy
+
+    def free(self, key, size, copy):
+        self.alive.remove(key)
+        self.count(-size, copy)
+
+
+def rehearse(config, clips, dtype, gpu=True, checkpointing=False):
+    """A training step of the network on fake tensors, which have a shape but hold no numbers: 1.6 billion parameters take
+    no memory. -> bytes by kind, those of activations that do not grow with clips, operations of a forward pass."""
+    with torch.device("meta"):
+        net = vdm.build(config).net
+    optimizers = make_optimizers(config, net, dtype)
+    sizes = {name: 4 * p.numel() for name, p in net.named_parameters()}
+    kept = dict(weights=sum(sizes.values()), gradients=sum(sizes.values()), optimiser=sum(
+        4 * p.numel() * (1 if isinstance(o, Muon) else 2) for o in optimizers for g in o.param_groups for p in g["params"]),
+        EMA=sum(sizes.values()))
+    for module in net.modules():
+        if gpu and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):                 # autocast has it so there
+            module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        if checkpointing and isinstance(module, vdm.Block):
+            module.forward = partial(recompute, module.forward, use_reentrant=False, preserve_rng_state=False)
+    flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]       # that of a GPU keeps no L x L
+    flops, T = FlopCounterMode(display=False), config.frames
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter, mock.patch.object(vdm, "attend", flash if gpu else vdm.attend):
+        net.to_empty(device="cpu")
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)                               # there already, as when gradients are accumulated
+        x = torch.empty(clips, T, net.input.in_channels // config.patch ** 2, *config.size)
+        told = dict(label=torch.zeros(clips, dtype=torch.long)) if config.labels else {}
+        told |= dict(action=torch.empty(clips, T, sum(config.actions))) if config.actions else {}
+        told |= dict(given=torch.zeros(clips, T, dtype=torch.bool)) if config.give == "replace" else {}
+        before, loss = meter.now, 0
+        for counted in [True, False][:1 + config.previous]:            # joint_loss holds both its terms until backward
+            with flops if counted and not checkpointing else nullcontext(), torch.autocast("cpu", dtype, dtype != torch.float32):
+                loss = loss + net(x, torch.empty(clips, T), **told).float().square().mean()
+        loss.backward()
+    return dict(**kept, activations=meter.most - before, fixed=meter.fixed, operations=flops.get_total_flops(), sizes=sizes,
+                block=max(sum(4 * p.numel() for p in m.parameters()) for m in net.modules() if isinstance(m, vdm.Block)))
+
+
+def dry_run(options, config):
+    """Print what --dry-run promises: of a GPU or, with --device cpu, of this process."""
+    gpu, numbers = options.device != "cpu", (1, 8, 64, 512)
+    dtype = torch.bfloat16 if gpu and options.dtype != "fp32" else pick_dtype(options.dtype, torch.device("cpu"))
+    plain, light = (rehearse(config, 1, dtype, gpu, checkpointing) for checkpointing in (False, True))
+    say = lambda x: f"{x / 1000 ** (i := int(math.log10(max(x, 1)) // 3)):.3g} {' kMGTPEZ'[i]}FLOP"
+    parts = Counter()
+    for name, size in plain["sizes"].items():
+        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += size / 4e6
+    print(f"model   {sum(parts.values()):,.2f} M parameters: {', '.join(f'{part} {n:,.2f} M' for part, n in parts.items())}")
+    once = plain["operations"]
+    step = 3 * once * config.batch * (1 + config.previous)             # a backward pass is worth two forward
+    print(f"work    {say(once)} to estimate one clip once; {say(step)} a step of {config.batch} clips ({say(step * 4 / 3)} with "
+          f"--checkpoint-activations); {say(once * evaluations(config))} to generate a clip in {evaluations(config)} evaluations")
+    unit, G = ("GiB", 2 ** 30) if plain["weights"] > 1e8 else ("MiB", 2 ** 20)
+    print(f"memory  {unit} per {'GPU' if gpu else 'process'}, one clip at a time (--micro 1), {str(dtype).removeprefix('torch.')} arithmetic\n"
+          f"{'GPUs':>20}  weights  gradients  optimiser    EMA  activations    sum  with --checkpoint-activations    sum")
+    fits = []
+    for n in numbers:
+        held = {key: plain[key] / n for key in ("weights", "gradients", "optimiser", "EMA")}
+        held["weights"] += 2 * plain["block"] * (n > 1)                # the block at work and the next, gathered whole
+        held = list(held.values())
+        row = *held, plain["activations"], sum(held) + plain["activations"], light["activations"], sum(held) + light["activations"]
+        print(f"{f'{n} --shard' if n > 1 else '1 or more':>20}" + "".join(f"{x / G:{w}.2f}" for x, w in zip(row, (9, 11, 11, 7, 13, 7, 31, 7))))
+        room = 0.95 * (options.gpu_memory or 0) * 2 ** 30 - sum(held)  # a twentieth is CUDA's own, and gaps
+        fits.append([max(0, int((room - a["fixed"]) // (a["activations"] - a["fixed"]))) for a in (plain, light)])
+    if options.gpu_memory:
+        print(f"batch   clips at once (--micro) in {options.gpu_memory:g} GiB, with --checkpoint-activations: " + ", ".join(
+            f"{a}, {b} on {f'{n} --shard' if n > 1 else '1 GPU or more'}" for n, (a, b) in zip(numbers, fits)))
+    if options.speed:
+        hours = step * config.steps / options.speed / 1e12 / 3600
+        print(f"time    {config.steps} steps at {options.speed:g} TFLOPS per GPU: " + ", ".join(f"{hours / n:,.2f} hours on {n}" for n in numbers))
+
+
 def log_line(step, seconds, records):
     """A row of log.csv: means over the steps since the last row, and the error by noise level."""
     mean = lambda key: sum(r[key] for r in records) / len(records)
@@ -237,6 +360,11 @@ def main(argv=None):
     elif not options.dry_run and (checkpoint.exists() or (out / "log.csv").exists()):
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
 
+    if options.dry_run:
+        return dry_run(options, config)
+    if config.channels not in (1, 3):
+        raise ValueError(f"the preset {options.preset} is about latents with {config.channels} channels, but --data {options.data} holds "
+                         "pixels: train on latents (--latents), or with --channels 3 on pixels")
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
@@ -278,8 +406,6 @@ def main(argv=None):
     del arguments, rehearsal
     print(f"run     {config.steps - start} steps of {config.batch} clips to {out}/, {seconds:.2f} s each: about "
           f"{(config.steps - start) * seconds / 60:.1f} minutes, and the sampling after")
-    if options.dry_run:
-        return
 
     save_every = options.save_every or max(1, config.steps // 10)
     sample_every = options.sample_every or max(1, config.steps // 5)
@@ -329,10 +455,8 @@ def main(argv=None):
     files = [vdm.write_image(out / "samples/final.png", vdm.film_strip(clips[:n]), 2),
              vdm.write_video(out / "samples/final.gif", vdm.grid(clips[:16]), config.fps),
              vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps)]
-    evaluations = (2 if config.sampler == "heun" else 1) * config.sampling_steps - (config.sampler == "heun")
-    evaluations *= 1 + (config.temporal_guidance != 1)
     print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
-          f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations} evaluations each, averaged weights)")
+          f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
     if options.data == "shapes":
         print(held_out.report(clips))
     elif options.data == "drive":
