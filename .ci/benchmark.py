@@ -5,11 +5,13 @@ Compare with video-diffusion-pytorch in one run on one machine, at equal paramet
     python .ci/benchmark.py                      a training step, and drawing a batch of clips
     python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length; with
                                                  --task any interpolation, too; of --data drive, how well it obeys
+    python .ci/benchmark.py --memory             peak memory of training against what --dry-run --device cpu predicts
 
 Each training step runs in a process of its own, so that its peak memory can be told apart.
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
@@ -96,6 +98,41 @@ def compare():
         print(f"{key:>12}  video-diffusion-pytorch {a:12.6g}   vdm.py {b:12.6g}   {a / b:8.1f} times  {unit}")
 
 
+NETWORKS = dict(tiny=[], wide=["--width", "256", "--head-dim", "32"],
+                svd_narrow="--preset svd --width 64 --size 16 --frames 8 --batch 2".split(),
+                ucf101_narrow="--preset ucf101 --width 64 --size 32 --batch 2".split())
+
+
+def steps(name):
+    """Bytes that real training steps add to the process, at their peak, and the bytes predicted. A step of a small network
+    of the same kind goes first, so that the code of all operations is loaded, and counts for nothing."""
+    _, config = train.parse(NETWORKS[name])
+    cell = config.patch * 2 ** (len(config.mults) - 1)
+    small = dataclasses.replace(config, width=config.head_dim, size=(cell, cell), batch=1)
+    need = train.rehearse(config, config.batch, torch.float32, gpu=False)
+    for c in (small, config):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        clip = dict(video=torch.zeros(c.frames, c.channels, *c.size))
+        denoiser = vdm.build(c)
+        state = denoiser, vdm.EMA(denoiser), train.make_optimizers(c, denoiser.net, torch.float32)
+        for i in range(2):
+            train.train_step(i, c, [clip] * 2 * c.batch, *state, torch.device("cpu"), torch.float32, 0)
+    measured = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    kinds = {key: need[key] for key in ("weights", "gradients", "optimiser", "EMA", "activations")}
+    return dict(measured=measured, predicted=sum(kinds.values()), **kinds)
+
+
+def memory():
+    for name, flags in NETWORKS.items():
+        run = subprocess.run([sys.executable, __file__, "--measure", name], capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(run.stderr)
+        row = json.loads(run.stdout.splitlines()[-1])
+        print(f"{name:>15}  measured {row['measured'] / 2 ** 20:6.0f} MiB  predicted {row['predicted'] / 2 ** 20:6.0f}  "
+              f"{row['predicted'] / row['measured'] - 1:+.0%}   " +
+              ", ".join(f"{key} {row[key] / 2 ** 20:.0f}" for key in list(row)[2:]) + f"   ({' '.join(flags) or '--preset tiny'})")
+
+
 def marks(folder):
     """The claims of the README for one run, from fresh noise, with averaged weights."""
     denoiser, config = vdm.load(Path(folder) / "last.pt")
@@ -155,6 +192,10 @@ def interpolation(denoiser, config, sigmas, dtype):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", help="the folder of a run whose clips are to be marked")
-    p.add_argument("--measure", choices=["ours", "theirs"], help="one of the two, as JSON (used by the comparison)")
+    p.add_argument("--memory", action="store_true", help="peak memory against prediction")
+    p.add_argument("--measure", choices=["ours", "theirs", *NETWORKS], help="one of them, as JSON (used by the others)")
     o = p.parse_args()
-    marks(o.run) if o.run else print(json.dumps(measure(o.measure))) if o.measure else compare()
+    if o.measure:
+        print(json.dumps(steps(o.measure) if o.measure in NETWORKS else measure(o.measure)))
+    else:
+        marks(o.run) if o.run else memory() if o.memory else compare()
