@@ -2416,7 +2416,8 @@ def test_the_toy_world_is_in_colour(tmp_path):
 
 def test_operations_against_a_hand_count():
     """Two per product and sum, of every layer with weights and of attention, layer by layer."""
-    config = vdm.Config(frames=3, size=(4, 8), channels=2, width=16, mults=(1,), attention=(1,), joint=(), patch=1, detail=0)
+    config = vdm.Config(frames=3, size=(4, 8), channels=2, width=16, mults=(1,), attention=(1,), joint=(), patch=1, detail=0,
+                        context=(1.0,))
     C, L, T, up = 16, 32, 3, 32
     conv = lambda a, b, kernel: L * T * a * b * kernel
     res = lambda a: conv(a, C, 9) + conv(C, C, 3) + T * 64 * 2 * C + conv(C, C, 9) + (a != C) * conv(a, C, 1)
