@@ -170,7 +170,7 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
                   overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
     # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
-    # angle, goal): 1.65 B, 111 M have no gradient. Ours lacks CLIP, SVD's weights, frame 0 in channels
+    # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
                     offset_per_frame=True, context=(0.25, 0.25, 0.25, 0.25), give="replace",
                     overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
