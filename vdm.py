@@ -334,11 +334,12 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 class Balance(nn.Module):
     """The weight 1 / error, by a running mean of the error at this noise level, with given frames
     and without: whether much can be known or little, all cases pull equally. EDM2's learned weight
-    has its optimum there (Karras et al. 2023). sigma, error (B,) or (B, T); given (B,)."""
+    has its optimum there (Karras et al. 2023). sigma, error (B,) or (B, T); given (B,). With hold
+    what it sees waits for fold(): once per step, though a batch may be seen in several parts."""
 
     def __init__(self, rate=0.1):
         super().__init__()
-        self.rate = rate
+        self.rate, self.hold, self.seen = rate, False, 0
         self.register_buffer("mean", torch.full((32,), 0.3))      # 16 octaves of sigma, from 1 / 16
 
     @torch.no_grad()
@@ -347,8 +348,15 @@ class Balance(nn.Module):
         weight = 1 / self.mean.clamp(min=1e-6)[cell]                                # sigma's shape
         count = cell.flatten().bincount(minlength=32)
         total = cell.flatten().bincount(error.detach().float().flatten(), 32)
-        self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
+        self.seen = self.seen + torch.stack([count, total])                              # (2, 32)
+        if not self.hold:
+            self.fold()
         return weight
+
+    def fold(self):
+        count, total = self.seen
+        self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
+        self.seen = 0
 
 
 def dynamics_weight(estimate, clean, toy=False):
@@ -437,13 +445,15 @@ def augment(context, mask, sigma, noise):
     return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
 
 
-def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
+def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, mask=None):
     """context (B, T, C, H, W) and mask (B, T) to train on clean (B, T, C, H, W), augmented where
-    sigma (B,) and noise are passed. probabilities and task as in draw_mask; two tasks need both:
+    sigma (B,) and noise are passed. mask is one that draw_mask has drawn; without, it does so here
+    with these probabilities and this task. Two tasks need sigma and noise:
 
     image     the first frame is given, and on every other frame it stands as a hint (SVD)
     upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
-    mask, context = draw_mask(*clean.shape[:2], probabilities, task).to(clean), clean       # (B, T)
+    mask = draw_mask(*clean.shape[:2], probabilities, task) if mask is None else mask       # (B, T)
+    mask, context = mask.to(clean), clean
     if task == "image":
         context = clean[:, :1].expand_as(clean)
     elif task == "upsample":
@@ -1245,10 +1255,11 @@ def from_uint8(frames):
     return torch.tensor(frames).movedim(-1, -3) / 127.5 - 1
 
 
-def decode(path, size=None, channels=3):
+def decode(path, size=None, channels=3, keep=list):
     """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of
-    uint8 (T, h, w, channels), frames per second. Frames are read one by one, shrunk until they just
-    cover size = (h, w) and cropped. ValueError, with the cause, for what is missing or damaged."""
+    uint8 (T, h, w, channels), made by keep clip after clip, and frames per second. Frames are read
+    one by one, shrunk until they just cover size = (h, w) and cropped. ValueError, with the cause,
+    for what is missing or damaged."""
     import imageio.v3 as iio
     from imageio_ffmpeg import get_ffmpeg_exe
     from PIL import Image, ImageOps, ImageSequence
@@ -1291,7 +1302,7 @@ def decode(path, size=None, channels=3):
             names = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
             names.sort(key=lambda p: (len(p.stem), p.stem))               # frame2 before frame10
             clips = [map(Image.open, names or [path])]
-        return [np.stack([pixels(image) for image in clip]) for clip in clips], fps
+        return keep(np.stack([pixels(image) for image in clip]) for clip in clips), fps
     except Exception as error:                # each decoder has its own; the last line is the cause
         raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[-1]}") from error
 
@@ -1353,13 +1364,14 @@ class VideoFolder:
     alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
     .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
     Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
-    of a clip without are 0, withheld."""
+    of a clip without are 0, withheld. decode may be another that keeps its clips on disk."""
 
-    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False):
+    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
+                 decode=decode):
         from tqdm import tqdm
         self.stride, self.channels, self.seed = stride, channels, seed
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.clips, self.moves, self.labels, self.actions = [], [], 0, ()
+        self.clips, self.moves, self.labels, self.actions, self.order = [], [], 0, (), (-1, ())
         speeds, skipped, root = [], [], Path(path)
         if not root.exists():
             raise ValueError(f"{path} does not exist")
@@ -1407,7 +1419,10 @@ class VideoFolder:
         return len(self.clips)
 
     def __getitem__(self, i):
-        order = np.random.default_rng([self.seed, 0, i // len(self)]).permutation(len(self))
+        if self.order[0] != i // len(self):                        # drawn once per round of clips
+            rng = np.random.default_rng([self.seed, 0, i // len(self)])
+            self.order = i // len(self), rng.permutation(len(self))
+        order = self.order[1]
         clip, moves = self.clips[order[i % len(self)]], self.moves[order[i % len(self)]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
         cut = slice(start, start + self.span, self.stride)
