@@ -2120,7 +2120,7 @@ def videos(tmp_path):
 
 
 def cached(folder, size=(16, 16), channels=3):
-    return vdm.VideoFolder(folder, 4, size, channels=channels, decode=train.Cache(folder).decode)
+    return vdm.VideoFolder(folder, 4, size, channels=channels, read=train.Cache(folder).decode)
 
 
 def decoded(monkeypatch, *args, **options):

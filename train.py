@@ -61,7 +61,7 @@ def parse(argv):
     p.add_argument("--marks", type=int, default=64, help="clips generated and marked at the end")
     p.add_argument("--dry-run", action="store_true", help="print what the run would be, and stop")
     p.add_argument("--keep-every", type=int, help="keep a checkpoint step_000500.pt as well, every so many steps")
-    large = p.add_argument_group("large runs; none of these changes what is learnt")
+    large = p.add_argument_group("large runs; none of these changes what is learnt, but for rounding")
     large.add_argument("--micro", type=int, help="clips that a process handles at a time (default: its share of --batch)")
     large.add_argument("--shard", action="store_true", help="torchrun: divide weights, AdamW and averages among processes")
     large.add_argument("--checkpoint-activations", action="store_true", help="less memory for a third more work")
@@ -276,7 +276,8 @@ def gather(x):
 
 def spread(denoiser, ema, shard, device, processes):
     """Over several processes. DDP: each has the whole model and adds up gradients with the others. --shard, FSDP2: each
-    holds a part of all weights, gradients, moments and averages, and borrows the rest of a block while it computes it.
+    holds a part of all weights, gradients, moments and averages, and borrows the rest of a block while it computes it;
+    gradients are added up after each part of a batch, for whole ones would take the memory that sharding is to save.
     Weights stay in float32 and autocast computes in bf16, as with one process. -> the model for DDP, or None."""
     if not shard:
         from torch.nn.parallel import DistributedDataParallel
@@ -453,7 +454,7 @@ def main(argv=None):
             torch.distributed.barrier()
         cache = Cache(Path(options.data))
         data = held_out = vdm.VideoFolder(options.data, frames, config.size, config.stride, config.channels, options.seed,
-                                          progress=not local, decode=cache.decode)
+                                          progress=not local, read=cache.decode)
         if processes > 1 and not local:
             torch.distributed.barrier()
         config = dataclasses.replace(config, fps=data.fps)
@@ -503,7 +504,7 @@ def main(argv=None):
     columns = list(log_line(0, 0, [dict(loss=0, norm=0, rate=0, waited=0, took=1, sigma=torch.ones(1), error=torch.ones(1))]))
     elapsed, stops = state["seconds"] if state else 0.0, []
 
-    def keep(done, *paths):
+    def save(done, *paths):
         held = whole(dict(model=denoiser.state_dict(), ema=ema.model.state_dict(),
                           optimizers=[o.state_dict() for o in optimizers]), rank == 0)
         for path in paths if rank == 0 else ():
@@ -514,7 +515,7 @@ def main(argv=None):
     if rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     if not state:                                                      # whenever a run is killed, --resume goes on
-        keep(0, checkpoint)
+        save(0, checkpoint)
     log = open(out / "log.csv" if rank == 0 else os.devnull, "a+", newline="")
     log.seek(0)
     rows = [row for row in log if row.endswith("\n")]                  # forget what was logged after the checkpoint
@@ -552,7 +553,7 @@ def main(argv=None):
                 bar.set_postfix(loss=f"{row['loss']:.4f}", data_wait=f"{row['data_wait']:.0%}", refresh=False)
                 records = []
             if saving:
-                keep(done, *kept, checkpoint)
+                save(done, *kept, checkpoint)
             if stop and done < config.steps:
                 bar.close()
                 return print(f"stopped by SIGTERM after step {done}, all saved: the same command with --resume goes on")

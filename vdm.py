@@ -1364,10 +1364,9 @@ class VideoFolder:
     alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
     .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
     Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
-    of a clip without are 0, withheld. decode may be another that keeps its clips on disk."""
+    of a clip without are 0, withheld. read may be another decode, one that keeps clips on disk."""
 
-    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
-                 decode=decode):
+    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None):
         from tqdm import tqdm
         self.stride, self.channels, self.seed = stride, channels, seed
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
@@ -1381,7 +1380,7 @@ class VideoFolder:
                  for p in (root, *below) if p.is_file() and not p.name.endswith(".actions.npy")}
         for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
-                clips, fps = decode(file, size, channels)
+                clips, fps = (read or decode)(file, size, channels)
                 moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
                 short = [len(clip) for clip in clips if len(clip) < self.span]
                 self.moves += [m for m, clip in zip(moves, clips) if len(clip) >= self.span]
