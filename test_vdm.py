@@ -2056,7 +2056,7 @@ def test_a_half_written_log_is_mended(tmp_path):
         assert [int(row["step"]) for row in csv.DictReader(open(log))] == list(range(1, 13))[-left:]
 
 
-def test_what_a_large_run_adds_changes_nothing(tmp_path, trained):
+def test_what_a_large_run_adds_changes_nothing(tmp_path, trained, monkeypatch):
     """Recomputed activations and workers, bit for bit; checkpoints that are kept."""
     once = torch.load(trained / "last.pt", weights_only=True)
     for name, flags in dict(checkpoint=["--checkpoint-activations"], workers=["--workers", 2]).items():
@@ -2066,6 +2066,9 @@ def test_what_a_large_run_adds_changes_nothing(tmp_path, trained):
     for flags, words in ((["--shard"], "torchrun --nproc_per_node"), (["--micro", 3], "must be a multiple of 3")):
         with pytest.raises(ValueError, match=words):
             run_train(tmp_path / "wrong", *flags)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--shard needs --optimizer adamw"):
+        run_train(tmp_path / "wrong", "--shard")
 
 
 def test_activations_are_computed_again_with_equal_gradients():
