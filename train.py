@@ -5,6 +5,7 @@ train.py: train a video diffusion model.
     python train.py --preset tiny --data drive           another, whose clips obey commands: left, straight, right, stop
     python train.py --preset tiny --data my_videos/      your own files: videos, GIFs, picture folders, arrays
     python train.py --preset tiny --resume               go on where a run was stopped
+    torchrun --nproc_per_node 8 train.py ...             many GPUs: the same run, each step's clips shared among them
 
 A preset is a set of defaults; every field of vdm.Config is a flag that changes it. A run writes to out/NAME:
 config.json, log.csv, last.pt (all that --resume and sample.py need) and samples/ (pictures and GIFs on the way).
@@ -16,21 +17,25 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import signal
 import sys
 import time
 import weakref
 from collections import Counter
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -63,6 +68,13 @@ def parse(argv):
     p.add_argument("--dry-run", action="store_true", help="print parameters, operations and memory of the run, and stop")
     p.add_argument("--gpu-memory", type=float, metavar="GIB", help="of --dry-run: the largest batch that fits a GPU of this size")
     p.add_argument("--speed", type=float, metavar="TFLOPS", help="of --dry-run: the time that all steps take at this speed per GPU")
+    p.add_argument("--keep-every", type=int, help="keep a checkpoint step_000500.pt as well, every so many steps")
+    large = p.add_argument_group("large runs; none of these changes what is learnt, but for rounding")
+    large.add_argument("--micro", type=int, help="clips that a process handles at a time (default: its share of --batch)")
+    large.add_argument("--shard", action="store_true", help="torchrun: divide weights, AdamW and averages among processes")
+    large.add_argument("--checkpoint-activations", action="store_true", help="less memory for a third more work")
+    large.add_argument("--compile", action="store_true", help="compile the network, where there is a compiler")
+    large.add_argument("--workers", type=int, default=0, help="processes that read clips ahead: for data_wait above a few %%")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
     fields = p.add_argument_group("Config fields, with the defaults of --preset tiny")
     for f in dataclasses.fields(vdm.Config):
@@ -146,57 +158,83 @@ def make_optimizers(config, net, dtype):
     return optimizers
 
 
-def conditions(batch, config, drop=0.0):
-    """What the model is told of a batch besides frames: label (B,), action (B, T, A), withheld with odds `drop`."""
-    told = {}
+def conditions(batch, config, told={}):
+    """What the model is told of a batch besides frames: label (B,), action (B, T, A), but for what draw() withholds."""
+    given = {}
     if config.labels:
-        told["label"] = batch["label"].where(torch.rand(batch["label"].shape) >= drop, -1)
+        given["label"] = batch["label"].where(told["label"], -1) if told else batch["label"]
     if config.actions:                                                 # with --previous, those of the second half
-        told["action"] = vdm.drop_modes(batch["action"][:, -config.frames:], config.actions, drop)
-    return told
+        given["action"] = batch["action"][:, -config.frames:] * told.get("action", 1)
+    return given
 
 
-def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed):
-    """One optimiser step. All randomness follows from (seed, step): resuming needs no generator's state."""
+def draw(step, config, seed):
+    """Whatever chance decides in a step, by name, with a row per clip of the whole batch. It follows from (seed, step):
+    resuming needs no generator's state, and processes that share a batch all draw this and use the rows of their clips."""
     torch.manual_seed(seed * 1_000_003 + step)
-    # batch: frames in [-1, 1]; with --previous, clips of twice the length whose first half is the condition
-    began = time.perf_counter()
-    indices = range(step * config.batch, (step + 1) * config.batch)
-    batch = default_collate([data[i] for i in indices])
-    clean = batch["video"].to(device)                                                          # (B, T, C, H, W)
-    waited = time.perf_counter() - began
-    # noise: its level, its shape, and what is given: frames, labels, actions
-    u = vdm.stratified(config.batch)                                                                 # (B,)
+    B, T, shape = config.batch, config.frames, (config.batch, config.frames, config.channels, *config.size)
+    u = vdm.stratified(B)                                                                            # (B,)
     if config.independent:
-        u = vdm.independent_levels(u, config.frames, config.independent)                             # (B, T)
-    sigma = vdm.noise_schedule(config)(u).to(device)
-    options = {name: given.to(device) for name, given in conditions(batch, config, config.drop).items()}
-    options |= dict(weighting=getattr(denoiser, "balance", config.weighting), sigma_data=config.sigma_data, gamma=config.gamma,
-                    dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
-    if config.previous:
-        previous, clean = clean.chunk(2, 1)
-        loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
-    else:
-        hint = {}
-        if config.context_noise:
-            level, unit = config.context_noise * torch.rand(config.batch), torch.randn(clean.shape)
-            hint = dict(sigma=level.to(device), noise=unit.to(device))
-        context, mask = vdm.draw_context(clean, config.context, config.task, **hint)
-        more = torch.where(mask.amax(1) > 0, config.given_noise, 1.0)                                # (B,)
-        sigma = sigma * vdm.expand(more, sigma)
-        if config.give == "per_frame":                                 # then this is the level of what is given
-            sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                     # (B, T)
-        loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
+        u = vdm.independent_levels(u, T, config.independent)                                         # (B, T)
+    drawn = dict(sigma=vdm.noise_schedule(config)(u))
+    if config.labels:
+        drawn["label"] = torch.rand(B) >= config.drop
+    if config.actions:
+        drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop)
+    if config.context_noise:
+        drawn |= dict(level=config.context_noise * torch.rand(B), unit=torch.randn(shape))
+    if not config.previous:
+        drawn["mask"] = vdm.draw_mask(B, T, config.context, config.task)                             # (B, T)
     if config.images:
-        options["temporal"] = (torch.rand(config.batch) >= config.images).float().to(device)         # (B,)
-    noise = vdm.offset_noise(torch.randn(clean.shape), config.offset, config.offset_per_frame).to(device)
-    # loss and gradient
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss, parts = loss_fn(denoiser, clean, sigma=sigma, noise=noise, **options)
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss is {loss.item()} at step {step + 1}: stopped, and the last checkpoint kept. A lower "
+        drawn["temporal"] = (torch.rand(B) >= config.images).float()                                 # (B,)
+    drawn["noise"] = vdm.offset_noise(torch.randn(shape), config.offset, config.offset_per_frame)
+    return drawn
+
+
+def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed, parts=None, batches=None, ddp=None):
+    """One optimiser step. A large run passes the `parts` of the batch that this process takes, one after another; batches,
+    which yields them read ahead; and ddp, the denoiser as it adds its gradients to those of other processes."""
+    parts, drawn, waited, seen = parts or [range(config.batch)], draw(step, config, seed), 0.0, []
+    balance = getattr(denoiser, "balance", None)
+    if balance:
+        balance.hold = True                                            # until the whole batch has been seen
+    for part in parts:
+        # batch: frames in [-1, 1]; with --previous, clips of twice the length whose first half is the condition
+        began = time.perf_counter()
+        batch = next(batches) if batches else default_collate([data[step * config.batch + i] for i in part])
+        batch = {name: x.to(device) for name, x in batch.items()}
+        waited += time.perf_counter() - began
+        given = {name: x[part.start : part.stop].to(device) for name, x in drawn.items()}
+        clean, sigma = batch["video"], given["sigma"]                                  # (B, T, C, H, W), (B,) or (B, T)
+        # what is given: frames, labels, actions
+        options = conditions(batch, config, given)
+        options |= dict(weighting=balance or config.weighting, sigma_data=config.sigma_data, gamma=config.gamma,
+                        dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
+        if config.previous:
+            previous, clean = clean.chunk(2, 1)
+            loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
+        else:
+            context, mask = vdm.draw_context(clean, config.context, config.task, given.get("level"), given.get("unit"),
+                                             given["mask"])
+            more = torch.where(mask.amax(1) > 0, config.given_noise, 1.0)                            # (B,)
+            sigma = sigma * vdm.expand(more, sigma)
+            if config.give == "per_frame":                             # then this is the level of what is given
+                sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                 # (B, T)
+            loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
+        if config.images:
+            options["temporal"] = given["temporal"]
+        # loss and gradient: the mean over parts and processes, which wait for each other at the last part only
+        if part.start:                                                 # dropout alone depends on how a batch is shared
+            torch.manual_seed(hash((seed, step, part.start)))
+        with ddp.no_sync() if ddp and part is not parts[-1] else nullcontext():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, errors = loss_fn(ddp or denoiser, clean, sigma=sigma, noise=given["noise"], **options)
+            (loss / len(parts)).backward()
+        seen.append((loss.detach()[None], sigma, errors["error"]))
+    loss, sigma, error = (gather(torch.cat(x)) for x in zip(*seen))
+    if not torch.isfinite(loss).all():
+        raise ValueError(f"the loss is {loss.mean().item()} at step {step + 1}: stopped, and the last checkpoint kept. A lower "
                          "--lr or --muon-lr, or --dtype fp32, is the usual cure")
-    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip_norm)
     # step: the learning rate rises, then falls to 0 in a straight line
     rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
@@ -205,10 +243,13 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
             group["lr"] = rate * group["peak"]
         optimizer.step()
         optimizer.zero_grad()
+    if balance:
+        balance.seen = gather(balance.seen[None]).sum(0)
+        balance.fold()
     ema.update(denoiser)
     noisy = sigma > 0                                                  # what is given has no error to log
-    return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, sigma=sigma[noisy].cpu(),
-                error=parts["error"][noisy].cpu())
+    return dict(loss=loss.mean().item(), norm=whole(norm).item(), rate=rate, waited=waited, sigma=sigma[noisy].cpu(),
+                error=error[noisy].cpu())
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, **told):
@@ -330,6 +371,151 @@ def dry_run(options, config):
     if options.speed:
         hours = step * config.steps / options.speed / 1e12 / 3600
         print(f"time    {config.steps} steps at {options.speed:g} TFLOPS per GPU: " + ", ".join(f"{hours / n:,.2f} hours on {n}" for n in numbers))
+# Large runs. A run of one process needs nothing of what follows, up to main().
+
+def share(batch, micro, rank, processes):
+    """The parts, ranges of 0 ... batch - 1, that a process takes of a batch: `micro` clips at a time (default: all its own)."""
+    mine = batch // processes
+    micro = micro or max(1, mine)
+    if micro < 1 or batch % (processes * micro):
+        raise ValueError(f"--batch is {batch}: it must be a multiple of {processes * micro}, {processes} processes with "
+                         f"--micro {micro} clips each at a time")
+    return [range(i, i + micro) for i in range(rank * mine, (rank + 1) * mine, micro)]
+
+
+def gather(x):
+    """x (n, ...) -> those of all processes, one after another, (processes n, ...)."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return x
+    everyone = x.new_empty(torch.distributed.get_world_size() * len(x), *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(everyone, x.contiguous())
+    return everyone
+
+
+def spread(denoiser, ema, shard, device, processes):
+    """Over several processes. DDP: each has the whole model and adds up gradients with the others. --shard, FSDP2: each
+    holds a part of all weights, gradients, moments and averages, and borrows the rest of a block while it computes it;
+    gradients are added up after each part of a batch, for whole ones would take the memory that sharding is to save.
+    Weights stay in float32 and autocast computes in bf16, as with one process. -> the model for DDP, or None."""
+    if not shard:
+        from torch.nn.parallel import DistributedDataParallel
+        return DistributedDataParallel(denoiser, broadcast_buffers=False, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (processes,))
+    for model in (denoiser, ema.model):
+        for layer in [*filter(lambda layer: isinstance(layer, vdm.Block), model.modules()), model]:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(state, keep=True):
+    """A state with its sharded tensors put together, on the CPU of the processes that keep it: it then loads on any number
+    of processes. All have to call this."""
+    if isinstance(state, dict):
+        return {key: whole(x, keep) for key, x in state.items()}
+    if isinstance(state, list):
+        return [whole(x, keep) for x in state]
+    if not hasattr(state, "full_tensor"):
+        return state
+    state = state.full_tensor()
+    return state.cpu() if keep else None
+
+
+def load_optimizer(optimizer, state):
+    """What whole() put together, divided again as the parameters are."""
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if hasattr(p, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            state["state"][i] = {key: distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+                                 if x.shape == p.shape else x for key, x in state["state"].get(i, {}).items()}
+    optimizer.load_state_dict(state)
+
+
+def compile_or_not(net):
+    """Compile net at its first call; where that fails, say why in one line and go on without."""
+    plain, fast = net.forward, torch.compile(net.forward)
+
+    def first(*args, **kwargs):
+        try:
+            out = fast(*args, **kwargs)
+            net.forward = fast
+        except Exception as e:
+            print(f"compile not possible here, so not done: {str(e).strip().splitlines()[0]}")
+            net.forward = plain
+            out = plain(*args, **kwargs)
+        return out
+
+    net.forward = first
+
+
+def deaf(worker):
+    """A worker leaves signals to the process it reads for, which saves first and then ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Stored:
+    """A decoded clip on disk, read where it is cut. What workers are sent of it is its place, not its pixels."""
+    __slots__ = "path", "offset", "shape"
+
+    def __init__(self, *place):
+        self.path, self.offset, self.shape = place
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, cut):
+        return np.memmap(self.path, np.uint8, "r", self.offset, self.shape)[cut]
+
+
+class Cache:
+    """decode() is vdm.decode, but each file is decoded once: .vdm_cache/ beside the data, which may be deleted, holds pixels
+    in .bin files and in the .jsonl beside each a line per file of which all clips are there. A file that has changed, or
+    another size or number of channels, is another key. Processes write files of their own and read those of all."""
+
+    def __init__(self, data):
+        self.folder = (data if data.is_dir() else data.parent) / ".vdm_cache"
+        self.known, self.bin, self.index = {}, None, None
+        for index in sorted(self.folder.glob("*.jsonl")):
+            path = index.with_suffix(".bin")
+            size = path.stat().st_size if path.exists() else 0
+            for line in filter(lambda line: line.endswith("\n"), open(index)):
+                key, *entry, end = json.loads(line)
+                if end <= size:                                        # else somebody has cut it
+                    self.known[key] = path, *entry
+
+    def decode(self, path, size, channels):
+        files = [p.stat() for p in (path.glob("[!.]*") if path.is_dir() else [path])]
+        key = json.dumps([os.path.relpath(path, self.folder), len(files), sum(f.st_size for f in files),
+                          sum(f.st_mtime_ns for f in files), *size, channels])
+        if key not in self.known:
+            clips, fps = vdm.decode(path, size, channels, self.keep)
+            if self.index:
+                places = [(clip.offset, clip.shape) for clip in clips]
+                self.index.write(json.dumps([key, fps, places, self.bin.tell()]) + "\n")
+                self.index.flush()
+            return clips, fps
+        where, fps, places = self.known[key]
+        return [Stored(where, offset, tuple(shape)) for offset, shape in places], fps
+
+    def keep(self, clips):
+        """Write clips as they are decoded; from where that fails on they stay in memory."""
+        kept = []
+        for clip in clips:
+            try:
+                if self.bin is None:
+                    self.folder.mkdir(exist_ok=True)
+                    name = self.folder / f"{time.time_ns()}-{os.getpid()}"
+                    self.bin, self.index = open(f"{name}.bin", "xb"), open(f"{name}.jsonl", "x")
+                if self.index:
+                    offset = self.bin.tell()
+                    clip.tofile(self.bin)
+                    clip = Stored(Path(self.bin.name), offset, clip.shape)
+            except OSError as e:
+                print(f"cache   {self.folder} cannot be written ({e}): decoded clips are held in memory")
+                self.bin, self.index = self.bin or False, None
+            kept.append(clip)
+        return kept
 
 
 def log_line(step, seconds, records):
@@ -352,7 +538,8 @@ def main(argv=None):
         changed = [k for k, v in options.given.items() if v != getattr(saved, k) and k not in MAY_CHANGE]
         if changed or options.seed != state["seed"] or options.data != state["data"]:
             raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed) or 'seed or data'} "
-                             f"differs from {checkpoint}: leave the flag out, or start anew with another --out")
+                             f"differs from {checkpoint}: leave the flag out, or start anew with another --out. These may change: "
+                             f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed and data")
         config = dataclasses.replace(saved, **options.given)
         start = state["step"]
         if start >= config.steps:
@@ -365,7 +552,19 @@ def main(argv=None):
     if config.channels not in (1, 3):
         raise ValueError(f"the preset {options.preset} is about latents with {config.channels} channels, but --data {options.data} holds "
                          "pixels: train on latents (--latents), or with --channels 3 on pixels")
+    rank, processes, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    parts = share(config.batch, options.micro, rank, processes)
+    if options.shard and (processes == 1 or config.optimizer == "muon"):
+        raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
+                         if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
     device = pick_device(options.device)
+    if processes > 1:                                                  # started by torchrun
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{local}")
+            torch.cuda.set_device(device)
+        # nobody gives up on the first process while it decodes the data; only that one speaks
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
     if options.data in WORLDS:
@@ -374,9 +573,17 @@ def main(argv=None):
         data, held_out = (WORLDS[options.data](frames, config.size, seed=options.seed + k) for k in (0, 1))
         print(f"data    {type(data).__name__}: made in code, {frames} frames of {config.size[0]}x{config.size[1]}")
     else:
-        data = held_out = vdm.VideoFolder(options.data, frames, config.size, config.stride, config.channels, options.seed, progress=True)
+        if local:                                                      # the first of a machine decodes, for all
+            torch.distributed.barrier()
+        cache = Cache(Path(options.data))
+        data = held_out = vdm.VideoFolder(options.data, frames, config.size, config.stride, config.channels, options.seed,
+                                          progress=not local, read=cache.decode)
+        if processes > 1 and not local:
+            torch.distributed.barrier()
         config = dataclasses.replace(config, fps=data.fps)
         print(data.report)
+        if cache.index:
+            print(f"cache   {cache.folder} holds what was decoded, for the next run; it may be deleted")
     config = dataclasses.replace(config, actions=config.actions or data.actions)
     if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
         raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
@@ -385,51 +592,81 @@ def main(argv=None):
     denoiser = vdm.build(config).to(device)
     ema = vdm.EMA(denoiser, config.ema)
     told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
-    optimizers = make_optimizers(config, denoiser.net, dtype)
     if state:
         denoiser.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         ema.updates = state["ema_updates"]
-        for optimizer, s in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(s)
+    for layer in denoiser.net.modules() if options.checkpoint_activations else ():
+        if isinstance(layer, vdm.Block):                               # its inside is computed again on the way back
+            layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+    ddp = spread(denoiser, ema, options.shard, device, processes) if processes > 1 else None
+    optimizers = make_optimizers(config, denoiser.net, dtype)
+    for optimizer, s in zip(optimizers, state["optimizers"] if state else ()):
+        load_optimizer(optimizer, s)
     print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, kind {config.kind}, {config.optimizer}")
     print(f"device  {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}, "
           f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')} arithmetic, float32 weights")
     print("config ", " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
-    # a rehearsal on a copy, nothing of which is kept, tells how long a step takes
-    arguments = config, data, vdm.EMA(denoiser).model.train().requires_grad_(True), vdm.EMA(denoiser)
-    rehearsal = make_optimizers(config, arguments[2].net, dtype)
-    for _ in range(2):
-        began = time.perf_counter()
-        train_step(0, *arguments, rehearsal, device, dtype, options.seed)
-        seconds = time.perf_counter() - began
-    del arguments, rehearsal
-    print(f"run     {config.steps - start} steps of {config.batch} clips to {out}/, {seconds:.2f} s each: about "
-          f"{(config.steps - start) * seconds / 60:.1f} minutes, and the sampling after")
+    estimate = f", in {processes} processes" if processes > 1 else ""
+    if processes == 1:             # a rehearsal on a copy, nothing of which is kept, tells how long a step takes
+        arguments = config, data, vdm.EMA(denoiser).model.train().requires_grad_(True), vdm.EMA(denoiser)
+        rehearsal = make_optimizers(config, arguments[2].net, dtype)
+        for _ in range(2):
+            began = time.perf_counter()
+            train_step(0, *arguments, rehearsal, device, dtype, options.seed, parts)
+            seconds = time.perf_counter() - began
+        del arguments, rehearsal
+        estimate = f", {seconds:.2f} s each: about {(config.steps - start) * seconds / 60:.1f} minutes, and the sampling after"
+    print(f"run     {config.steps - start} steps of {config.batch} clips{f', {len(parts[0])} at a time' * bool(options.micro)} "
+          f"to {out}/{estimate}")
 
     save_every = options.save_every or max(1, config.steps // 10)
     sample_every = options.sample_every or max(1, config.steps // 5)
     columns = list(log_line(0, 0, [dict(loss=0, norm=0, rate=0, waited=0, took=1, sigma=torch.ones(1), error=torch.ones(1))]))
+    elapsed, stops = state["seconds"] if state else 0.0, []
+
+    def save(done, *paths):
+        held = whole(dict(model=denoiser.state_dict(), ema=ema.model.state_dict(),
+                          optimizers=[o.state_dict() for o in optimizers]), rank == 0)
+        for path in paths if rank == 0 else ():
+            vdm.save(path, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
+                     data=options.data, ema_updates=ema.updates, **held)
+
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    elapsed = state["seconds"] if state else 0.0
-    if state:                                                          # forget what was logged after the checkpoint
-        rows = [r for r in csv.DictReader(open(out / "log.csv")) if int(r["step"]) <= start]
-    log = open(out / "log.csv", "w", newline="")
+    if rank == 0:
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    if not state:                                                      # whenever a run is killed, --resume goes on
+        save(0, checkpoint)
+    log = open(out / "log.csv" if rank == 0 else os.devnull, "a+", newline="")
+    log.seek(0)
+    rows = [row for row in log if row.endswith("\n")]                  # forget what was logged after the checkpoint
+    if rank == 0:
+        log.truncate(sum(len(row) for i, row in enumerate(rows) if i == 0 or int(row.split(",")[0]) <= start))
     table = csv.DictWriter(log, columns)
-    table.writeheader()
-    table.writerows(rows if state else [])
+    if not rows:
+        table.writeheader()
+    if options.compile:
+        compile_or_not(denoiser.net)
+    batches = None
+    if options.workers:
+        order = [range(step * config.batch + part.start, step * config.batch + part.stop)
+                 for step in range(start, config.steps) for part in parts]
+        batches = iter(DataLoader(data, batch_sampler=order, num_workers=options.workers, worker_init_fn=deaf))
     records, tty = [], sys.stderr.isatty()
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=0.5 if tty else 20, ncols=110)
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=0.5 if tty else 20, ncols=110,
+               disable=rank > 0)
+    before = signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
     try:
         for step in bar:
             began = time.perf_counter()
-            record = train_step(step, config, data, denoiser, ema, optimizers, device, dtype, options.seed)
+            record = train_step(step, config, data, denoiser, ema, optimizers, device, dtype, options.seed, parts, batches, ddp)
             record["took"] = time.perf_counter() - began
             elapsed += record["took"]
             records.append(record)
             done = step + 1
-            saving = done % save_every == 0 or done == config.steps
+            stop = gather(torch.tensor([len(stops)], device=device)).any()       # if any process was asked to, all do
+            kept = [out / f"step_{done:06d}.pt"] if options.keep_every and done % options.keep_every == 0 else []
+            saving = done % save_every == 0 or done == config.steps or kept or stop
             if done % 10 == 0 or saving:                           # a resumed log then loses no step
                 row = log_line(done, elapsed, records)
                 table.writerow(row)
@@ -437,20 +674,25 @@ def main(argv=None):
                 bar.set_postfix(loss=f"{row['loss']:.4f}", data_wait=f"{row['data_wait']:.0%}", refresh=False)
                 records = []
             if saving:
-                vdm.save(checkpoint, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
-                         data=options.data, model=denoiser.state_dict(), ema=ema.model.state_dict(),
-                         ema_updates=ema.updates, optimizers=[o.state_dict() for o in optimizers])
+                save(done, *kept, checkpoint)
+            if stop and done < config.steps:
+                bar.close()
+                return print(f"stopped by SIGTERM after step {done}, all saved: the same command with --resume goes on")
             if done % sample_every == 0 and done < config.steps:
                 clips = sample(config, ema.model, 6, device, dtype, **told)      # always from the same noise
-                vdm.write_image(out / f"samples/step_{done:06d}.png", vdm.film_strip(clips), 2)
-                vdm.write_video(out / f"samples/step_{done:06d}.gif", vdm.grid(clips), config.fps)
+                if rank == 0:
+                    vdm.write_image(out / f"samples/step_{done:06d}.png", vdm.film_strip(clips), 2)
+                    vdm.write_video(out / f"samples/step_{done:06d}.gif", vdm.grid(clips), config.fps)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped at step {step}; the newest checkpoint, if there is one, is {checkpoint}: --resume goes on from it")
+        sys.exit(f"\nstopped at step {step}; the newest checkpoint is {checkpoint}: --resume goes on from it")
     finally:
         log.close()
+        signal.signal(signal.SIGTERM, before)
 
     began = time.perf_counter()
     clips = sample(config, ema.model, options.marks, device, dtype, seed=1, **told)
+    if rank:                                                           # all took part: a sharded model needs them
+        return
     n = min(8, len(clips))
     files = [vdm.write_image(out / "samples/final.png", vdm.film_strip(clips[:n]), 2),
              vdm.write_video(out / "samples/final.gif", vdm.grid(clips[:16]), config.fps),
@@ -472,5 +714,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

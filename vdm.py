@@ -379,7 +379,8 @@ class Balance(nn.Module):
     learns these per noise level (Karras et al. 2023).
 
     sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
-    (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames."""
+    (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames. With hold
+    what is seen waits for fold(): once per step, though a batch may come in several parts."""
 
     def __init__(self, frames, rate=0.1):
         super().__init__()
@@ -387,7 +388,7 @@ class Balance(nn.Module):
         waves = torch.cos(math.pi * n[:, None] * (n + 0.5) / frames)
         self.register_buffer("waves", waves / waves.norm(dim=1, keepdim=True))             # (T, T)
         self.register_buffer("mean", torch.full((32, frames), 0.3))  # 16 octaves from 1 / 16, twice
-        self.rate = rate
+        self.rate, self.hold, self.seen = rate, False, 0
 
     def forward(self, sigma, error, given):
         if sigma.ndim == 1:
@@ -401,10 +402,17 @@ class Balance(nn.Module):
             weight = 1 / self.mean.flatten().clamp(min=1e-6)[cell]
             learns = expand(sigma > 0, cell).expand_as(cell)        # what is given has no error
             size = squares.float().mean((2, 3, 4))[learns]
-            count, total = (cell[learns].bincount(w, self.mean.numel()).view_as(self.mean)
-                            for w in (torch.ones_like(size), size))                         # (32, T)
-            self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
+            self.seen = self.seen + torch.stack([                                       # (2, 32, T)
+                cell[learns].bincount(w, self.mean.numel()).view_as(self.mean)
+                for w in (torch.ones_like(size), size)])
+            if not self.hold:
+                self.fold()
         return squares, weight
+
+    def fold(self):
+        count, total = self.seen
+        self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
+        self.seen = 0
 
 
 def dynamics_weight(estimate, clean, toy=False):
@@ -495,13 +503,15 @@ def augment(context, mask, sigma, noise):
     return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
 
 
-def draw_context(clean, probabilities, task="predict", sigma=None, noise=None):
+def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, mask=None):
     """context (B, T, C, H, W) and mask (B, T) to train on clean (B, T, C, H, W), augmented where
-    sigma (B,) and noise are passed. probabilities and task as in draw_mask; two tasks need both:
+    sigma (B,) and noise are passed. mask is one that draw_mask has drawn; without, it does so here
+    with these probabilities and this task. Two tasks need sigma and noise:
 
     image     the first frame is given, and on every other frame it stands as a hint (SVD)
     upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
-    mask, context = draw_mask(*clean.shape[:2], probabilities, task).to(clean), clean       # (B, T)
+    mask = draw_mask(*clean.shape[:2], probabilities, task) if mask is None else mask       # (B, T)
+    mask, context = mask.to(clean), clean
     if task == "image":
         context = clean[:, :1].expand_as(clean)
     elif task == "upsample":
@@ -1350,10 +1360,11 @@ def from_uint8(frames):
     return torch.tensor(frames).movedim(-1, -3) / 127.5 - 1
 
 
-def decode(path, size=None, channels=3):
+def decode(path, size=None, channels=3, keep=list):
     """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of
-    uint8 (T, h, w, channels), frames per second. Frames are read one by one, shrunk until they just
-    cover size = (h, w) and cropped. ValueError, with the cause, for what is missing or damaged."""
+    uint8 (T, h, w, channels), made by keep clip after clip, and frames per second. Frames are read
+    one by one, shrunk until they just cover size = (h, w) and cropped. ValueError, with the cause,
+    for what is missing or damaged."""
     import imageio.v3 as iio
     from imageio_ffmpeg import get_ffmpeg_exe
     from PIL import Image, ImageOps, ImageSequence
@@ -1396,7 +1407,7 @@ def decode(path, size=None, channels=3):
             names = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
             names.sort(key=lambda p: (len(p.stem), p.stem))               # frame2 before frame10
             clips = [map(Image.open, names or [path])]
-        return [np.stack([pixels(image) for image in clip]) for clip in clips], fps
+        return keep(np.stack([pixels(image) for image in clip]) for clip in clips), fps
     except Exception as error:                # each decoder has its own; the last line is the cause
         raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[-1]}") from error
 
@@ -1458,13 +1469,13 @@ class VideoFolder:
     alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
     .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
     Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
-    of a clip without are 0, withheld."""
+    of a clip without are 0, withheld. read may be another decode, one that keeps clips on disk."""
 
-    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False):
+    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None):
         from tqdm import tqdm
         self.stride, self.channels, self.seed = stride, channels, seed
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.clips, self.moves, self.labels, self.actions = [], [], 0, ()
+        self.clips, self.moves, self.labels, self.actions, self.order = [], [], 0, (), (-1, ())
         speeds, skipped, root = [], [], Path(path)
         if not root.exists():
             raise ValueError(f"{path} does not exist")
@@ -1474,7 +1485,7 @@ class VideoFolder:
                  for p in (root, *below) if p.is_file() and not p.name.endswith(".actions.npy")}
         for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
-                clips, fps = decode(file, size, channels)
+                clips, fps = (read or decode)(file, size, channels)
                 moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
                 short = [len(clip) for clip in clips if len(clip) < self.span]
                 self.moves += [m for m, clip in zip(moves, clips) if len(clip) >= self.span]
@@ -1512,7 +1523,10 @@ class VideoFolder:
         return len(self.clips)
 
     def __getitem__(self, i):
-        order = np.random.default_rng([self.seed, 0, i // len(self)]).permutation(len(self))
+        if self.order[0] != i // len(self):                        # drawn once per round of clips
+            rng = np.random.default_rng([self.seed, 0, i // len(self)])
+            self.order = i // len(self), rng.permutation(len(self))
+        order = self.order[1]
         clip, moves = self.clips[order[i % len(self)]], self.moves[order[i % len(self)]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
         cut = slice(start, start + self.span, self.stride)

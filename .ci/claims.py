@@ -64,10 +64,8 @@ def train_once(flags):
 
     vdm.save = save_and_keep_half
     done = vdm.read_checkpoint(last)[0]["step"] if last.exists() else 0
-    if not done:
-        (options.out / "log.csv").unlink(missing_ok=True)                # of a run that was stopped before it saved
     if done < config.steps:
-        train.main(flags + ["--resume"] * (done > 0))
+        train.main(flags + ["--resume"] * last.exists())
     return config, half, last
 
 
