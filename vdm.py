@@ -18,9 +18,10 @@ Map    1 Config        every number of a run, and the presets
        6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
        8 EMA           the running average of the weights, which is what one samples from
-       9 World         MovingShapes and Drive, toy worlds that can mark their own videos
-      10 Video files   read and write them; a dataset from a folder of them
-      11 Models        build, save, load
+       9 Autoencoder   frames as latents, far fewer numbers, and back; flicker
+      10 World         MovingShapes and Drive, toy worlds that can mark their own videos
+      11 Video files   read and write them; a dataset from a folder of them
+      12 Models        build, save, load
 
 Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), -1 to 1.
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
@@ -66,10 +67,15 @@ from einops import rearrange
 class Config:
     # the clip
     frames: int = 8                 # frames per clip
-    size: tuple = (32, 32)          # height and width in pixels
-    channels: int = 3               # 3 for colour, 1 for grey
+    size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
+    channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
     stride: int = 1                 # take every stride-th frame of a file
     fps: float = 8.0                # frames per second of the videos written
+    # latents
+    factor: int = 0                 # pixels to a latent along each side (0: no latents, but pixels)
+    ae_width: int = 32              # channels of the autoencoder's finest level
+    kl: float = 1e-4                # weight of the KL term in its loss
+    latent_scale: float = 1.0       # latents encoded elsewhere are multiplied by this (SD: 0.18215)
     # the network
     width: int = 48                 # channels of the first level
     mults: tuple = (1, 2)           # channels of each level, as multiples of width
@@ -131,6 +137,8 @@ class Config:
 
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
+    # the toy world, 16 frames of 64 x 64 pixels, as latents of 4 x 16 x 16 per frame
+    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, width=64, patch=2, detail=0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
@@ -1010,7 +1018,111 @@ class EMA:
 
 
 # ==================================================================================================
-# 9. Worlds that can be marked
+# 9. Autoencoder
+# ==================================================================================================
+# Latent diffusion: a small network learns to say a frame in far fewer numbers, and only those are
+# diffused. Its decoder fills in what is the same for all videos, such as sharp edges. It is trained
+# in two stages (Video LDM): encoder and decoder on single frames; then, on clips, the temporal
+# layers of the decoder alone, so that what it fills in stays the same from frame to frame, while
+# the encoder is frozen: latents, and models trained on them, remain valid. Those layers are gated
+# residuals again: until the second stage the decoder works frame by frame.
+
+class Autoencoder(nn.Module):
+    """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), normalised;
+    decode(latents) -> the clip. factor is a power of two, from 2.
+
+    The encoder gives every latent a mean and a variance. Training decodes draws from it; encode
+    gives the mean. The KL term, with a small weight, only keeps them from growing without bound:
+    their spread is what it happens to be, and noise levels mean nothing until it is divided by.
+    So measure finds mean and std of each channel, which are kept with the weights, and both encode
+    and decode use them. (Stable Diffusion has one number, 0.18215, that every program must know:
+    forget it on one of the two ways, and colours come out wrong.)"""
+
+    def __init__(self, channels=3, latent=4, width=32, factor=4):
+        super().__init__()
+        dims = [width * min(2 ** i, 4) for i in range(factor.bit_length() - 1)]
+        down = [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, dims[0], 3, padding=1)]
+        for dim, wider in zip(dims, dims[1:]):
+            down += [nn.SiLU(), nn.Conv2d(dim, wider, 3, stride=2, padding=1)]
+        self.encoder = nn.Sequential(
+            *down, nn.SiLU(), nn.Conv2d(dims[-1], dims[-1], 3, padding=1), nn.SiLU(),
+            nn.Conv2d(dims[-1], 2 * latent, 3, padding=1))
+        self.input, self.decoder = nn.Conv2d(latent, dims[-1], 3, padding=1), nn.ModuleList()
+        for dim, finer in zip(dims[::-1], [*dims[-2::-1], None]):
+            self.decoder.append(ResBlock(dim, dim, 1))
+            if finer:
+                self.decoder.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                                  nn.Conv2d(dim, finer, 3, padding=1)))
+        self.output = nn.Sequential(normalize(dims[0]), nn.SiLU(), nn.Conv2d(
+            dims[0], 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+        self.reach = len(dims)               # a temporal convolution per level sees one frame more
+        self.register_buffer("mean", torch.zeros(latent, 1, 1))
+        self.register_buffer("std", torch.ones(latent, 1, 1))
+
+    def posterior(self, clip):
+        """mean and log variance of the latents, as the encoder gives them."""
+        latents = self.encoder(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        mean, log_var = latents.chunk(2, 2)                                        # (B, T, c, h, w)
+        return mean, log_var.clamp(-30, 20)
+
+    def render(self, latents, temporal=1.0):
+        """Decode latents as the encoder gives them; with temporal 0 each frame on its own."""
+        x = self.input(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        none = x.new_zeros(*x.shape[:2], 1)                    # where a denoiser's noise level goes
+        for layer in self.decoder:
+            if isinstance(layer, ResBlock):
+                x = layer(x, none, temporal)
+            else:
+                x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.output(x.flatten(0, 1)).unflatten(0, x.shape[:2])              # (B, T, C, H, W)
+
+    @torch.no_grad()
+    def measure(self, clips):
+        """Find each channel's mean and standard deviation over clips, each (B, T, C, H, W)."""
+        mean = [self.posterior(clip)[0].movedim(2, 0).flatten(1) for clip in clips]
+        mean = torch.cat(mean, 1)                                                         # (c, ...)
+        self.mean.copy_(mean.mean(1)[:, None, None])
+        self.std.copy_(mean.std(1).clamp(min=1e-6)[:, None, None])
+
+    def encode(self, clip):
+        return (self.posterior(clip)[0] - self.mean) / self.std
+
+    def decode(self, latents, chunk=16, temporal=1.0):
+        """chunk frames at a time, each chunk with as many more frames on both sides as its temporal
+        layers reach: the same clip as all at once, in memory that does not grow with its length."""
+        pieces, z = [], latents * self.std + self.mean
+        for start in range(0, z.shape[1], chunk):
+            first = max(0, start - self.reach)
+            piece = self.render(z[:, first : start + chunk + self.reach], temporal)
+            pieces.append(piece[:, start - first :][:, :chunk])
+        return torch.cat(pieces, 1)
+
+
+def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
+    """A scalar and its parts by name: `reconstruction`, absolute plus squared error, and `kl`, of
+    the posterior from Normal(0, 1), mean per latent; noise is like the latents. Latent diffusion
+    adds LPIPS, whose network would have to be downloaded, and a GAN, for texture: neither is here,
+    so what latents do not tell comes out blurred."""
+    mean, log_var = autoencoder.posterior(clip)
+    error = autoencoder.render(mean + (log_var / 2).exp() * noise, temporal) - clip
+    parts = dict(reconstruction=error.abs().mean() + error.square().mean(),
+                 kl=(mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2)
+    return parts["reconstruction"] + kl * parts["kl"], {k: x.detach() for k, x in parts.items()}
+
+
+def psnr(clip, real):
+    """10 log10(range^2 / squared error) in dB, of clips in [-1, 1]: 20 is poor, 30 good."""
+    return 10 * math.log10(4 / max((clip - real).square().mean().item(), 1e-12))
+
+
+def flicker(clip, real):
+    """How much the error of a reconstruction changes from each frame to the next, mean absolute: a
+    fault that stays, or moves on with its object, is seen less than one that comes and goes."""
+    return (clip - real).diff(dim=1).abs().mean().item()
+
+
+# ==================================================================================================
+# 10. Worlds that can be marked
 # ==================================================================================================
 # A dataset gives dict(video=clip (T, C, H, W)) for any index 0, 1, 2 ... without end, and what it
 # gives depends on its seed and the index alone: a run can be resumed from a number. If it has them,
@@ -1225,7 +1337,7 @@ class Drive:
 
 
 # ==================================================================================================
-# 10. Video files
+# 11. Video files
 # ==================================================================================================
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -1417,7 +1529,7 @@ class VideoFolder:
 
 
 # ==================================================================================================
-# 11. Models: build, save, load
+# 12. Models: build, save, load
 # ==================================================================================================
 
 def noise_schedule(config):
@@ -1457,8 +1569,8 @@ def build(config):
              f"task is {config.task!r}: it needs 3 frames or more, and previous=False"),
             (config.task in ("image", "upsample") and not (concat and noisy),
              f"task is {config.task!r}: it needs give 'concat', and context_noise above 0"),
-            (config.task == "upsample" and any(n % 4 for n in config.size),
-             f"size is {config.size}: task 'upsample' needs multiples of 4"),
+            (config.task == "upsample" and (config.factor or any(n % 4 for n in config.size)),
+             f"size is {config.size}: task 'upsample' needs multiples of 4, of pixels: factor 0"),
             (own and config.give != "per_frame", "independent above 0 needs give 'per_frame'"),
             (noisy and config.give == "replace", "give 'replace' needs context_noise 0"),
             ((config.previous or not sum(p[1:])) and (noisy or not (concat or own)) or
@@ -1505,6 +1617,13 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
+def build_autoencoder(config):
+    """Config -> Autoencoder with fresh weights, of colour frames."""
+    if config.factor < 2 or config.factor & (config.factor - 1):
+        raise ValueError(f"factor is {config.factor}: an autoencoder needs a power of two, from 2")
+    return Autoencoder(3, config.channels, config.ae_width, config.factor)
+
+
 def read_checkpoint(path):
     """What save wrote -> (dict, Config). weights_only: a file with code is refused, not run."""
     if not Path(path).is_file():
@@ -1518,13 +1637,27 @@ def read_checkpoint(path):
                          f"version, or holds code, which is never run ({reason})") from e
 
 
+def with_weights(model, weights, path):
+    """model with these weights, in evaluation mode."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
+    return model.eval().requires_grad_(False)
+
+
 def load(path):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config)."""
     state, config = read_checkpoint(path)
-    denoiser = build(config)
-    try:
-        denoiser.load_state_dict(state["ema"])
-    except (KeyError, RuntimeError) as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
-    return denoiser.eval().requires_grad_(False), config
+    if "stage" in state:
+        raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
+    return with_weights(build(config), state.get("ema", {}), path), config
+
+
+def load_autoencoder(path):
+    """The checkpoint of an autoencoder, or of a model trained on the latents of one -> (Autoencoder
+    or, if there is none in it, None; Config)."""
+    state, config = read_checkpoint(path)
+    weights = state.get("ema" if "stage" in state else "autoencoder")
+    return weights and with_weights(build_autoencoder(config), weights, path), config
