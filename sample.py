@@ -53,8 +53,8 @@ def read_context(path, config, autoencoder, size=None):
             return latents
         except Exception as e:                                         # each kind of damage has its own
             raise ValueError(f"--context {path} is no .npy file of latents that fit: {e}") from e
-    size, channels = size or [n * (config.factor or 1) for n in config.size], 3 if config.factor else config.channels
-    clip = vdm.read_video(path, size, channels)                                                # (T, C, H, W)
+    whole, channels = vdm.pixels(config)
+    clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 
 
@@ -199,7 +199,7 @@ def main(argv=None):
         out.with_suffix("").mkdir(parents=True, exist_ok=True)
         for i, video in enumerate(videos):
             np.save(out.with_suffix("") / f"{i:03d}.npy", video.numpy() / config.latent_scale)
-        return print(f"{time.time() - began:.0f} s; latents, for the decoder of where they come from: {out.with_suffix('')}/*.npy")
+        return print(f"{time.time() - began:.0f} s; latents, for the decoder where they come from: {out.with_suffix('')}/*.npy")
     files = [vdm.write_video(out, vdm.grid(videos), fps), vdm.write_video(out.with_suffix(".gif"), vdm.grid(videos), fps),
              vdm.write_image(out.with_suffix(".png"), vdm.film_strip(videos[:8]), 2)]
     each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", v, fps) for i, v in enumerate(videos)]

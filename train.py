@@ -35,7 +35,7 @@ from tqdm import tqdm
 import vdm
 
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
-STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16), decoder=dict(steps=240, batch=4))   # defaults of each
+STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16), decoder=dict(steps=240, batch=4))   # their defaults
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "overlap",
               "fps"}                                                   # on --resume
@@ -53,10 +53,10 @@ def parse(argv):
     p.add_argument("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder of your own")
     p.add_argument("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in the folder of the run")
-    p.add_argument("--stage", default="diffusion", choices=STAGES, help="what to train: an autoencoder, on frames; its decoder's "
-                   "temporal layers, on clips; or the diffusion model (default)")
-    p.add_argument("--latents", help="last.pt of an autoencoder, to train on its latents; with --stage decoder, the one to go on with")
-    p.add_argument("--encode", type=int, default=4096, help="with --latents: so many clips are cut, encoded once and kept (4096)")
+    p.add_argument("--stage", default="diffusion", choices=STAGES, help="what to train: an autoencoder, on frames; the temporal "
+                   "layers of its decoder, on clips; or the diffusion model (default)")
+    p.add_argument("--latents", help="last.pt of an autoencoder: to train on its latents or, with --stage decoder, to go on with")
+    p.add_argument("--encode", type=int, default=4096, help="with --latents: how many clips are cut and encoded, once (4096)")
     p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
@@ -180,13 +180,14 @@ class Latents:
         j = np.random.default_rng([self.seed, 0, i // n]).permutation(n)[i % n]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(self.clips[j]) - self.span + 1)
         clip = self.clips[j][start : start + self.span : self.stride].astype(np.float32)
-        return dict(video=torch.from_numpy(clip) * self.scale, **{k: torch.as_tensor(x[j]) for k, x in self.more.items()})
+        more = {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
+        return dict(video=torch.from_numpy(clip) * self.scale, **more)
 
 
 def encode_once(data, n, autoencoder, parent, device):
-    """Items 0 ... n - 1 of a dataset, encoded -> a folder of .npy files, video.npy and what else an item has. Its name holds a
-    checksum of the autoencoder and of two items: a run with others makes another folder, a like run finds this one. It gets its
-    name when it is complete. Frames are cut and resized in pixels, then encoded: latents must not be shrunk or mirrored."""
+    """Items 0 ... n - 1 of a dataset, encoded -> a folder of .npy files, video.npy and what else an item has. Its name holds
+    a checksum of the autoencoder and of two items: a run with others makes another folder, a like run finds this one. It gets
+    its name when it is complete. Frames are cut and resized in pixels, then encoded: no latent may be shrunk or mirrored."""
     sums = *autoencoder.state_dict().values(), data[0]["video"], data[n - 1]["video"]
     key = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in sums), n)
     folder, arrays = parent / f"latents-{key:08x}", {}
@@ -208,20 +209,20 @@ def encode_once(data, n, autoencoder, parent, device):
 
 def find_autoencoder(options, config, state):
     """The autoencoder of this run -> (it, or None for pixels, a new one and latents from elsewhere; config with its width)."""
-    path = options.out / "last.pt" if state else options.latents
-    if not path and (options.stage == "decoder" or config.factor and options.stage == "diffusion" and options.data in WORLDS):
+    path, stage = options.out / "last.pt" if state else options.latents, options.stage
+    if not path and (stage == "decoder" or stage == "diffusion" and config.factor and options.data in WORLDS):
         raise ValueError(f"this run needs latents of {config.channels} channels: name an autoencoder (--latents CKPT, made by "
                          "--stage autoencoder) or, as --data, .npy files of latents")
     if not path:
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
-    if not state and (autoencoder is None or options.stage == "autoencoder"):
-        raise ValueError(f"--latents {path}: " + ("it is no autoencoder, and holds none" if autoencoder is None else
-                                                  "--stage autoencoder makes a new one, leave --latents out"))
+    if not state and (autoencoder is None or stage == "autoencoder"):
+        raise ValueError(f"--latents {path} is no autoencoder, and holds none" if autoencoder is None else
+                         "--stage autoencoder makes a new one: leave --latents out")
     if autoencoder and (made.channels, made.factor) != (config.channels, config.factor):
-        raise ValueError(f"--latents {path} makes latents of {made.channels} channels with factor {made.factor}, but this run "
-                         f"has {config.channels} and {config.factor}: --channels {made.channels} --factor {made.factor} fits it, "
-                         "and --size is that of the latents")
+        raise ValueError(f"--latents {path} makes latents of {made.channels} channels with factor {made.factor}, but this "
+                         f"run has {config.channels} and {config.factor}: --channels {made.channels} --factor {made.factor} "
+                         "fits it, and --size is that of the latents")
     return autoencoder, dataclasses.replace(config, ae_width=made.ae_width)
 
 
@@ -291,7 +292,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
 
 
 def autoencoder_step(step, config, data, autoencoder, ema, optimizers, device, dtype, seed):
-    """One optimiser step of what is not frozen: all spatial layers on single frames, or the decoder's temporal ones on clips."""
+    """One optimiser step of what is not frozen: spatial layers, on single frames, or the decoder's temporal ones, on clips."""
     torch.manual_seed(seed * 1_000_003 + step)
     began = time.perf_counter()
     batch = default_collate([data[i] for i in range(step * config.batch, (step + 1) * config.batch)])
@@ -325,13 +326,13 @@ def report_reconstruction(config, options, autoencoder, held_out, device):
     real = torch.stack([held_out[i]["video"] for i in range(options.marks)])                   # (N, T, C, H, W)
     made = reconstruct(autoencoder, real, device)
     quality, alone = vdm.psnr(made, real), reconstruct(autoencoder, real, device, temporal=0.0)
-    print(f"PSNR {quality:.1f} dB, frame by frame {vdm.psnr(alone, real):.1f}; flicker {vdm.flicker(made, real):.4f}, frame by frame "
-          f"{vdm.flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
+    print(f"PSNR {quality:.1f} dB, frame by frame {vdm.psnr(alone, real):.1f}; flicker {vdm.flicker(made, real):.4f}, frame by "
+          f"frame {vdm.flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
     if quality < 25:
-        print("warning: below 25 dB a diffusion model learns the autoencoder's faults: train longer, or with --ae-width, "
-              "--channels larger or --factor smaller")
+        print("warning: below 25 dB a diffusion model learns the autoencoder's faults: train longer, or with a larger "
+              "--ae-width or --channels, or a smaller --factor")
     if options.data == "shapes":
-        print("the clips above are real, taken to latents and back: no model can do better than this", held_out.report(made), sep="\n")
+        print("real clips, made latents and back, where no model of them can do better:", held_out.report(made), sep="\n")
     both = torch.cat([real, made], 3)[:8]                                                      # real above
     return [vdm.write_video(options.out / "recon.mp4", vdm.grid(both), config.fps),
             vdm.write_image(options.out / "recon.png", vdm.film_strip(both[:4]), 1)]
@@ -382,8 +383,10 @@ def main(argv=None):
     if options.resume:
         state, saved = vdm.read_checkpoint(checkpoint)
         changed = [k for k, v in options.given.items() if v != getattr(saved, k) and k not in MAY_CHANGE]
-        if changed or (options.seed, options.data, options.stage) != (state["seed"], state["data"], state.get("stage", "diffusion")):
-            raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed) or 'seed, data or stage'} "
+        same = dict(seed=options.seed, data=options.data, stage=options.stage)
+        changed += [k for k, v in same.items() if v != state.get(k, "diffusion")]
+        if changed:
+            raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed)} "
                              f"differs from {checkpoint}: leave the flag out, or start anew with another --out")
         config = dataclasses.replace(saved, **options.given)
         start = state["step"]
@@ -396,7 +399,7 @@ def main(argv=None):
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
-    size, channels = tuple(n * (config.factor or 1) for n in config.size), 3 if config.factor else config.channels   # in pixels
+    size, channels = vdm.pixels(config)
     if options.data in WORLDS:
         if channels != 3:
             raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
@@ -416,9 +419,9 @@ def main(argv=None):
                          f"and actions {data.actions}")
     torch.manual_seed(options.seed)
     denoiser = (vdm.build(config) if diffusion else autoencoder or vdm.build_autoencoder(config)).to(device)
-    if not diffusion:                                                  # then it is no denoiser, but what is trained all the same
+    if not diffusion:                                                  # what is trained then is no denoiser
         for name, p in denoiser.named_parameters():
-            p.requires_grad_((".time." in name) == (options.stage == "decoder"))
+            p.requires_grad_((options.stage == "decoder") == (".time." in name))
     elif autoencoder:
         n = min(options.encode, config.steps * config.batch)
         folder = encode_once(data, n, autoencoder.to(device), out.parent, device)
@@ -435,7 +438,8 @@ def main(argv=None):
         ema.updates = state["ema_updates"]
         for optimizer, s in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(s)
-    print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, {f'kind {config.kind}' if diffusion else options.stage}, {config.optimizer}")
+    print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, "
+          f"{f'kind {config.kind}' if diffusion else options.stage}, {config.optimizer}")
     print(f"device  {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}, "
           f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')} arithmetic, float32 weights")
     print("config ", " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
@@ -484,12 +488,13 @@ def main(argv=None):
             if saving:
                 if options.stage == "autoencoder":
                     ema.model.measure(held_out[i]["video"][None].to(device) for i in range(options.marks))
-                more = dict(stage=options.stage) if not diffusion else dict(autoencoder=autoencoder.state_dict()) if autoencoder else {}
+                more = dict(autoencoder=autoencoder.state_dict()) if diffusion and autoencoder else {}
+                more |= {} if diffusion else dict(stage=options.stage)
                 vdm.save(checkpoint, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
                          data=options.data, model=denoiser.state_dict(), ema=ema.model.state_dict(),
                          ema_updates=ema.updates, optimizers=[o.state_dict() for o in optimizers], **more)
             if diffusion and done % sample_every == 0 and done < config.steps:
-                clips = sample(config, ema.model, 6, device, dtype, autoencoder=autoencoder, **told)   # always from the same noise
+                clips = sample(config, ema.model, 6, device, dtype, 0, autoencoder, **told)      # always from the same noise
                 write_samples(out / f"samples/step_{done:06d}", clips, config, autoencoder)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped at step {step}; the newest checkpoint, if there is one, is {checkpoint}: --resume goes on from it")

@@ -138,7 +138,8 @@ class Config:
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, as latents of 4 x 16 x 16 per frame
-    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, width=64, patch=2, detail=0),
+    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, width=64, patch=2, detail=0,
+                     sigma_data=1.0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
@@ -1615,6 +1616,12 @@ def save(path, **state):
         raise OSError(f"could not write {path} ({e}); an older one there is untouched") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def pixels(config):
+    """Size and channels of a run's frames, of which it may know only latents."""
+    size = tuple(n * (config.factor or 1) for n in config.size)
+    return size, 3 if config.factor else config.channels
 
 
 def build_autoencoder(config):
