@@ -179,20 +179,26 @@ def efficiency(memory):
 def marks(folder):
     """The claims of the README for one run, from fresh noise, with averaged weights."""
     denoiser, config = vdm.load(Path(folder) / "last.pt")
-    device, world = torch.device("cpu"), vdm.MovingShapes(size=config.size)
+    autoencoder, _ = vdm.load_autoencoder(Path(folder) / "last.pt")
+    device, world = torch.device("cpu"), vdm.MovingShapes(config.frames, vdm.pixels(config)[0], seed=55)
     dtype = train.pick_dtype("auto", device)
     if config.actions:
         return drive(denoiser, config, device, dtype)
-    print(world.report(train.sample(config, denoiser, 64, device, dtype, seed=2)))
+    print(world.report(train.sample(config, denoiser, 64, device, dtype, 2, autoencoder)))
+    if autoencoder:
+        print("real clips, made latents and back")
+        print(world.report(train.reconstruct(autoencoder, torch.stack([world[i]["video"] for i in range(64)]), device)))
     sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
     videos = []
     for i in range(0, 64, 16):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, 3, *config.size), sigmas, config.overlap,
-                                 seed=3, clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance)
+            pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, config.channels, *config.size), sigmas,
+                                 config.overlap, seed=3, clips=range(i, i + 16), sampler=config.sampler,
+                                 temporal_guidance=config.temporal_guidance)
             videos.append(torch.cat(list(pieces), 1))
+        videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
     print(world.report(torch.cat(videos)))
-    if config.task == "any":
+    if config.task == "any" and not autoencoder:
         interpolation(denoiser, config, sigmas, dtype)
 
 
