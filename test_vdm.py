@@ -2526,6 +2526,8 @@ def test_a_run_is_never_overwritten(trained):
     (["--schedule", "z"], "expected one of linear"), (["--sampler", "z"], "expected one of ddpm"),
     (["--head-dim", "20"], "head_dim is 20"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
     (["--context", "0"], "context is"), (["--drop", "2"], "drop 2.0: expected"), (["--actions", "0"], r"actions \(0,\)"),
+    (["--preset", "latent"], "this run needs latents of 4 channels"), (["--preset", "latent", "--size", "20", "--stage", "decoder"],
+                                                                       "name an autoencoder"),
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
 ])
 def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):

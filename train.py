@@ -209,7 +209,7 @@ def encode_once(data, n, autoencoder, parent, device):
 
 def find_autoencoder(options, config, state):
     """The autoencoder of this run -> (it, or None for pixels, a new one and latents from elsewhere; config with its width)."""
-    path, stage = options.out / "last.pt" if state else options.latents, options.stage
+    path, stage = options.out / "last.pt" if state and config.factor else options.latents, options.stage
     if not path and (stage == "decoder" or stage == "diffusion" and config.factor and options.data in WORLDS):
         raise ValueError(f"this run needs latents of {config.channels} channels: name an autoencoder (--latents CKPT, made by "
                          "--stage autoencoder) or, as --data, .npy files of latents")
