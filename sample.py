@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import vdm
-from train import Parser, pick_device, pick_dtype
+from train import Parser, pick_device, pick_dtype, pixels
 
 
 def read_actions(text, config):
@@ -53,7 +53,7 @@ def read_context(path, config, autoencoder, size=None):
             return latents
         except Exception as e:                                         # each kind of damage has its own
             raise ValueError(f"--context {path} is no .npy file of latents that fit: {e}") from e
-    whole, channels = vdm.pixels(config)
+    whole, channels = pixels(config)
     clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 

@@ -146,6 +146,11 @@ def make_optimizers(config, net, dtype):
     return optimizers
 
 
+def pixels(config):
+    """Size and channels of a run's frames, of which it may know only latents."""
+    return tuple(n * (config.factor or 1) for n in config.size), 3 if config.factor else config.channels
+
+
 class Latents:
     """Clips of latents in .npy files, or a folder of them: float (T, c, h, w) or (N, T, c, h, w), times `scale`, read as they are
     needed. Items as of vdm.VideoFolder: dataset[i] depends on (seed, i) alone. more: by name, a row per clip, such as label."""
@@ -316,6 +321,11 @@ def autoencoder_step(step, config, data, autoencoder, ema, optimizers, device, d
     return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, **{k: x.item() for k, x in parts.items()})
 
 
+def psnr(clip, real):
+    """10 log10(range^2 / squared error) in dB, of clips in [-1, 1]: 20 is poor, 30 good."""
+    return 10 * math.log10(4 / max((clip - real).square().mean().item(), 1e-12))
+
+
 @torch.no_grad()
 def reconstruct(autoencoder, clips, device, **options):
     return torch.cat([autoencoder.decode(autoencoder.encode(clip[None].to(device)), **options).cpu() for clip in clips])
@@ -325,8 +335,8 @@ def report_reconstruction(config, options, autoencoder, held_out, device):
     """The end of both stages of an autoencoder: what it loses of clips that it has not seen, in numbers and as a video."""
     real = torch.stack([held_out[i]["video"] for i in range(options.marks)])                   # (N, T, C, H, W)
     made = reconstruct(autoencoder, real, device)
-    quality, alone = vdm.psnr(made, real), reconstruct(autoencoder, real, device, temporal=0.0)
-    print(f"PSNR {quality:.1f} dB, frame by frame {vdm.psnr(alone, real):.1f}; flicker {vdm.flicker(made, real):.4f}, frame by "
+    quality, alone = psnr(made, real), reconstruct(autoencoder, real, device, temporal=0.0)
+    print(f"PSNR {quality:.1f} dB, frame by frame {psnr(alone, real):.1f}; flicker {vdm.flicker(made, real):.4f}, frame by "
           f"frame {vdm.flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
     if quality < 25:
         print("warning: below 25 dB a diffusion model learns the autoencoder's faults: train longer, or with a larger "
@@ -399,7 +409,7 @@ def main(argv=None):
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
-    size, channels = vdm.pixels(config)
+    size, channels = pixels(config)
     if options.data in WORLDS:
         if channels != 3:
             raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")

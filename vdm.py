@@ -1022,22 +1022,20 @@ class EMA:
 # 9. Autoencoder
 # ==================================================================================================
 # Latent diffusion: a small network learns to say a frame in far fewer numbers, and only those are
-# diffused. Its decoder fills in what is the same for all videos, such as sharp edges. It is trained
-# in two stages (Video LDM): encoder and decoder on single frames; then, on clips, the temporal
-# layers of the decoder alone, so that what it fills in stays the same from frame to frame, while
-# the encoder is frozen: latents, and models trained on them, remain valid. Those layers are gated
-# residuals again: until the second stage the decoder works frame by frame.
+# diffused. It is trained in two stages (Video LDM): encoder and decoder on single frames; then, on
+# clips, the temporal layers of the decoder alone, so that what it fills in does not flicker. The
+# encoder is frozen by then: latents, and models trained on them, remain valid. Those layers are
+# gated residuals again: until the second stage the decoder works frame by frame.
 
 class Autoencoder(nn.Module):
     """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), normalised;
     decode(latents) -> the clip. factor is a power of two, from 2.
 
-    The encoder gives every latent a mean and a variance. Training decodes draws from it; encode
-    gives the mean. The KL term, with a small weight, only keeps them from growing without bound:
-    their spread is what it happens to be, and noise levels mean nothing until it is divided by.
-    So measure finds mean and std of each channel, which are kept with the weights, and both encode
-    and decode use them. (Stable Diffusion has one number, 0.18215, that every program must know:
-    forget it on one of the two ways, and colours come out wrong.)"""
+    The encoder gives every latent a mean and a variance; training decodes draws from it, encode
+    gives the mean. How far latents spread is chance, as the KL term has little weight, and noise
+    levels mean nothing without it: so mean and std of each channel are measured, kept with the
+    weights, and used both ways. (Stable Diffusion's is one number that each program must know,
+    0.18215: forget it on one of the two ways, and colours come out wrong.)"""
 
     def __init__(self, channels=3, latent=4, width=32, factor=4):
         super().__init__()
@@ -1045,9 +1043,8 @@ class Autoencoder(nn.Module):
         down = [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, dims[0], 3, padding=1)]
         for dim, wider in zip(dims, dims[1:]):
             down += [nn.SiLU(), nn.Conv2d(dim, wider, 3, stride=2, padding=1)]
-        self.encoder = nn.Sequential(
-            *down, nn.SiLU(), nn.Conv2d(dims[-1], dims[-1], 3, padding=1), nn.SiLU(),
-            nn.Conv2d(dims[-1], 2 * latent, 3, padding=1))
+        down += [nn.SiLU(), nn.Conv2d(dims[-1], dims[-1], 3, padding=1), nn.SiLU()]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(dims[-1], 2 * latent, 3, padding=1))
         self.input, self.decoder = nn.Conv2d(latent, dims[-1], 3, padding=1), nn.ModuleList()
         for dim, finer in zip(dims[::-1], [*dims[-2::-1], None]):
             self.decoder.append(ResBlock(dim, dim, 1))
@@ -1080,8 +1077,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def measure(self, clips):
         """Find each channel's mean and standard deviation over clips, each (B, T, C, H, W)."""
-        mean = [self.posterior(clip)[0].movedim(2, 0).flatten(1) for clip in clips]
-        mean = torch.cat(mean, 1)                                                         # (c, ...)
+        mean = torch.cat([self.posterior(x)[0].movedim(2, 0).flatten(1) for x in clips], 1)
         self.mean.copy_(mean.mean(1)[:, None, None])
         self.std.copy_(mean.std(1).clamp(min=1e-6)[:, None, None])
 
@@ -1101,19 +1097,13 @@ class Autoencoder(nn.Module):
 
 def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
     """A scalar and its parts by name: `reconstruction`, absolute plus squared error, and `kl`, of
-    the posterior from Normal(0, 1), mean per latent; noise is like the latents. Latent diffusion
-    adds LPIPS, whose network would have to be downloaded, and a GAN, for texture: neither is here,
-    so what latents do not tell comes out blurred."""
+    the posterior from Normal(0, 1), mean per latent; noise is like the latents. No LPIPS, whose
+    network would have to be downloaded, and no GAN: what latents do not tell comes out blurred."""
     mean, log_var = autoencoder.posterior(clip)
     error = autoencoder.render(mean + (log_var / 2).exp() * noise, temporal) - clip
     parts = dict(reconstruction=error.abs().mean() + error.square().mean(),
                  kl=(mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2)
     return parts["reconstruction"] + kl * parts["kl"], {k: x.detach() for k, x in parts.items()}
-
-
-def psnr(clip, real):
-    """10 log10(range^2 / squared error) in dB, of clips in [-1, 1]: 20 is poor, 30 good."""
-    return 10 * math.log10(4 / max((clip - real).square().mean().item(), 1e-12))
 
 
 def flicker(clip, real):
@@ -1616,12 +1606,6 @@ def save(path, **state):
         raise OSError(f"could not write {path} ({e}); an older one there is untouched") from e
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def pixels(config):
-    """Size and channels of a run's frames, of which it may know only latents."""
-    size = tuple(n * (config.factor or 1) for n in config.size)
-    return size, 3 if config.factor else config.channels
 
 
 def build_autoencoder(config):

@@ -180,7 +180,7 @@ def marks(folder):
     """The claims of the README for one run, from fresh noise, with averaged weights."""
     denoiser, config = vdm.load(Path(folder) / "last.pt")
     autoencoder, _ = vdm.load_autoencoder(Path(folder) / "last.pt")
-    device, world = torch.device("cpu"), vdm.MovingShapes(config.frames, vdm.pixels(config)[0], seed=55)
+    device, world = torch.device("cpu"), vdm.MovingShapes(config.frames, train.pixels(config)[0], seed=55)
     dtype = train.pick_dtype("auto", device)
     if config.actions:
         return drive(denoiser, config, device, dtype)
