@@ -139,7 +139,8 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
-    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, patch=2, sigma_data=1.0),
+    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, patch=2, sigma_data=1.0,
+                     steps=1500),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
