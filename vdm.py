@@ -372,7 +372,7 @@ class Balance(nn.Module):
             learns = expand(sigma > 0, cell).expand_as(cell)        # what is given has no error
             size = squares.float().mean((2, 3, 4))[learns]
             count, total = (cell[learns].bincount(w, self.mean.numel()).view_as(self.mean)
-                            for w in (torch.ones_like(size), size))                         # (32, T)
+                            for w in (torch.ones_like(size), size))                        # (32, T)
             self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
         return squares, weight
 
