@@ -8,6 +8,8 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py --context clip.mp4 --interpolate 4         put 3 new frames between each two of a clip
     python sample.py --context clip.mp4 --reconstruction 2      the same by a model that was never trained to go on
 
+A model of latents has its autoencoder in its checkpoint: what is given is encoded, what is made decoded. If its latents come
+from elsewhere, --context is an .npy file of them (T, c, h, w), and so is what comes out, (T, c, h, w) per video.
 With a model trained with --task image, --context is the picture to animate, with --task upsample the clip to enlarge.
 """
 
@@ -21,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import vdm
-from train import Parser, pick_device, pick_dtype
+from train import Parser, pick_device, pick_dtype, pixels
 
 
 def read_actions(text, config):
@@ -39,6 +41,21 @@ def read_actions(text, config):
         raise ValueError(f"--actions {text} is of shape {actions.shape}, but the model was trained on "
                          f"{sum(config.actions)} numbers per frame")
     return torch.from_numpy(actions)
+
+
+def read_context(path, config, autoencoder, size=None):
+    """The frames that are given (T, C, H, W), in pixels or as the latents that the model knows."""
+    if config.factor and not autoencoder:
+        try:
+            latents = torch.from_numpy(np.load(path).astype(np.float32)) * config.latent_scale
+            if latents.shape[1:] != (config.channels, *config.size):
+                raise ValueError(f"they are {tuple(latents.shape)}, the model's (T, {config.channels}, *{config.size})")
+            return latents
+        except Exception as e:                                         # each kind of damage has its own
+            raise ValueError(f"--context {path} is no .npy file of latents that fit: {e}") from e
+    whole, channels = pixels(config)
+    clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
+    return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 
 
 def main(argv=None):
@@ -77,7 +94,7 @@ def main(argv=None):
         o.checkpoint = found[-1]
     if Path(o.out).suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out is {o.out}, expected a name that ends in .mp4 or .gif")
-    denoiser, config = vdm.load(o.checkpoint)
+    (denoiser, config), (autoencoder, _) = vdm.load(o.checkpoint), vdm.load_autoencoder(o.checkpoint)
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)
     denoiser.to(device)
@@ -119,22 +136,22 @@ def main(argv=None):
         if not o.context or o.length or o.actions or not anything:
             raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model "
                              f"trained with --task any ({o.checkpoint} has --task {config.task})")
-        context = vdm.read_video(o.context, config.size, config.channels)[-(o.context_frames or 0):]     # (K, C, H, W)
+        context = read_context(o.context, config, autoencoder)[-(o.context_frames or 0):]      # (K, C, H, W)
         length = o.interpolate * (len(context) - 1) + 1
     elif hints:
-        size = config.size if config.task == "image" else [n // 4 for n in config.size]
-        context = vdm.read_video(o.context, size, config.channels)                             # (n, C, h, w)
+        small = None if config.task == "image" else [n // 4 for n in config.size]
+        context = read_context(o.context, config, autoencoder, small)                          # (n, C, h, w)
         context = context[-1:].expand(T, -1, -1, -1) if config.task == "image" else context[:T]
         if len(context) < T or o.context_frames:
             raise ValueError(f"{o.checkpoint} has --task {config.task}, which takes the last frame (image) or the first {T} "
                              f"frames (upsample) of --context: {o.context} must have them, and --context-frames is not used")
-        k = config.size[0] // size[0]
+        k = config.size[0] // context.shape[2]
         context = context.repeat_interleave(k, -1).repeat_interleave(k, -2)                    # (T, C, H, W)
     elif o.context:
         if not trained and not config.previous:
             raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it can use --context only "
                              "with --reconstruction 1")
-        context = vdm.read_video(o.context, config.size, config.channels)                      # (n, C, H, W)
+        context = read_context(o.context, config, autoencoder)                                 # (n, C, H, W)
         most = T if config.previous else trained[-1]
         context = context[-min(o.context_frames or most, len(context)):]
         if not config.previous and len(context) not in trained:
@@ -172,10 +189,17 @@ def main(argv=None):
                 pieces.append(piece.cpu())
                 bar.update(piece.shape[0] * piece.shape[1])
         videos.append(torch.cat(pieces, 1))
+        if autoencoder:
+            videos[-1] = autoencoder.to(device).decode(videos[-1].to(device)).cpu()
     bar.close()
     videos = torch.cat(videos)                                                                 # (n, length, C, H, W)
 
     out, fps = Path(o.out), o.fps or config.fps
+    if config.factor and not autoencoder:
+        out.with_suffix("").mkdir(parents=True, exist_ok=True)
+        for i, video in enumerate(videos):
+            np.save(out.with_suffix("") / f"{i:03d}.npy", video.numpy() / config.latent_scale)
+        return print(f"{time.time() - began:.0f} s; latents, for the decoder where they come from: {out.with_suffix('')}/*.npy")
     files = [vdm.write_video(out, vdm.grid(videos), fps), vdm.write_video(out.with_suffix(".gif"), vdm.grid(videos), fps),
              vdm.write_image(out.with_suffix(".png"), vdm.film_strip(videos[:8]), 2)]
     each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", v, fps) for i, v in enumerate(videos)]

@@ -1408,6 +1408,81 @@ def test_build_names_the_nearest_size():
             assert got in good and abs(got - n) == min(abs(g - n) for g in good)
 
 
+# ---- autoencoder ---------------------------------------------------------------------------------
+
+def autoencoder(gates=True, **options):
+    return randomize(vdm.Autoencoder(**dict(channels=2, latent=3, width=16, factor=4) | options), gates)
+
+
+def test_latents_are_normalised_and_back():
+    """Per channel mean 0 and std 1 over what was measured, by numpy; and decode undoes exactly that."""
+    model, clips = autoencoder(), torch.randn(5, 4, 2, 16, 8) + 0.3
+    model.measure(clips[i:i + 1] for i in range(5))
+    latents = model.encode(clips)
+    flat = latents.detach().numpy().transpose(2, 0, 1, 3, 4).reshape(3, -1)
+    close(flat.mean(1), np.zeros(3, np.float32), atol=1e-5, rtol=0)
+    close(flat.std(1, ddof=1), np.ones(3, np.float32), atol=1e-5, rtol=0)
+    raw = model.posterior(clips)[0]
+    assert latents.shape == raw.shape == (5, 4, 3, 4, 2) and not torch.allclose(latents, raw, atol=0.1)
+    close(model.decode(latents), model.render(raw), atol=1e-4, rtol=1e-4)
+
+
+@cases("factor", [2, 4, 8, 16])
+def test_factors_of_an_autoencoder(factor):
+    """One place of the latents for factor x factor pixels; and their size does not depend on the width."""
+    model, clip = autoencoder(factor=factor), torch.randn(1, 2, 2, 32, 16)
+    assert model.encode(clip).shape == (1, 2, 3, 32 // factor, 16 // factor) and model.decode(model.encode(clip)).shape == clip.shape
+
+
+def test_a_fresh_decoder_works_frame_by_frame():
+    """Gates at 0: a clip decodes as its frames do alone, bit for bit. Gates open: it does not; temporal 0 shuts them."""
+    latents = torch.randn(2, 5, 3, 4, 4)
+
+    def alone(model, **options):
+        return torch.cat([model.decode(latents[:, t:t + 1], **options) for t in range(5)], 1)
+
+    model = autoencoder(gates=False)
+    assert torch.equal(model.decode(latents), alone(model)) and model.decode(latents).std() > 0.1
+    model = autoencoder(gates=True)
+    assert not torch.allclose(model.decode(latents), alone(model), atol=1e-2)
+    assert torch.equal(model.decode(latents, temporal=0.0), alone(model, temporal=0.0))
+
+
+@cases("factor", [2, 4, 8])
+def test_chunks_decode_as_the_whole_clip(factor, double):
+    """Equal to all at once, edges of chunks included; with one frame less around each chunk it is not."""
+    model, latents = autoencoder(factor=factor), torch.randn(1, 23, 3, 2, 2)
+    whole = model.decode(latents, chunk=99)
+    for chunk in (1, 4, 16, 22, 23):
+        close(model.decode(latents, chunk), whole, atol=1e-10, rtol=1e-10)
+    model.reach -= 1
+    assert (model.decode(latents, 4) - whole).abs().max() > 1e-6
+
+
+def test_autoencoder_loss(double):
+    """KL by torch.distributions; the reconstruction by hand: what is drawn from the posterior, decoded, less the clip."""
+    model, clip = autoencoder(), torch.randn(2, 3, 2, 8, 8)
+    mean, log_var = model.posterior(clip)
+    noise, normal = torch.randn_like(mean), torch.distributions.Normal
+    total, parts = vdm.ae_loss(model, clip, noise, kl=0.3, temporal=1.0)
+    kl = torch.distributions.kl_divergence(normal(mean, (log_var / 2).exp()), normal(0.0, 1.0)).mean()
+    error = model.render(normal(mean, (log_var / 2).exp()).loc + log_var.exp() ** 0.5 * noise) - clip
+    close(parts["kl"], kl)
+    close(parts["reconstruction"], (error.abs() + error ** 2).mean())
+    close(total, (error.abs() + error ** 2).mean() + 0.3 * kl)
+    total.backward()
+    assert model.encoder[1].weight.grad.abs().max() > 0 and not any(x.requires_grad for x in parts.values())
+
+
+def test_psnr_and_flicker():
+    """An error of 0.02 everywhere: 40 dB of a range of 2, and no flicker; if it changes sign each frame, 0.04 of it."""
+    real = torch.rand(2, 6, 3, 4, 4)
+    sign = torch.tensor([1, -1, 1, -1, 1, -1]).view(6, 1, 1, 1)
+    assert train.psnr(real + 0.02, real) == pytest.approx(40, abs=1e-3) == train.psnr(real + 0.02 * sign, real)
+    assert vdm.flicker(real + 0.02, real) == pytest.approx(0, abs=1e-6)
+    assert vdm.flicker(real + 0.02 * sign, real) == pytest.approx(0.04, rel=1e-3)
+
+
 # ---- MovingShapes --------------------------------------------------------------------------------
 
 WORLDS = [(frames, objects) for frames in (8, 32) for objects in (1, 2)]
@@ -2628,6 +2703,165 @@ def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):
         sample.main([str(trained / "last.pt"), "--out", str(tmp_path / "a.mp4"), *flags])
 
 
+# ---- latents through the scripts ------------------------------------------------------------------
+
+LATENT = ("--preset latent --frames 4 --size 4 --ae-width 16 --width 16 --head-dim 8 --mults 1 1 --patch 1 --batch 2 --steps 3 "
+          "--warmup 2 --sampling-steps 2 --marks 2 --encode 5 --context 0.5 0 0.5 --overlap 2 --device cpu --dtype fp32").split()
+
+
+def run_latent(out, *flags):
+    train.main([*LATENT, "--out", str(out), *map(str, flags)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """The three stages, small: the folder of their runs."""
+    root = tmp_path_factory.mktemp("latent")
+    run_latent(root / "ae", "--stage", "autoencoder")
+    run_latent(root / "decoder", "--stage", "decoder", "--latents", root / "ae/last.pt")
+    run_latent(root / "run", "--latents", root / "decoder/last.pt")
+    return root
+
+
+def test_three_stages(latent, capsys):
+    """Each has its checkpoint; the first two the reconstructions, twice as high as wide; the last clips in pixels."""
+    states = {name: torch.load(latent / name / "last.pt", weights_only=True) for name in ("ae", "decoder", "run")}
+    for name in ("ae", "decoder"):
+        assert np.stack(list(iio.imiter(latent / name / "recon.mp4"))).shape[0] == 4
+        assert Image.open(latent / name / "recon.png").size == (4 * 17 + 1, 2 * 33 + 1)
+        rows = list(csv.DictReader(open(latent / name / "log.csv")))
+        assert len(rows) == 3 and all(float(r["reconstruction"]) > 0 and float(r["kl"]) > 0 for r in rows)
+    assert Image.open(latent / "run/samples/final.png").size == (2 * (4 * 17 + 1), 2 * (2 * 17 + 1))
+    kept, whole = states["run"]["autoencoder"], states["decoder"]["ema"]
+    assert same(kept, whole) and kept["std"].shape == (4, 1, 1) and not torch.equal(kept["std"], torch.ones(4, 1, 1))
+    encoded = np.load(next(latent.glob("latents-*/video.npy")))
+    model, _ = vdm.load_autoencoder(latent / "decoder/last.pt")
+    clip = vdm.MovingShapes(4, (16, 16))[3]["video"]
+    close(torch.from_numpy(encoded[3]).float(), model.encode(clip[None])[0], atol=2e-3, rtol=2e-3)
+    assert encoded.shape == (5, 4, 4, 4, 4) and len(list(latent.glob("latents-*"))) == 1
+
+
+def test_the_second_stage_trains_temporal_layers_alone(latent):
+    """All that encodes, all spatial layers, and the measured mean and std come out bit for bit as they went in."""
+    before, after = (torch.load(latent / name / "last.pt", weights_only=True)["ema"] for name in ("ae", "decoder"))
+    temporal = {name for name in before if ".time." in name}
+    assert temporal and {name for name in before if not torch.equal(before[name], after[name])} == temporal
+    assert all(before[name].item() == 0 != after[name].item() for name in temporal if name.endswith("gate"))
+
+
+def test_resume_of_all_stages(latent, tmp_path):
+    """In two parts as in one, bit for bit. Going on, a model of latents has its autoencoder in its own checkpoint."""
+    more = {"ae": ["--stage", "autoencoder"], "decoder": ["--stage", "decoder", "--latents", latent / "ae/last.pt"],
+            "run": ["--latents", latent / "decoder/last.pt"]}
+    step = {name: getattr(train, name) for name in ("autoencoder_step", "train_step")}
+    for name, flags in more.items():
+        out, which = tmp_path / name, "train_step" if name == "run" else "autoencoder_step"
+
+        def stumble(n, *args):
+            if n == 2:
+                raise KeyboardInterrupt
+            return step[which](n, *args)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
+            patch.setattr(train, which, stumble)
+            run_latent(out, *flags)
+        resumed = run_latent(out, "--resume", *flags[:2] * (name != "run"))
+        assert resumed["step"] == 3 and same(resumed, torch.load(latent / name / "last.pt", weights_only=True))
+
+
+def test_encoded_once(latent, tmp_path, monkeypatch):
+    """The same folder again without encoding; another autoencoder, other clips or another number: another folder."""
+    model, _ = vdm.load_autoencoder(latent / "ae/last.pt")
+    world, device = vdm.MovingShapes(4, (16, 16)), torch.device("cpu")
+    folder = train.encode_once(world, 3, model, tmp_path, device)
+    assert sorted(p.name for p in folder.iterdir()) == ["label.npy", "video.npy"]
+    assert np.load(folder / "label.npy").tolist() == [world[i]["label"] for i in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(vdm.Autoencoder, "encode", lambda *args: 1 / 0)
+        assert train.encode_once(world, 3, model, tmp_path, device) == folder
+    other, _ = vdm.load_autoencoder(latent / "decoder/last.pt")
+    folders = {train.encode_once(*which, tmp_path, device) for which in (
+        (world, 3, other), (world, 4, model), (vdm.MovingShapes(4, (16, 16), seed=1), 3, model))}
+    assert len(folders | {folder}) == 4 == len(list(tmp_path.iterdir()))
+
+
+def test_sample_decodes(latent, tmp_path, capsys):
+    """Clips in pixels of any length; what is given is encoded and comes back as the decoder shows it."""
+    for name, flags in dict(a=[], b=["--length", 9], c=["--context", tmp_path / "real.mp4", "--length", 6]).items():
+        vdm.write_video(tmp_path / "real.mp4", vdm.MovingShapes(2, (16, 16))[5]["video"])
+        sample.main([str(latent / "run/last.pt"), "--n", "2", "--device", "cpu", "--dtype", "fp32", *map(str, flags),
+                     "--out", str(tmp_path / f"{name}.mp4")])
+        made = vdm.read_video(tmp_path / f"{name}/001.mp4", (16, 16))
+        assert len(made) == dict(a=4, b=9, c=6)[name]
+    model, _ = vdm.load_autoencoder(latent / "run/last.pt")
+    given = model.render(model.posterior(vdm.read_video(tmp_path / "real.mp4", (16, 16))[None])[0], 0.0)[0, 0].clamp(-1, 1)
+    assert (made[0] - given).abs().mean() < 0.1 < (made[0] - given.flip(1)).abs().mean() + 0.1
+
+
+def test_latents_from_elsewhere(tmp_path, capsys):
+    """.npy of 5 channels, and a scale: trained on as they are times it, and given back divided by it."""
+    rng, flags = np.random.default_rng(0), ["--channels", 5, "--latent-scale", 0.25]
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/a.npy", rng.normal(0, 4, (3, 6, 5, 4, 4)).astype(np.float32))
+    np.save(tmp_path / "data/b.npy", rng.normal(0, 4, (5, 5, 4, 4)).astype(np.float16))
+    run_latent(tmp_path / "run", "--data", tmp_path / "data", *flags)
+    made = np.load(tmp_path / "run/samples/final.npy")
+    assert made.shape == (2, 4, 5, 4, 4) and not list((tmp_path / "run/samples").glob("*.gif"))
+    data = train.Latents(tmp_path / "data", train.parse([*LATENT, *map(str, flags)])[1], 4, 0.25)
+    stored = [*np.load(tmp_path / "data/a.npy"), np.load(tmp_path / "data/b.npy").astype(np.float32)]
+    for i in range(12):
+        item = data[i]["video"].numpy() * 4
+        assert any(np.array_equal(item, clip[s:s + 4]) for clip in stored for s in range(len(clip) - 3))
+    np.save(tmp_path / "given.npy", stored[3][:2])
+    sample.main([str(tmp_path / "run/last.pt"), "--n", "2", "--device", "cpu", "--context", str(tmp_path / "given.npy"),
+                 "--length", "7", "--out", str(tmp_path / "made.mp4")])
+    made = np.load(tmp_path / "made/001.npy")
+    assert made.shape == (7, 5, 4, 4) and np.allclose(made[:2], stored[3][:2], atol=1e-5)
+    with pytest.raises(ValueError, match="is no .npy file of latents that fit"):
+        sample.main([str(tmp_path / "run/last.pt"), "--context", str(tmp_path / "data/a.npy")])
+
+
+@cases("flags, words", [
+    ([], "this run needs latents of 4 channels: name an autoencoder"),
+    (["--stage", "decoder"], "this run needs latents"),
+    (["--latents", "no.pt"], "there is no checkpoint no.pt"),
+    (["--latents", "ae", "--channels", 3], "makes latents of 4 channels with factor 4, but this run has 3 and 4"),
+    (["--latents", "ae", "--factor", 8], "but this run has 4 and 8"),
+    (["--latents", "ae", "--stage", "autoencoder"], "leave --latents out"),
+    (["--stage", "autoencoder", "--factor", 3], "factor is 3: an autoencoder needs a power of two"),
+    (["--latents", "ae", "--task", "upsample", "--context-noise", 0.1], "of pixels: factor 0"),
+    (["--data", "noise.npy"], "standard deviation 5, where about 1 is expected: --latent-scale 0.2 would"),
+    (["--data", "noise.npy", "--channels", 6], r"is not float \(\[N,\] T, 6, 4, 4\)"),
+    (["--data", "bytes.npy"], "holds no latents for this run"), (["--data", "empty"], "no .npy files of latents")])
+def test_latents_that_do_not_fit(latent, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(0, 1, (9, 4, 4, 4, 4))
+    np.save("noise.npy", 5 * x / x.std())
+    np.save("bytes.npy", np.zeros((4, 4, 4, 4), np.uint8))
+    os.mkdir("empty")
+    with pytest.raises(ValueError, match=words):
+        run_latent(tmp_path / "run", *[latent / "ae/last.pt" if f == "ae" else f for f in flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_is_no_diffusion_model(latent, tmp_path, trained):
+    """Each command says which of the two it got."""
+    with pytest.raises(ValueError, match="is an autoencoder: train on its latents with --latents"):
+        sample.main([str(latent / "ae/last.pt")])
+    with pytest.raises(ValueError, match="is no autoencoder, and holds none"):
+        run_latent(tmp_path / "run", "--latents", trained / "last.pt")
+    with pytest.raises(ValueError, match="but stage differs from"):
+        run_latent(latent / "ae", "--resume", "--stage", "decoder")
+
+
+def test_poor_reconstructions_are_named(tmp_path, capsys):
+    run_latent(tmp_path / "ae", "--stage", "autoencoder", "--steps", 1)
+    said = capsys.readouterr().out
+    assert "warning: below 25 dB" in said and "PSNR" in said and "recon.mp4" in said
+    assert f"--stage decoder --latents {tmp_path / 'ae/last.pt'}" in said
+
+
 def test_a_run_is_never_overwritten(trained):
     before = (trained / "last.pt").read_bytes()
     with pytest.raises(ValueError, match="already holds a run: --resume continues"):
@@ -2648,6 +2882,8 @@ def test_a_run_is_never_overwritten(trained):
     (["--schedule", "z"], "expected one of linear"), (["--sampler", "z"], "expected one of ddpm"),
     (["--head-dim", "20"], "head_dim is 20"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
     (["--context", "0"], "context is"), (["--drop", "2"], "drop 2.0: expected"), (["--actions", "0"], r"actions \(0,\)"),
+    (["--preset", "latent"], "this run needs latents of 4 channels"), (["--preset", "latent", "--size", "20", "--stage", "decoder"],
+                                                                       "name an autoencoder"),
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
 ])
 def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):
@@ -2661,7 +2897,7 @@ def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):
 
 
 # published or, for ucf101, reconstructed; rds: Video LDM's text-to-video network. PVDM's 528 M of sky run on other latents
-COUNTS = dict(tiny=1.52e6, mnist=10e6, ucf101=1_165_581_571, rds=1_509e6, svd=1_524_623_082, vista=1_648_079_082, sky=459e6)
+COUNTS = dict(tiny=1.52e6, latent=2.62e6, mnist=10e6, ucf101=1_165_581_571, rds=1_509e6, svd=1_524_623_082, vista=1_648_079_082, sky=459e6)
 
 
 @cases("preset", vdm.PRESETS)

@@ -7,11 +7,16 @@ train.py: train a video diffusion model.
     python train.py --preset tiny --resume               go on where a run was stopped
     torchrun --nproc_per_node 8 train.py ...             many GPUs: the same run, each step's clips shared among them
 
+    python train.py --preset latent --stage autoencoder                                       latent diffusion: frames to
+    python train.py --preset latent --stage decoder --latents out/latent-autoencoder/last.pt  latents and back; the same
+    python train.py --preset latent --latents out/latent-decoder/last.pt                      for clips; then diffusion
+
 A preset is a set of defaults; every field of vdm.Config is a flag that changes it. A run writes to out/NAME:
 config.json, log.csv, last.pt (all that --resume and sample.py need) and samples/ (pictures and GIFs on the way).
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import inspect
@@ -23,6 +28,7 @@ import signal
 import sys
 import time
 import weakref
+import zlib
 from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
@@ -42,6 +48,7 @@ from tqdm import tqdm
 import vdm
 
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
+STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16), decoder=dict(steps=240, batch=4))   # their defaults
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "overlap",
               "fps"}                                                   # on --resume
@@ -59,6 +66,10 @@ def parse(argv):
     p.add_argument("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder of your own")
     p.add_argument("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in the folder of the run")
+    p.add_argument("--stage", default="diffusion", choices=STAGES, help="what to train: an autoencoder, on frames; the temporal "
+                   "layers of its decoder, on clips; or the diffusion model (default)")
+    p.add_argument("--latents", help="last.pt of an autoencoder: to train on its latents or, with --stage decoder, to go on with")
+    p.add_argument("--encode", type=int, default=4096, help="with --latents: how many clips are cut and encoded, once (4096)")
     p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
@@ -93,8 +104,9 @@ def parse(argv):
         given["size"] *= 2                                             # one number: square frames
     options.given = given
     name = options.preset if options.data == "shapes" else f"{options.preset}-{Path(options.data).stem}"
+    name += f"-{options.stage}" * (options.stage != "diffusion")
     options.out = Path(options.out or f"out/{name}")
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **given)
+    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | given)
 
 
 def pick_device(name):
@@ -148,6 +160,8 @@ def make_optimizers(config, net, dtype):
     own."""
     parts = dict(gates=[], inside=[], rest=[])
     for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
         matrix = p.ndim > 1 and not name.startswith(("input", "output", "embed", "detail"))
         muon = config.optimizer == "muon" and matrix
         parts["gates" if name.endswith("gate") else "inside" if muon else "rest"].append(p)
@@ -156,6 +170,91 @@ def make_optimizers(config, net, dtype):
     if parts["inside"]:
         optimizers.append(Muon([dict(params=parts["inside"], peak=config.muon_lr)], config.muon_lr, dtype=dtype))
     return optimizers
+
+
+def pixels(config):
+    """Size and channels of a run's frames, of which it may know only latents."""
+    return tuple(n * (config.factor or 1) for n in config.size), 3 if config.factor else config.channels
+
+
+class Latents:
+    """Clips of latents in .npy files, or a folder of them: float (T, c, h, w) or (N, T, c, h, w), times `scale`, read as they are
+    needed. Items as of vdm.VideoFolder: dataset[i] depends on (seed, i) alone. more: by name, a row per clip, such as label."""
+
+    def __init__(self, path, config, frames, scale=1.0, seed=0, **more):
+        self.frames, self.stride, self.scale, self.seed, self.more = frames, config.stride, scale, seed, more
+        self.labels, self.actions, self.clips, path = 0, (), [], Path(path)
+        self.span, shape = (frames - 1) * config.stride + 1, (config.channels, *config.size)
+        for file in sorted(path.rglob("*.npy")) if path.is_dir() else [path]:
+            try:
+                x = np.load(file, mmap_mode="r", allow_pickle=False)
+                if x.dtype.kind != "f" or x.ndim not in (4, 5) or x.shape[-3:] != shape or x.shape[-4] < self.span:
+                    raise ValueError(f"{x.dtype} {x.shape} is not float ([N,] T, {', '.join(map(str, shape))}) with T from "
+                                     f"{self.span}: --channels, --size and --frames must be those of the latents")
+                self.clips += list(x if x.ndim == 5 else x[None])
+            except Exception as error:
+                raise ValueError(f"{file} holds no latents for this run ({error}); for latents of pixels, name an autoencoder: "
+                                 "--latents") from error
+        if not self.clips:
+            raise ValueError(f"{path} has no .npy files of latents")
+
+    def check_scale(self):
+        """Noise levels are made for data of standard deviation 1 or a little less."""
+        std = np.std([self[i]["video"].numpy() for i in range(min(64, len(self.clips)))])
+        if not 0.4 < std < 2:
+            raise ValueError(f"the latents have standard deviation {std:.3g}, where about 1 is expected: "
+                             f"--latent-scale {self.scale / std if std > 0 else 1:.4g} would make it so")
+        return f"data    {len(self.clips)} clips of latents, standard deviation {std:.2f}"
+
+    def __getitem__(self, i):
+        n = len(self.clips)
+        j = np.random.default_rng([self.seed, 0, i // n]).permutation(n)[i % n]
+        start = np.random.default_rng([self.seed, 1, i]).integers(len(self.clips[j]) - self.span + 1)
+        clip = self.clips[j][start : start + self.span : self.stride].astype(np.float32)
+        more = {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
+        return dict(video=torch.from_numpy(clip) * self.scale, **more)
+
+
+def encode_once(data, n, autoencoder, parent, device):
+    """Items 0 ... n - 1 of a dataset, encoded -> a folder of .npy files, video.npy and what else an item has. Its name holds
+    a checksum of the autoencoder and of two items: a run with others makes another folder, a like run finds this one. It gets
+    its name when it is complete. Frames are cut and resized in pixels, then encoded: no latent may be shrunk or mirrored."""
+    sums = *autoencoder.state_dict().values(), data[0]["video"], data[n - 1]["video"]
+    key = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in sums), n)
+    folder, arrays = parent / f"latents-{key:08x}", {}
+    if not folder.exists():
+        temporary = folder.with_suffix(".tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        for i in tqdm(range(n), "encoding", mininterval=0.5 if sys.stderr.isatty() else 20, ncols=110):
+            item = data[i]
+            item["video"] = autoencoder.encode(item["video"][None].to(device))[0].half().cpu()
+            for name, x in item.items():
+                x = np.asarray(x)
+                if i == 0:
+                    arrays[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", x.dtype, (n, *x.shape))
+                arrays[name][i] = x
+        del arrays                                                     # which writes the rest to the disk
+        temporary.rename(folder)
+    return folder
+
+
+def find_autoencoder(options, config, state):
+    """The autoencoder of this run -> (it, or None for pixels, a new one and latents from elsewhere; config with its width)."""
+    path, stage = options.out / "last.pt" if state and config.factor else options.latents, options.stage
+    if not path and (stage == "decoder" or stage == "diffusion" and config.factor and options.data in WORLDS):
+        raise ValueError(f"this run needs latents of {config.channels} channels: name an autoencoder (--latents CKPT, made by "
+                         "--stage autoencoder) or, as --data, .npy files of latents")
+    if not path:
+        return None, config
+    autoencoder, made = vdm.load_autoencoder(path)
+    if not state and (autoencoder is None or stage == "autoencoder"):
+        raise ValueError(f"--latents {path} is no autoencoder, and holds none" if autoencoder is None else
+                         "--stage autoencoder makes a new one: leave --latents out")
+    if autoencoder and (made.channels, made.factor) != (config.channels, config.factor):
+        raise ValueError(f"--latents {path} makes latents of {made.channels} channels with factor {made.factor}, but this "
+                         f"run has {config.channels} and {config.factor}: --channels {made.channels} --factor {made.factor} "
+                         "fits it, and --size is that of the latents")
+    return autoencoder, dataclasses.replace(config, ae_width=made.ae_width)
 
 
 def conditions(batch, config, told={}):
@@ -252,16 +351,80 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
                 error=error[noisy].cpu())
 
 
-def sample(config, denoiser, n, device, dtype, seed=0, **told):
-    """n clips (n, T, C, H, W) on the CPU, 16 at a time; clip i depends on (seed, i) and what it is told alone."""
+def autoencoder_step(step, config, data, autoencoder, ema, optimizers, device, dtype, seed, *_):
+    """One optimiser step of what is not frozen: spatial layers, on single frames, or the decoder's temporal ones, on clips."""
+    torch.manual_seed(seed * 1_000_003 + step)
+    began = time.perf_counter()
+    batch = default_collate([data[i] for i in range(step * config.batch, (step + 1) * config.batch)])
+    clip = batch["video"].to(device)                                                           # (B, T, C, H, W)
+    waited, on_clips = time.perf_counter() - began, not autoencoder.input.weight.requires_grad
+    clip = clip if on_clips else clip[:, torch.randint(clip.shape[1], (1,))]
+    noise = torch.randn(*clip.shape[:2], config.channels, *config.size).to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss, parts = vdm.ae_loss(autoencoder, clip, noise, config.kl, float(on_clips))
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss is {loss.item()} at step {step + 1}: stopped. A lower --lr or --muon-lr is the usual cure")
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), config.clip_norm)
+    rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        optimizer.step()
+        optimizer.zero_grad()
+    ema.update(autoencoder)
+    return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, **{k: x.item() for k, x in parts.items()})
+
+
+def psnr(clip, real):
+    """10 log10(range^2 / squared error) in dB, of clips in [-1, 1]: 20 is poor, 30 good."""
+    return 10 * math.log10(4 / max((clip - real).square().mean().item(), 1e-12))
+
+
+@torch.no_grad()
+def reconstruct(autoencoder, clips, device, **options):
+    return torch.cat([autoencoder.decode(autoencoder.encode(clip[None].to(device)), **options).cpu() for clip in clips])
+
+
+def report_reconstruction(config, options, autoencoder, held_out, device):
+    """The end of both stages of an autoencoder: what it loses of clips that it has not seen, in numbers and as a video."""
+    real = torch.stack([held_out[i]["video"] for i in range(options.marks)])                   # (N, T, C, H, W)
+    made = reconstruct(autoencoder, real, device)
+    quality, alone = psnr(made, real), reconstruct(autoencoder, real, device, temporal=0.0)
+    print(f"PSNR {quality:.1f} dB, frame by frame {psnr(alone, real):.1f}; flicker {vdm.flicker(made, real):.4f}, frame by "
+          f"frame {vdm.flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
+    if quality < 25:
+        print("warning: below 25 dB a diffusion model learns the autoencoder's faults: train longer, or with a larger "
+              "--ae-width or --channels, or a smaller --factor")
+    if options.data == "shapes":
+        print("real clips, made latents and back, where no model of them can do better:", held_out.report(made), sep="\n")
+    both = torch.cat([real, made], 3)[:8]                                                      # real above
+    return [vdm.write_video(options.out / "recon.mp4", vdm.grid(both), config.fps),
+            vdm.write_image(options.out / "recon.png", vdm.film_strip(both[:4]), 1)]
+
+
+def write_samples(path, clips, config, autoencoder):
+    """Clips as film strip, GIF and video or, where latents have no decoder here, as .npy -> the files."""
+    if config.factor and not autoencoder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".npy"), clips.numpy() / config.latent_scale)
+        return [path.with_suffix(".npy")]
+    return [vdm.write_image(path.with_suffix(".png"), vdm.film_strip(clips[:8]), 2),
+            vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
+
+
+def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
+    """n clips (n, T, C, H, W) on the CPU, 16 at a time; clip i depends on (seed, i) and what it is told alone. With an
+    autoencoder they are decoded."""
     sigmas, clips = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho), []
     for i in range(0, n, 16):
         shape = (min(16, n - i), config.frames, config.channels, *config.size)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             cond = {name: given[i : i + shape[0]].to(device) for name, given in told.items()}
-            clips.append(vdm.generate(denoiser, shape, sigmas, config.sampler, temporal_guidance=config.temporal_guidance,
-                                      noise=noise, **cond).cpu())
+            clip = vdm.generate(denoiser, shape, sigmas, config.sampler, temporal_guidance=config.temporal_guidance,
+                                noise=noise, **cond)
+        clips.append((autoencoder.decode(clip) if autoencoder else clip).cpu())
     return torch.cat(clips)
 
 
@@ -521,9 +684,11 @@ class Cache:
 def log_line(step, seconds, records):
     """A row of log.csv: means over the steps since the last row, and the error by noise level."""
     mean = lambda key: sum(r[key] for r in records) / len(records)
-    sigma, error = (torch.cat([r[key] for r in records]) for key in ("sigma", "error"))
     row = dict(step=step, seconds=round(seconds, 2), loss=mean("loss"), gradient_norm=mean("norm"),
                lr_share=mean("rate"), data_wait=sum(r["waited"] for r in records) / sum(r["took"] for r in records))
+    if "sigma" not in records[0]:                                      # an autoencoder has no noise levels
+        return row | {key: mean(key) for key in ("reconstruction", "kl")}
+    sigma, error = (torch.cat([r[key] for r in records]) for key in ("sigma", "error"))
     bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES))
     for i, (low, high) in enumerate(zip((0, *SIGMA_EDGES), (*SIGMA_EDGES, math.inf))):
         row[f"error_sigma_{low}_{high}"] = error[bins == i].mean().item() if (bins == i).any() else ""
@@ -536,10 +701,12 @@ def main(argv=None):
     if options.resume:
         state, saved = vdm.read_checkpoint(checkpoint)
         changed = [k for k, v in options.given.items() if v != getattr(saved, k) and k not in MAY_CHANGE]
-        if changed or options.seed != state["seed"] or options.data != state["data"]:
-            raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed) or 'seed or data'} "
+        same = dict(seed=options.seed, data=options.data, stage=options.stage)
+        changed += [k for k, v in same.items() if v != state.get(k, "diffusion")]
+        if changed:
+            raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed)} "
                              f"differs from {checkpoint}: leave the flag out, or start anew with another --out. These may change: "
-                             f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed and data")
+                             f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed, data and stage")
         config = dataclasses.replace(saved, **options.given)
         start = state["step"]
         if start >= config.steps:
@@ -549,11 +716,13 @@ def main(argv=None):
 
     if options.dry_run:
         return dry_run(options, config)
-    if config.channels not in (1, 3):
-        raise ValueError(f"the preset {options.preset} is about latents with {config.channels} channels, but --data {options.data} holds "
-                         "pixels: train on latents (--latents), or with --channels 3 on pixels")
+    if not config.factor and config.channels not in (1, 3):
+        raise ValueError(f"--channels is {config.channels}, but pixels have 1 or 3: latents need a --factor, and --latents")
     rank, processes, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     parts = share(config.batch, options.micro, rank, processes)
+    if options.stage != "diffusion" and (processes > 1 or options.micro or options.workers or options.checkpoint_activations):
+        raise ValueError(f"--stage {options.stage} is small: it runs in one process, without torchrun, --micro, --workers and "
+                         "--checkpoint-activations")
     if options.shard and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
@@ -567,16 +736,22 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
+    diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
+    size, channels = pixels(config)
     if options.data in WORLDS:
-        if config.channels != 3:
+        if channels != 3:
             raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
-        data, held_out = (WORLDS[options.data](frames, config.size, seed=options.seed + k) for k in (0, 1))
-        print(f"data    {type(data).__name__}: made in code, {frames} frames of {config.size[0]}x{config.size[1]}")
+        few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
+        data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
+        print(f"data    {type(data).__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+    elif config.factor and diffusion and not autoencoder:
+        data = held_out = Latents(options.data, config, frames, config.latent_scale, options.seed)
+        print(data.check_scale())
     else:
         if local:                                                      # the first of a machine decodes, for all
             torch.distributed.barrier()
         cache = Cache(Path(options.data))
-        data = held_out = vdm.VideoFolder(options.data, frames, config.size, config.stride, config.channels, options.seed,
+        data = held_out = vdm.VideoFolder(options.data, frames, size, config.stride, channels, options.seed,
                                           progress=not local, read=cache.decode)
         if processes > 1 and not local:
             torch.distributed.barrier()
@@ -589,31 +764,43 @@ def main(argv=None):
         raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
                          f"and actions {data.actions}")
     torch.manual_seed(options.seed)
-    denoiser = vdm.build(config).to(device)
+    denoiser = (vdm.build(config) if diffusion else autoencoder or vdm.build_autoencoder(config)).to(device)
+    if not diffusion:                                                  # what is trained then is no denoiser
+        for name, p in denoiser.named_parameters():
+            p.requires_grad_((options.stage == "decoder") == (".time." in name))
+    elif autoencoder:
+        n = min(options.encode, config.steps * config.batch)
+        folder = encode_once(data, n, autoencoder.to(device), out.parent, device)
+        more = {f.stem: np.load(f) for f in folder.glob("*.npy") if f.stem != "video"}
+        data = Latents(folder / "video.npy", dataclasses.replace(config, stride=1), frames, seed=options.seed, **more)
+        print(f"latents {n} clips in {folder}")
+    one_step = train_step if diffusion else autoencoder_step
     ema = vdm.EMA(denoiser, config.ema)
     told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
     if state:
         denoiser.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         ema.updates = state["ema_updates"]
-    for layer in denoiser.net.modules() if options.checkpoint_activations else ():
+    for layer in denoiser.modules() if options.checkpoint_activations else ():
         if isinstance(layer, vdm.Block):                               # its inside is computed again on the way back
             layer.forward = partial(recompute, layer.forward, use_reentrant=False)
     ddp = spread(denoiser, ema, options.shard, device, processes) if processes > 1 else None
-    optimizers = make_optimizers(config, denoiser.net, dtype)
+    optimizers = make_optimizers(config, getattr(denoiser, "net", denoiser), dtype)
     for optimizer, s in zip(optimizers, state["optimizers"] if state else ()):
         load_optimizer(optimizer, s)
-    print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, kind {config.kind}, {config.optimizer}")
+    print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, "
+          f"{f'kind {config.kind}' if diffusion else options.stage}, {config.optimizer}")
     print(f"device  {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}, "
           f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')} arithmetic, float32 weights")
     print("config ", " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     estimate = f", in {processes} processes" if processes > 1 else ""
+    record = dict(loss=0, norm=0, rate=0, waited=0, sigma=torch.ones(1), error=torch.ones(1))
     if processes == 1:             # a rehearsal on a copy, nothing of which is kept, tells how long a step takes
-        arguments = config, data, vdm.EMA(denoiser).model.train().requires_grad_(True), vdm.EMA(denoiser)
-        rehearsal = make_optimizers(config, arguments[2].net, dtype)
+        arguments = config, data, copy.deepcopy(denoiser), vdm.EMA(denoiser)
+        rehearsal = make_optimizers(config, getattr(arguments[2], "net", arguments[2]), dtype)
         for _ in range(2):
             began = time.perf_counter()
-            train_step(0, *arguments, rehearsal, device, dtype, options.seed, parts)
+            record = one_step(0, *arguments, rehearsal, device, dtype, options.seed, parts)
             seconds = time.perf_counter() - began
         del arguments, rehearsal
         estimate = f", {seconds:.2f} s each: about {(config.steps - start) * seconds / 60:.1f} minutes, and the sampling after"
@@ -622,15 +809,19 @@ def main(argv=None):
 
     save_every = options.save_every or max(1, config.steps // 10)
     sample_every = options.sample_every or max(1, config.steps // 5)
-    columns = list(log_line(0, 0, [dict(loss=0, norm=0, rate=0, waited=0, took=1, sigma=torch.ones(1), error=torch.ones(1))]))
+    columns = list(log_line(0, 0, [record | dict(took=1)]))
     elapsed, stops = state["seconds"] if state else 0.0, []
 
     def save(done, *paths):
+        if options.stage == "autoencoder":
+            ema.model.measure(held_out[i]["video"][None].to(device) for i in range(options.marks))
+        more = {} if diffusion else dict(stage=options.stage)
+        more |= dict(autoencoder=autoencoder.state_dict()) if diffusion and autoencoder else {}
         held = whole(dict(model=denoiser.state_dict(), ema=ema.model.state_dict(),
                           optimizers=[o.state_dict() for o in optimizers]), rank == 0)
         for path in paths if rank == 0 else ():
             vdm.save(path, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
-                     data=options.data, ema_updates=ema.updates, **held)
+                     data=options.data, ema_updates=ema.updates, **held, **more)
 
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -645,7 +836,7 @@ def main(argv=None):
     table = csv.DictWriter(log, columns)
     if not rows:
         table.writeheader()
-    if options.compile:
+    if options.compile and diffusion:
         compile_or_not(denoiser.net)
     batches = None
     if options.workers:
@@ -659,7 +850,7 @@ def main(argv=None):
     try:
         for step in bar:
             began = time.perf_counter()
-            record = train_step(step, config, data, denoiser, ema, optimizers, device, dtype, options.seed, parts, batches, ddp)
+            record = one_step(step, config, data, denoiser, ema, optimizers, device, dtype, options.seed, parts, batches, ddp)
             record["took"] = time.perf_counter() - began
             elapsed += record["took"]
             records.append(record)
@@ -678,11 +869,10 @@ def main(argv=None):
             if stop and done < config.steps:
                 bar.close()
                 return print(f"stopped by SIGTERM after step {done}, all saved: the same command with --resume goes on")
-            if done % sample_every == 0 and done < config.steps:
-                clips = sample(config, ema.model, 6, device, dtype, **told)      # always from the same noise
+            if diffusion and done % sample_every == 0 and done < config.steps:
+                clips = sample(config, ema.model, 6, device, dtype, 0, autoencoder, **told)      # always from the same noise
                 if rank == 0:
-                    vdm.write_image(out / f"samples/step_{done:06d}.png", vdm.film_strip(clips), 2)
-                    vdm.write_video(out / f"samples/step_{done:06d}.gif", vdm.grid(clips), config.fps)
+                    write_samples(out / f"samples/step_{done:06d}", clips, config, autoencoder)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped at step {step}; the newest checkpoint is {checkpoint}: --resume goes on from it")
     finally:
@@ -690,13 +880,17 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, before)
 
     began = time.perf_counter()
-    clips = sample(config, ema.model, options.marks, device, dtype, seed=1, **told)
+    if not diffusion:
+        print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes")
+        print("files  ", *report_reconstruction(config, options, ema.model, held_out, device), checkpoint, sep="\n        ")
+        following = f"--stage decoder --latents {checkpoint}" if options.stage == "autoencoder" else f"--latents {checkpoint}"
+        return print(f"next    python train.py --preset {options.preset} {following}")
+    clips = sample(config, ema.model, options.marks, device, dtype, seed=1, autoencoder=autoencoder, **told)
     if rank:                                                           # all took part: a sharded model needs them
         return
-    n = min(8, len(clips))
-    files = [vdm.write_image(out / "samples/final.png", vdm.film_strip(clips[:n]), 2),
-             vdm.write_video(out / "samples/final.gif", vdm.grid(clips[:16]), config.fps),
-             vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps)]
+    files = write_samples(out / "samples/final", clips, config, autoencoder)
+    if files[0].suffix == ".png":
+        files.append(vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps))
     print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
           f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
     if options.data == "shapes":

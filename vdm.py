@@ -18,9 +18,10 @@ Map    1 Config        every number of a run, and the presets
        6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
        8 EMA           the running average of the weights, which is what one samples from
-       9 World         MovingShapes and Drive, toy worlds that can mark their own videos
-      10 Video files   read and write them; a dataset from a folder of them
-      11 Models        build, save, load
+       9 Autoencoder   frames as latents, far fewer numbers, and back; flicker
+      10 World         MovingShapes and Drive, toy worlds that can mark their own videos
+      11 Video files   read and write them; a dataset from a folder of them
+      12 Models        build, save, load
 
 Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), -1 to 1.
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
@@ -66,10 +67,15 @@ from einops import rearrange, repeat
 class Config:
     # the clip
     frames: int = 8                 # frames per clip
-    size: tuple = (32, 32)          # height and width in pixels
-    channels: int = 3               # 3 for colour, 1 for grey
+    size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
+    channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
     stride: int = 1                 # take every stride-th frame of a file
     fps: float = 8.0                # frames per second of the videos written
+    # latents
+    factor: int = 0                 # pixels to a latent along each side (0: no latents, but pixels)
+    ae_width: int = 32              # channels of the autoencoder's finest level
+    kl: float = 1e-4                # weight of the KL term in its loss
+    latent_scale: float = 1.0       # latents encoded elsewhere are multiplied by this (SD: 0.18215)
     # the network
     width: int = 48                 # channels of the first level
     mults: tuple = (1, 2)           # channels of each level, as multiples of width
@@ -134,21 +140,25 @@ class Config:
 
 # The papers' models, without tiny's own devices; their learning rates stay, ours fall. "Unverified"
 # was found neither in papers nor in code. Where channels are 4, size counts latents of 8 x 8 pixels
-paper = partial(Config, channels=4, blocks=2, ddpm_layout=True, joint=(), head_dim=64, patch=1,
-                detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0, ema=0.9999,
+paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
+                patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0, ema=0.9999,
                 temporal_guidance=1.0)
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
+    # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
+    # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
+    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, patch=2, sigma_data=1.0,
+                     steps=1500),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
                     steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
-    "ucf101": paper(frames=16, size=(64, 64), channels=3, fps=25.0, width=256, mults=(1, 2, 4, 8),
+    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256, mults=(1, 2, 4, 8),
                     attention=(2, 4, 8), convs=False, feed_forward="none", dropout=0.1, lr=3e-4,
                     kind="eps", schedule="cosine", weighting="eps", context=(1.0,), images=1 / 3,
                     steps=60_000, batch=128, gate_lr=3e-4, weight_decay=0.0, sampler="ddpm",
@@ -1125,7 +1135,101 @@ class EMA:
 
 
 # ==================================================================================================
-# 9. Worlds that can be marked
+# 9. Autoencoder
+# ==================================================================================================
+# Latent diffusion: a small network learns to say a frame in far fewer numbers, and only those are
+# diffused. It is trained in two stages (Video LDM): encoder and decoder on single frames; then, on
+# clips, the temporal layers of the decoder alone, so that what it fills in does not flicker. The
+# encoder is frozen by then: latents, and models trained on them, remain valid. Those layers are
+# gated residuals again: until the second stage the decoder works frame by frame.
+
+class Autoencoder(nn.Module):
+    """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), normalised;
+    decode(latents) -> the clip. factor is a power of two, from 2.
+
+    The encoder gives every latent a mean and a variance; training decodes draws from it, encode
+    gives the mean. How far latents spread is chance, as the KL term has little weight, and noise
+    levels mean nothing without it: so mean and std of each channel are measured, kept with the
+    weights, and used both ways. (Stable Diffusion's is one number that each program must know,
+    0.18215: forget it on one of the two ways, and colours come out wrong.)"""
+
+    def __init__(self, channels=3, latent=4, width=32, factor=4):
+        super().__init__()
+        dims = [width * min(2 ** i, 4) for i in range(factor.bit_length() - 1)]
+        down = [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, dims[0], 3, padding=1)]
+        for dim, wider in zip(dims, dims[1:]):
+            down += [nn.SiLU(), nn.Conv2d(dim, wider, 3, stride=2, padding=1)]
+        down += [nn.SiLU(), nn.Conv2d(dims[-1], dims[-1], 3, padding=1), nn.SiLU()]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(dims[-1], 2 * latent, 3, padding=1))
+        self.input, self.decoder = nn.Conv2d(latent, dims[-1], 3, padding=1), nn.ModuleList()
+        for dim, finer in zip(dims[::-1], [*dims[-2::-1], None]):
+            self.decoder.append(ResBlock(dim, dim, 1))
+            if finer:
+                self.decoder.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                                  nn.Conv2d(dim, finer, 3, padding=1)))
+        self.output = nn.Sequential(normalize(dims[0]), nn.SiLU(), nn.Conv2d(
+            dims[0], 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+        self.reach = len(dims)               # a temporal convolution per level sees one frame more
+        self.register_buffer("mean", torch.zeros(latent, 1, 1))
+        self.register_buffer("std", torch.ones(latent, 1, 1))
+
+    def posterior(self, clip):
+        """mean and log variance of the latents, as the encoder gives them."""
+        latents = self.encoder(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        mean, log_var = latents.chunk(2, 2)                                        # (B, T, c, h, w)
+        return mean, log_var.clamp(-30, 20)
+
+    def render(self, latents, temporal=1.0):
+        """Decode latents as the encoder gives them; with temporal 0 each frame on its own."""
+        x = self.input(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        none = x.new_zeros(*x.shape[:2], 1)                    # where a denoiser's noise level goes
+        for layer in self.decoder:
+            if isinstance(layer, ResBlock):
+                x = layer(x, none, temporal)
+            else:
+                x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.output(x.flatten(0, 1)).unflatten(0, x.shape[:2])              # (B, T, C, H, W)
+
+    @torch.no_grad()
+    def measure(self, clips):
+        """Find each channel's mean and standard deviation over clips, each (B, T, C, H, W)."""
+        mean = torch.cat([self.posterior(x)[0].movedim(2, 0).flatten(1) for x in clips], 1)
+        self.mean.copy_(mean.mean(1)[:, None, None])
+        self.std.copy_(mean.std(1).clamp(min=1e-6)[:, None, None])
+
+    def encode(self, clip):
+        return (self.posterior(clip)[0] - self.mean) / self.std
+
+    def decode(self, latents, chunk=16, temporal=1.0):
+        """chunk frames at a time, each chunk with as many more frames on both sides as its temporal
+        layers reach: the same clip as all at once, in memory that does not grow with its length."""
+        pieces, z = [], latents * self.std + self.mean
+        for start in range(0, z.shape[1], chunk):
+            first = max(0, start - self.reach)
+            piece = self.render(z[:, first : start + chunk + self.reach], temporal)
+            pieces.append(piece[:, start - first :][:, :chunk])
+        return torch.cat(pieces, 1)
+
+
+def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
+    """A scalar and its parts by name: `reconstruction`, absolute plus squared error, and `kl`, of
+    the posterior from Normal(0, 1), mean per latent; noise is like the latents. No LPIPS, whose
+    network would have to be downloaded, and no GAN: what latents do not tell comes out blurred."""
+    mean, log_var = autoencoder.posterior(clip)
+    error = autoencoder.render(mean + (log_var / 2).exp() * noise, temporal) - clip
+    parts = dict(reconstruction=error.abs().mean() + error.square().mean(),
+                 kl=(mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2)
+    return parts["reconstruction"] + kl * parts["kl"], {k: x.detach() for k, x in parts.items()}
+
+
+def flicker(clip, real):
+    """How much the error of a reconstruction changes from each frame to the next, mean absolute: a
+    fault that stays, or moves on with its object, is seen less than one that comes and goes."""
+    return (clip - real).diff(dim=1).abs().mean().item()
+
+
+# ==================================================================================================
+# 10. Worlds that can be marked
 # ==================================================================================================
 # A dataset gives dict(video=clip (T, C, H, W)) for any index 0, 1, 2 ... without end, and what it
 # gives depends on its seed and the index alone: a run can be resumed from a number. If it has them,
@@ -1340,7 +1444,7 @@ class Drive:
 
 
 # ==================================================================================================
-# 10. Video files
+# 11. Video files
 # ==================================================================================================
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -1536,7 +1640,7 @@ class VideoFolder:
 
 
 # ==================================================================================================
-# 11. Models: build, save, load
+# 12. Models: build, save, load
 # ==================================================================================================
 
 def noise_schedule(config):
@@ -1576,8 +1680,8 @@ def build(config):
              f"task is {config.task!r}: it needs 3 frames or more, and previous=False"),
             (config.task in ("image", "upsample") and not (concat and noisy),
              f"task is {config.task!r}: it needs give 'concat', and context_noise above 0"),
-            (config.task == "upsample" and any(n % 4 for n in config.size),
-             f"size is {config.size}: task 'upsample' needs multiples of 4"),
+            (config.task == "upsample" and (config.factor or any(n % 4 for n in config.size)),
+             f"size is {config.size}: task 'upsample' needs multiples of 4, of pixels: factor 0"),
             (own and config.give != "per_frame", "independent above 0 needs give 'per_frame'"),
             (noisy and config.give == "replace", "give 'replace' needs context_noise 0"),
             ((config.previous or not sum(p[1:])) and (noisy or not (concat or own)) or
@@ -1627,6 +1731,13 @@ def save(path, **state):
         temporary.unlink(missing_ok=True)
 
 
+def build_autoencoder(config):
+    """Config -> Autoencoder with fresh weights, of colour frames."""
+    if config.factor < 2 or config.factor & (config.factor - 1):
+        raise ValueError(f"factor is {config.factor}: an autoencoder needs a power of two, from 2")
+    return Autoencoder(3, config.channels, config.ae_width, config.factor)
+
+
 def read_checkpoint(path):
     """What save wrote -> (dict, Config). weights_only: a file with code is refused, not run."""
     if not Path(path).is_file():
@@ -1640,13 +1751,27 @@ def read_checkpoint(path):
                          f"version, or holds code, which is never run ({reason})") from e
 
 
+def with_weights(model, weights, path):
+    """model with these weights, in evaluation mode."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
+    return model.eval().requires_grad_(False)
+
+
 def load(path):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config)."""
     state, config = read_checkpoint(path)
-    denoiser = build(config)
-    try:
-        denoiser.load_state_dict(state["ema"])
-    except (KeyError, RuntimeError) as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
-    return denoiser.eval().requires_grad_(False), config
+    if "stage" in state:
+        raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
+    return with_weights(build(config), state.get("ema", {}), path), config
+
+
+def load_autoencoder(path):
+    """The checkpoint of an autoencoder, or of a model trained on the latents of one -> (Autoencoder
+    or, if there is none in it, None; Config)."""
+    state, config = read_checkpoint(path)
+    weights = state.get("ema" if "stage" in state else "autoencoder")
+    return weights and with_weights(build_autoencoder(config), weights, path), config

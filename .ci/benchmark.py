@@ -6,6 +6,8 @@ Compare with video-diffusion-pytorch in one run on one machine, at equal paramet
     python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length; with
                                                  --task any interpolation, too; of --data drive, how well it obeys
     python .ci/benchmark.py --memory             peak memory of training against what --dry-run --device cpu predicts
+    python .ci/benchmark.py --efficiency         pixels against latents, clips of 16x64x64: the largest training batch in
+                                                 2 GiB, and the cost of 16 and of 128 frames (PVDM's table)
 
 Each training step runs in a process of its own, so that its peak memory can be told apart.
 """
@@ -133,23 +135,107 @@ def memory():
               ", ".join(f"{key} {row[key] / 2 ** 20:.0f}" for key in list(row)[2:]) + f"   ({' '.join(flags) or '--preset tiny'})")
 
 
+SETTINGS = dict(pixels="--preset latent --factor 0 --channels 3 --size 64 --patch 4 --detail 8", latents="--preset latent")
+
+
+def cost(kind, frames, batch):
+    """Of a training step of `batch` clips or, with batch 0, of one video of `frames` frames, by a fresh network, which costs as
+    much as a trained one: GiB beyond what the process had before, and seconds of one core."""
+    _, config = train.parse(SETTINGS[kind].split())
+    torch.set_num_threads(1)
+    device, dtype = torch.device("cpu"), train.pick_dtype("auto", torch.device("cpu"))
+    denoiser, autoencoder = vdm.build(config), vdm.build_autoencoder(config) if config.factor else None
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 30
+    if batch:
+        clip = torch.randn(config.frames, config.channels, *config.size)
+        state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net, dtype)
+        for step in range(2):                                    # the second has the optimisers' state
+            began = time.process_time()
+            train.train_step(step, config, [dict(video=clip)] * 2 * batch, *state, device, dtype, 0)
+    else:
+        began, shape = time.process_time(), (1, config.frames, config.channels, *config.size)
+        sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
+            stream = vdm.rollout(denoiser, frames, shape, sigmas, config.overlap, sampler=config.sampler,
+                                 temporal_guidance=config.temporal_guidance)
+            video = torch.cat(list(stream), 1)
+        with torch.no_grad():
+            video = autoencoder.decode(video) if autoencoder else video
+        assert video.shape == (1, frames, 3, 64, 64)
+    seconds = time.process_time() - began
+    return dict(memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20 - before, seconds=seconds)
+
+
+def operations(kind):
+    """Multiplications and additions of one clip of 16 frames: of all its network evaluations, and of the decoder."""
+    from torch.utils.flop_counter import FlopCounterMode
+    _, config = train.parse(SETTINGS[kind].split())
+    x = torch.zeros(1, config.frames, config.channels, *config.size)
+    evaluations = config.sampling_steps * (1 + (config.temporal_guidance != 1))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vdm.build(config)(x, torch.ones(1))
+    network, decoder = counter.get_total_flops(), 0
+    if config.factor:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            vdm.build_autoencoder(config).decode(x)
+        decoder = counter.get_total_flops()
+    return evaluations, network, decoder
+
+
+def efficiency(memory):
+    def measured(kind, frames=16, batch=0):
+        run = subprocess.run([sys.executable, __file__, "--cost", kind, str(frames), str(batch)], capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(run.stderr)
+        return json.loads(run.stdout.splitlines()[-1])
+
+    print(f"torch {torch.__version__}, one core, {train.pick_dtype('auto', torch.device('cpu'))}; memory is what the process takes "
+          f"beyond its libraries and weights\n{'':40}{'pixels':>12}{'latents':>12}")
+    rows = {}
+    for kind in SETTINGS:
+        low, high = (measured(kind, batch=b)["memory"] for b in (2, 6))
+        batch = max(1, int(2 + (memory - low) / (high - low) * 4))          # memory grows in a straight line, but for the
+        step = measured(kind, batch=batch)                                  # allocator's moods: so look, and go down
+        while step["memory"] > memory and batch > 1:
+            batch = min(batch - 1, int(batch * 0.97))
+            step = measured(kind, batch=batch)
+        evaluations, network, decoder = operations(kind)
+        short, long = measured(kind, 16), measured(kind, 128)
+        network_only = vdm.build(train.parse(SETTINGS[kind].split())[1])
+        rows[kind] = {"parameters of the network": sum(p.numel() for p in network_only.parameters()),
+                      f"largest training batch in {memory:g} GiB": batch,
+                      "seconds per clip and training step": step["seconds"] / batch,
+                      "16 frames: seconds": short["seconds"], "16 frames: GiB": short["memory"],
+                      "128 frames: seconds": long["seconds"], "128 frames: GiB": long["memory"],
+                      "16 frames: 10^9 operations": (evaluations * network + decoder) / 1e9,
+                      "  of which the decoder": decoder / 1e9}
+    for name, pixels in rows["pixels"].items():
+        print(f"{name:40}{pixels:12.6g}{rows['latents'][name]:12.6g}")
+
+
 def marks(folder):
     """The claims of the README for one run, from fresh noise, with averaged weights."""
     denoiser, config = vdm.load(Path(folder) / "last.pt")
-    device, world = torch.device("cpu"), vdm.MovingShapes(size=config.size)
+    autoencoder, _ = vdm.load_autoencoder(Path(folder) / "last.pt")
+    device, world = torch.device("cpu"), vdm.MovingShapes(config.frames, train.pixels(config)[0], seed=55)
     dtype = train.pick_dtype("auto", device)
     if config.actions:
         return drive(denoiser, config, device, dtype)
-    print(world.report(train.sample(config, denoiser, 64, device, dtype, seed=2)))
+    print(world.report(train.sample(config, denoiser, 64, device, dtype, 2, autoencoder)))
+    if autoencoder:
+        print("real clips, made latents and back")
+        print(world.report(train.reconstruct(autoencoder, torch.stack([world[i]["video"] for i in range(64)]), device)))
     sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
     videos = []
     for i in range(0, 64, 16):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, 3, *config.size), sigmas, config.overlap,
-                                 seed=3, clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance)
+            pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, config.channels, *config.size), sigmas,
+                                 config.overlap, seed=3, clips=range(i, i + 16), sampler=config.sampler,
+                                 temporal_guidance=config.temporal_guidance)
             videos.append(torch.cat(list(pieces), 1))
+        videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
     print(world.report(torch.cat(videos)))
-    if config.task == "any":
+    if config.task == "any" and not autoencoder:
         interpolation(denoiser, config, sigmas, dtype)
 
 
@@ -193,9 +279,16 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", help="the folder of a run whose clips are to be marked")
     p.add_argument("--memory", action="store_true", help="peak memory against prediction")
+    p.add_argument("--efficiency", type=float, nargs="?", const=2.0, metavar="GIB", help="pixels against latents; a training step may "
+                   "take this much (2)")
     p.add_argument("--measure", choices=["ours", "theirs", *NETWORKS], help="one of them, as JSON (used by the others)")
+    p.add_argument("--cost", nargs=3, help="pixels or latents, frames, batch: one entry of --efficiency, as JSON")
     o = p.parse_args()
     if o.measure:
         print(json.dumps(steps(o.measure) if o.measure in NETWORKS else measure(o.measure)))
+    elif o.cost:
+        print(json.dumps(cost(o.cost[0], int(o.cost[1]), int(o.cost[2]))))
+    elif o.efficiency:
+        efficiency(o.efficiency)
     else:
         marks(o.run) if o.run else memory() if o.memory else compare()
