@@ -69,7 +69,7 @@ def parse(argv):
     p.add_argument("--stage", default="diffusion", choices=STAGES, help="what to train: an autoencoder, on frames; the temporal "
                    "layers of its decoder, on clips; or the diffusion model (default)")
     p.add_argument("--latents", help="last.pt of an autoencoder: to train on its latents or, with --stage decoder, to go on with")
-    p.add_argument("--encode", type=int, default=4096, help="with --latents: how many clips are cut and encoded, once (4096)")
+    p.add_argument("--encode", type=int, default=2048, help="with --latents: how many clips are cut and encoded, once (2048)")
     p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
