@@ -3006,7 +3006,7 @@ def test_memory_against_the_allocator(flags):
     need = train.rehearse(config, B, torch.float32, gpu=False)
     assert need["activations"] == pytest.approx(sizes.max(), rel=0.1)
     assert need["weights"] == need["EMA"] == 4 * sum(p.numel() for p in net.parameters())
-    light = train.rehearse(config, B, torch.float32, gpu=False, checkpointing=True)
+    light = train.rehearse(config, B, torch.float32, gpu=False, light=True)
     assert light["activations"] < 0.7 * need["activations"] and light["gradients"] == need["gradients"]
 
 
@@ -3039,7 +3039,7 @@ def test_dry_run_of_vista(tmp_path, capsys):
     assert sum_light - ema + light < card                                # without averages there is room for 2
     sharded = row("8 --shard")
     assert sharded[1:4] == pytest.approx([gradients / 8, optimiser / 8, ema / 8], rel=0.02) and weights / 8 < sharded[0] < weights / 2
-    assert "1,508.82 M parameters" in out and "0, 2 on 1 GPU or more" in out and "20000 steps at 150 TFLOPS" in out
+    assert "1,508.82 M parameters" in out and "0, 2 (GPUs: 1 or more)" in out and "20000 steps at 150 TFLOPS" in out
     assert not (tmp_path / "run").exists()
 
 

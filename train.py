@@ -440,50 +440,41 @@ PARTS = {"what is told": "told|embed_(action|label)", "noise level": "^embed", "
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of all tensors made while it is on: now, at most so far, and how many of those are copies of weights."""
+    """The bytes of all tensors made while it is on: now, and at most so far."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = self.copies = self.fixed = 0
-        self.alive = set()
+        self.now, self.most, self.alive = 0, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.alive:    # no mere view
-                copy = function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter)
                 self.alive.add(storage._cdata)
-                self.count(storage.nbytes(), copy)
-                if self.now > self.most:
-                    self.most, self.fixed = self.now, self.copies
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes(), copy)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
         return out
 
-    def count(self, size, copy):
-        self.now += size
-        self.copies += size * copy
-
-    def free(self, key, size, copy):
+    def free(self, key, size):
         self.alive.remove(key)
-        self.count(-size, copy)
+        self.now -= size
 
 
-def rehearse(config, clips, dtype, gpu=True, checkpointing=False):
+def rehearse(config, clips, dtype, gpu=True, light=False):
     """A training step of the network on fake tensors, which have a shape but hold no numbers: 1.6 billion parameters take
-    no memory. -> bytes by kind, those of activations that do not grow with clips, operations of a forward pass."""
+    no memory. light: with --checkpoint-activations. -> bytes by kind, and the operations of a forward pass."""
     with torch.device("meta"):
         net = vdm.build(config).net
-    optimizers = make_optimizers(config, net, dtype)
-    sizes = {name: 4 * p.numel() for name, p in net.named_parameters()}
-    kept = dict(weights=sum(sizes.values()), gradients=sum(sizes.values()), optimiser=sum(
-        4 * p.numel() * (1 if isinstance(o, Muon) else 2) for o in optimizers for g in o.param_groups for p in g["params"]),
-        EMA=sum(sizes.values()))
-    for module in net.modules():
-        if gpu and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):                 # autocast has it so there
+    size = lambda parameters: 4 * sum(p.numel() for p in parameters)
+    moments = sum(size(g["params"]) * (1 if isinstance(o, Muon) else 2) for o in make_optimizers(config, net, dtype) for g in o.param_groups)
+    blocks = [module for module in net.modules() if isinstance(module, vdm.Block)]
+    for block in blocks if light else ():
+        block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for module in net.modules() if gpu else ():                        # there autocast has norms in float32
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
             module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
-        if checkpointing and isinstance(module, vdm.Block):
-            module.forward = partial(recompute, module.forward, use_reentrant=False, preserve_rng_state=False)
-    flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]       # that of a GPU keeps no L x L
+    flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]       # and attention keeps no L x L
     flops, T = FlopCounterMode(display=False), config.frames
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter, mock.patch.object(vdm, "attend", flash if gpu else vdm.attend):
         net.to_empty(device="cpu")
@@ -494,46 +485,50 @@ def rehearse(config, clips, dtype, gpu=True, checkpointing=False):
         told |= dict(action=torch.empty(clips, T, sum(config.actions))) if config.actions else {}
         told |= dict(given=torch.zeros(clips, T, dtype=torch.bool)) if config.give == "replace" else {}
         before, loss = meter.now, 0
-        for counted in [True, False][:1 + config.previous]:            # joint_loss holds both its terms until backward
-            with flops if counted and not checkpointing else nullcontext(), torch.autocast("cpu", dtype, dtype != torch.float32):
+        for first in [True, False][:1 + config.previous]:              # joint_loss holds both its terms until backward
+            with flops if first and not light else nullcontext(), torch.autocast("cpu", dtype, dtype != torch.float32):
                 loss = loss + net(x, torch.empty(clips, T), **told).float().square().mean()
         loss.backward()
-    return dict(**kept, activations=meter.most - before, fixed=meter.fixed, operations=flops.get_total_flops(), sizes=sizes,
-                block=max(sum(4 * p.numel() for p in m.parameters()) for m in net.modules() if isinstance(m, vdm.Block)))
+    weights = size(net.parameters())
+    return dict(weights=weights, gradients=weights, optimiser=moments, EMA=weights, activations=meter.most - before,
+                block=max(size(block.parameters()) for block in blocks), operations=flops.get_total_flops(), net=net)
 
 
 def dry_run(options, config):
     """Print what --dry-run promises: of a GPU or, with --device cpu, of this process."""
-    gpu, numbers = options.device != "cpu", (1, 8, 64, 512)
+    gpu, counts = options.device != "cpu", {1: "1 or more", 8: "8 --shard", 64: "64 --shard", 512: "512 --shard"}
     dtype = torch.bfloat16 if gpu and options.dtype != "fp32" else pick_dtype(options.dtype, torch.device("cpu"))
-    plain, light = (rehearse(config, 1, dtype, gpu, checkpointing) for checkpointing in (False, True))
-    say = lambda x: f"{x / 1000 ** (i := int(math.log10(max(x, 1)) // 3)):.3g} {' kMGTPEZ'[i]}FLOP"
+    need, light = (rehearse(config, 1, dtype, gpu, light) for light in (False, True))
     parts = Counter()
-    for name, size in plain["sizes"].items():
-        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += size / 4e6
+    for name, p in need["net"].named_parameters():
+        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += p.numel() / 1e6
     print(f"model   {sum(parts.values()):,.2f} M parameters: {', '.join(f'{part} {n:,.2f} M' for part, n in parts.items())}")
-    once = plain["operations"]
+    say = lambda x: f"{x / 1000 ** (i := int(math.log10(x) // 3)):.3g} {' kMGTPEZ'[i]}FLOP"
+    once = need["operations"]
     step = 3 * once * config.batch * (1 + config.previous)             # a backward pass is worth two forward
     print(f"work    {say(once)} to estimate one clip once; {say(step)} a step of {config.batch} clips ({say(step * 4 / 3)} with "
           f"--checkpoint-activations); {say(once * evaluations(config))} to generate a clip in {evaluations(config)} evaluations")
-    unit, G = ("GiB", 2 ** 30) if plain["weights"] > 1e8 else ("MiB", 2 ** 20)
+    unit, G = ("GiB", 2 ** 30) if need["weights"] > 1e8 else ("MiB", 2 ** 20)
     print(f"memory  {unit} per {'GPU' if gpu else 'process'}, one clip at a time (--micro 1), {str(dtype).removeprefix('torch.')} arithmetic\n"
           f"{'GPUs':>20}  weights  gradients  optimiser    EMA  activations    sum  with --checkpoint-activations    sum")
     fits = []
-    for n in numbers:
-        held = {key: plain[key] / n for key in ("weights", "gradients", "optimiser", "EMA")}
-        held["weights"] += 2 * plain["block"] * (n > 1)                # the block at work and the next, gathered whole
-        held = list(held.values())
-        row = *held, plain["activations"], sum(held) + plain["activations"], light["activations"], sum(held) + light["activations"]
-        print(f"{f'{n} --shard' if n > 1 else '1 or more':>20}" + "".join(f"{x / G:{w}.2f}" for x, w in zip(row, (9, 11, 11, 7, 13, 7, 31, 7))))
-        room = 0.95 * (options.gpu_memory or 0) * 2 ** 30 - sum(held)  # a twentieth is CUDA's own, and gaps
-        fits.append([max(0, int((room - a["fixed"]) // (a["activations"] - a["fixed"]))) for a in (plain, light)])
+    for n, name in counts.items():
+        held = [need[key] / n for key in ("weights", "gradients", "optimiser", "EMA")]
+        held[0] += 2 * need["block"] * (n > 1)                         # the block at work and the next one, gathered whole
+        row = *held, need["activations"], sum(held) + need["activations"], light["activations"], sum(held) + light["activations"]
+        print(f"{name:>20}" + "".join(f"{x / G:{w}.2f}" for x, w in zip(row, (9, 11, 11, 7, 13, 7, 31, 7))))
+        # autocast's copies of the weights do not grow with clips; a twentieth is left to CUDA itself, and to gaps
+        room, copies = 0.95 * (options.gpu_memory or 0) * 2 ** 30 - sum(held), 0.5 * (dtype != torch.float32)
+        fits.append([max(0, int((room - c) // (a - c))) for a, c in ((need["activations"], copies * need["weights"]),
+                                                                     (light["activations"], copies * need["block"]))])
     if options.gpu_memory:
-        print(f"batch   clips at once (--micro) in {options.gpu_memory:g} GiB, with --checkpoint-activations: " + ", ".join(
-            f"{a}, {b} on {f'{n} --shard' if n > 1 else '1 GPU or more'}" for n, (a, b) in zip(numbers, fits)))
+        print(f"batch   clips at once (--micro) in {options.gpu_memory:g} GiB without and with --checkpoint-activations: "
+              + ", ".join(f"{a}, {b} (GPUs: {name})" for name, (a, b) in zip(counts.values(), fits)))
     if options.speed:
         hours = step * config.steps / options.speed / 1e12 / 3600
-        print(f"time    {config.steps} steps at {options.speed:g} TFLOPS per GPU: " + ", ".join(f"{hours / n:,.2f} hours on {n}" for n in numbers))
+        print(f"time    {config.steps} steps at {options.speed:g} TFLOPS per GPU: " + ", ".join(f"{hours / n:,.2f} hours on {n}" for n in counts))
+
+
 # Large runs. A run of one process needs nothing of what follows, up to main().
 
 def share(batch, micro, rank, processes):
