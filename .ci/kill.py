@@ -28,7 +28,7 @@ import train
 import vdm
 
 FLAGS = ("--width 32 --mults 1 1 --frames 4 --size 16 --batch 4 --sampling-steps 2 --marks 2 --warmup 2 --context 0.5 0 0.5 "
-         "--overlap 2 --device cpu --dtype fp32 --dropout 0.1 --steps 36 --save-every 3 --sample-every 9 --workers 1").split()
+         "--overlap 2 --device cpu --dtype fp32 --dropout 0.1 --steps 90 --save-every 3 --sample-every 30 --workers 1").split()
 
 
 def start(flags, rank=0, processes=1, port=0):
@@ -96,7 +96,7 @@ def main():
     while kills < o.kills:
         out, done = folder / str(runs), 0
         shutil.rmtree(folder / "data/.vdm_cache", ignore_errors=True)
-        while done < 36:
+        while done < 90:
             kills += run(out, rng.uniform(0, took) if kills < o.kills else None)
             done = vdm.read_checkpoint(out / "last.pt")[0]["step"] if (out / "last.pt").exists() else -1
             moments.append(done)
