@@ -11,6 +11,7 @@ config.json, log.csv, last.pt (all that --resume and sample.py need) and samples
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import inspect
@@ -29,6 +30,8 @@ import vdm
 
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
+MODEL = ("kind", "sigma_data", "head_dim", "give", "channels", "width", "mults", "blocks", "attention", "joint", "patch", "detail",
+         "previous", "labels", "actions", "adapters", "rank")           # of two models that fit, these are equal
 MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "overlap",
               "fps"}                                                   # on --resume
 
@@ -45,6 +48,7 @@ def parse(argv):
     p.add_argument("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder of your own")
     p.add_argument("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from last.pt in the folder of the run")
+    p.add_argument("--init", help="a last.pt to start from: its averaged weights, of a run with the same network")
     p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
@@ -118,17 +122,56 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(config, net, dtype):
     """AdamW for everything or, with --optimizer muon, Muon for the matrices inside and AdamW for
     the rest; the gates of the temporal layers, which must first leave 0, have a rate of their
-    own."""
-    parts = dict(gates=[], inside=[], rest=[])
+    own. Frozen parameters are in none of them, those of spatial layers in groups with a slower rate."""
+    rates, groups = dict(rest=config.lr, gates=config.gate_lr, inside=config.muon_lr), {}
     for name, p in net.named_parameters():
         matrix = p.ndim > 1 and not name.startswith(("input", "output", "embed", "detail"))
         muon = config.optimizer == "muon" and matrix
-        parts["gates" if name.endswith("gate") else "inside" if muon else "rest"].append(p)
-    groups = [dict(params=parts["rest"], peak=config.lr), dict(params=parts["gates"], peak=config.gate_lr)]
-    optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
-    if parts["inside"]:
-        optimizers.append(Muon([dict(params=parts["inside"], peak=config.muon_lr)], config.muon_lr, dtype=dtype))
+        part = "gates" if name.endswith("gate") else "inside" if muon else "rest"
+        factor = config.spatial_lr if vdm.part_of(name) == "spatial" else 1.0
+        if p.requires_grad:
+            groups.setdefault((part, factor), dict(params=[], peak=rates[part] * factor))["params"].append(p)
+    order = sorted(groups, key=lambda group: "rest gates inside".index(group[0]))
+    adamw, muon = ([groups[key] for key in order if (key[0] == "inside") == inside] for inside in (False, True))
+    optimizers = []
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True))
+    if muon:
+        optimizers.append(Muon(muon, config.muon_lr, dtype=dtype))
     return optimizers
+
+
+def start_from(path, denoiser, config):
+    """--init: copy the averaged weights of a checkpoint into a fresh model. Adapters, labels and actions that only the model
+    has stay as they are made, which is as nothing; all else must be the same."""
+    state, saved = vdm.read_checkpoint(path)
+    ours, theirs = ({name.replace(".layer.", "."): w for name, w in weights.items()}       # as they were before adapt
+                    for weights in (denoiser.state_dict(), state["ema"]))
+    fits = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
+    new = {name for name in ours.keys() - theirs.keys() if vdm.part_of(name) in ("lora", "adapters", "actions")}
+    other = {name: f"{name} {getattr(saved, name)} (here {getattr(config, name)})" for name in MODEL
+             if getattr(saved, name) != getattr(config, name)}
+    if (ours.keys() - new ^ fits | theirs.keys() - fits) - {"balance.mean"} or other.keys() & {"kind", "sigma_data", "head_dim"}:
+        raise ValueError(f"--init {path} is another model: it has {', '.join(other.values())}; {len(fits)} of its {len(theirs)} "
+                         "tensors would fit: give the flags that it was trained with")
+    for name in fits:
+        ours[name].copy_(theirs[name])
+    print(f"init    {path}, averaged weights after {state['step']} steps{f'; new, as nothing: {len(new)} tensors' * bool(new)}")
+
+
+def describe(denoiser):
+    """What is trained, as text: by part and by layer, how many tensors and numbers, and the share of all."""
+    count, total = {}, sum(p.numel() for p in denoiser.parameters())
+    for name, p in denoiser.named_parameters():
+        if p.requires_grad:
+            for key in (vdm.part_of(name), "  " + re.sub(r"\b\d+\b", "*", name.replace(".layer.", "."))):
+                n, numbers = count.get(key, (0, 0))
+                count[key] = n + 1, numbers + p.numel()
+    whole = sum(numbers for key, (_, numbers) in count.items() if key[0] != " ")
+    lines = [f"{whole:,} of {total:,} parameters ({whole / total:.1%})"]
+    lines += [f"{key}: {n} tensors, {numbers:,}" for key, (n, numbers) in sorted(count.items(), key=lambda c: vdm.part_of(c[0]))
+              if whole < total or key[0] != " "]
+    return "\n        ".join(lines)
 
 
 def conditions(batch, config, drop=0.0):
@@ -225,6 +268,8 @@ def main(argv=None):
     options, config = parse(argv)
     out, checkpoint, start, state = options.out, options.out / "last.pt", 0, None
     if options.resume:
+        if options.init:
+            raise ValueError("--init starts a new run and --resume goes on with one: leave one of them out")
         state, saved = vdm.read_checkpoint(checkpoint)
         changed = [k for k, v in options.given.items() if v != getattr(saved, k) and k not in MAY_CHANGE]
         if changed or options.seed != state["seed"] or options.data != state["data"]:
@@ -255,6 +300,9 @@ def main(argv=None):
                          f"and actions {data.actions}")
     torch.manual_seed(options.seed)
     denoiser = vdm.build(config).to(device)
+    if options.init:
+        start_from(options.init, denoiser, config)
+    vdm.trainable(denoiser, config.train)
     ema = vdm.EMA(denoiser, config.ema)
     told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
     optimizers = make_optimizers(config, denoiser.net, dtype)
@@ -265,11 +313,12 @@ def main(argv=None):
         for optimizer, s in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(s)
     print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, kind {config.kind}, {config.optimizer}")
+    print(f"train   {describe(denoiser)}")
     print(f"device  {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}, "
           f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')} arithmetic, float32 weights")
     print("config ", " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     # a rehearsal on a copy, nothing of which is kept, tells how long a step takes
-    arguments = config, data, vdm.EMA(denoiser).model.train().requires_grad_(True), vdm.EMA(denoiser)
+    arguments = config, data, copy.deepcopy(denoiser), vdm.EMA(denoiser)
     rehearsal = make_optimizers(config, arguments[2].net, dtype)
     for _ in range(2):
         began = time.perf_counter()
