@@ -218,7 +218,8 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     if config.images:
         options["temporal"] = (torch.rand(config.batch) >= config.images).float().to(device)         # (B,)
     noise = vdm.offset_noise(torch.randn(clean.shape), config.offset, config.offset_per_frame).to(device)
-    # loss and gradient
+    # loss and gradient; PyTorch 2.13 dies on a CPU where a GroupNorm learns but what comes before it is frozen
+    noise.requires_grad_(not all(p.requires_grad for p in denoiser.parameters()))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss, parts = loss_fn(denoiser, clean, sigma=sigma, noise=noise, **options)
     if not torch.isfinite(loss):

@@ -1088,7 +1088,7 @@ def shift_attention(q, k, v, code=False):
     return h.transpose(2, 3).reshape(q.shape)
 
 
-def adapt(denoiser, kind="lora", rank=4, layers=("space", "time")):
+def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "detail")):
     """Put adapters into a denoiser; return their parameters. lora: around the matrices and
     convolutions with one of `layers` in their names (Vista: qkv and .out). simda: temporal ones
     behind ResBlocks, spatial behind and feed-forward within attention, where there is either."""
@@ -1118,7 +1118,8 @@ def part_of(name):
 
 
 def trainable(model, parts=("all",)):
-    """Freeze a model but for these parts (part_of, or all)."""
+    """Freeze a model but for these parts (part_of, or all). On a CPU let its input need a gradient,
+    or PyTorch 2.13 dies in the backward pass of a GroupNorm (channels_last) with nothing before."""
     has = {part_of(name) for name, _ in model.named_parameters()} | {"all"}
     if not parts or not has.issuperset(parts):
         raise ValueError(f"train is {' '.join(parts)}, but the parts of this model are "
