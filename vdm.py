@@ -1098,7 +1098,8 @@ def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "det
     for name, layer in reversed(list(denoiser.net.named_modules())):        # inner ones first
         new, attention = layer, isinstance(layer, (SpatialAttention, TemporalAttention))
         if kind == "lora" and isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            new = LoRA(layer, rank) if any(word in name for word in layers) else layer
+            known = not name.startswith("embed")                # whose width the network asks for
+            new = LoRA(layer, rank) if known and any(word in name for word in layers) else layer
         elif kind == "simda" and isinstance(layer, ResBlock):
             new = TemporalAdapter(layer, layer.conv2.out_channels, rank)
         elif kind == "simda" and attention and getattr(layer, "joint", True):
