@@ -326,36 +326,63 @@ def test_loss_weight_is_a_unit_weight_on_that_prediction(kind, double):
         close(got, weight * (guess - right) ** 2)
 
 
-def test_balance_is_one_over_the_running_mean():
-    """By a loop over the clips of a batch: each case goes to its batch mean at (1 - rate)^count."""
-    balance, means = vdm.Balance(rate=0.2), np.full((2, 16), 0.3)
-    for _ in range(30):
-        sigma, given = torch.exp(2 * torch.randn(64)), torch.rand(64) < 0.4
-        error, cells = torch.rand(64, requires_grad=True), {}
-        weight = balance(sigma, error, given)
-        for k in range(64):
-            octave = int(min(max(round(math.log2(sigma[k].item())) + 4, 0), 15))
-            cells.setdefault((int(given[k]), octave), []).append(error[k].item())
-            close(weight[k].double(), torch.tensor(1 / means[int(given[k]), octave]), rtol=1e-4, atol=0)
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_balance_is_one_over_the_running_mean(per_frame):
+    """By a loop over clips and frequencies (a textbook's DCT) or frames: each case goes to its batch mean at
+    (1 - rate)^count."""
+    T, balance, means = 5, vdm.Balance(5, rate=0.2), np.full((2, 16, 5), 0.3)
+    for _ in range(20):
+        sigma, given = torch.exp(2 * torch.randn((32, T) if per_frame else 32)), torch.rand(32) < 0.4
+        error, cells = torch.rand(32, T, 2, 3, 3, requires_grad=True), {}
+        if per_frame:                                                  # a clean frame, given, counts for nothing
+            sigma[:5, 0] = 0
+        squares, weight = balance(sigma, error, given)
+        close(squares.sum(1) if not per_frame else squares, error.square().sum(1) if not per_frame else error.square())
+        for i, k in np.ndindex(32, T):
+            wave = [math.cos(math.pi * k * (t + 0.5) / T) * math.sqrt((1 if k == 0 else 2) / T) for t in range(T)]
+            part = error[i, k] if per_frame else sum(w * error[i, t] for t, w in enumerate(wave))
+            close(squares[i, k], part.square())
+            level = sigma[i, k] if per_frame else sigma[i]
+            if level == 0:
+                continue
+            cell = int(given[i]), int(min(max(round(math.log2(level.item())) + 4, 0), 15)), k
+            close(weight[i, k].double(), torch.tensor(1 / means[cell]), rtol=1e-4, atol=0)
+            cells.setdefault(cell, []).append(part.square().mean().item())
         for cell, errors in cells.items():
             keep = 0.8 ** len(errors)
             means[cell] = keep * means[cell] + (1 - keep) * np.mean(errors)
-        assert not weight.requires_grad
-    close(balance.mean.double(), torch.tensor(means).flatten(), rtol=1e-4, atol=0)
+        assert not weight.requires_grad and squares.requires_grad
+    close(balance.mean.double(), torch.tensor(means).flatten(0, 1), rtol=1e-4, atol=0)
 
 
 def test_balance_makes_all_cases_pull_equally():
-    """Errors of 0.01 to 1, by noise level and by what is given: every weighted one goes to 1."""
-    net, balance = Told(3, 2, 1, 4, 4), vdm.Balance()
-    net.out.data = torch.tensor([0.1, 1.0, 0.2]).reshape(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4).clone()
+    """Errors of 0.01 to 1, still and alternating, by noise level and by what is given: every weighted one goes to 1."""
+    net, balance = Told(3, 2, 1, 4, 4), vdm.Balance(2)
+    still = torch.tensor([0.1, 1.0, 0.2]).reshape(3, 1, 1, 1, 1)
+    net.out.data = still + torch.tensor([[0.5], [0.01], [0.0]]).mul(torch.tensor([1.0, -1.0])).reshape(3, 2, 1, 1, 1).expand(3, 2, 1, 4, 4)
     clean, sigma = torch.zeros(3, 2, 1, 4, 4), torch.tensor([0.5, 8.0, 8.0])
     mask = torch.tensor([[0, 0], [0, 0], [1, 0]])                      # a given frame has no error
     for _ in range(200):
         loss, parts = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean, sigma, clean, balance, context=clean, mask=mask)
-    close(parts["error"], torch.tensor([0.01, 1.0, 0.02]), rtol=1e-4, atol=0)
+    close(parts["error"], torch.tensor([0.01 + 0.25, 1.0 + 1e-4, 0.02]), rtol=1e-4, atol=0)
     loss.backward()
-    pull = (net.out.grad * net.out).sum((1, 2, 3, 4))                  # d loss / d log size = 2 weight error / 3
-    close(pull, torch.full((3,), 2 / 3), rtol=1e-3, atol=0)
+    parts = torch.stack([net.out.sum(1), net.out[:, 0] - net.out[:, 1]], 1) / 2 ** 0.5        # (3, 2, 1, 4, 4)
+    slope = torch.stack([net.out.grad.sum(1), net.out.grad[:, 0] - net.out.grad[:, 1]], 1) / 2 ** 0.5
+    pull = (slope * parts).sum((2, 3, 4))                              # d loss / d log size = 2 weight error / 6
+    close(pull[:2], torch.full((2, 2), 1 / 3), rtol=1e-3, atol=0)
+    close((net.out.grad * net.out).sum((1, 2, 3, 4))[2], torch.tensor(2 / 3), rtol=1e-3, atol=0)
+
+
+def test_balance_weighs_what_vista_adds_by_the_whole_error():
+    """An error known by hand: still parts of mean square 0.04, moving ones of 0.01; the structure term of a checkerboard."""
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    net, balance = Told(1, 2, 1, 8, 8), vdm.Balance(2)
+    net.out.data = (board * torch.tensor([0.3, 0.1]).reshape(1, 2, 1, 1, 1)).clone()          # 0.2 still, 0.1 moving
+    balance.mean[:] = torch.tensor([2.0, 0.5])
+    loss, parts = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), torch.zeros(1, 2, 1, 8, 8), torch.ones(1), torch.zeros(1, 2, 1, 8, 8),
+                                     balance, structure=0.5)
+    close(parts["structure"], torch.tensor([0.5 * 0.05]))              # a checkerboard is all high frequencies
+    close(loss, torch.tensor((0.08 / 2 + 0.02 / 0.5) / 2 + 0.5 * 0.05 / 1.25))
 
 
 def test_joint_loss_is_its_two_terms():
@@ -1761,9 +1788,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,693 lines of at most 100 columns, read in an evening."""
+    """At most 1,695 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1693
+    assert len(lines) <= 1695
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 
@@ -2094,11 +2121,11 @@ def test_init_and_train(tmp_path, trained, capsys):
     init = "--init", trained / "last.pt"
     state = run_train(tmp_path / "lora", "--steps", 2, *init, "--adapters", "lora", "--rank", 2, "--train", "lora")
     said = capsys.readouterr().out
-    n, total = (sum(w.numel() for name, w in state["model"].items() if word in name and name != "balance.mean") for word in ("lora_", ""))
+    n, total = (sum(w.numel() for name, w in state["model"].items() if word in name and "balance" not in name) for word in ("lora_", ""))
     assert f"train   {n:,} of {total:,} parameters ({n / total:.1%})\n" in said and "down.*.space.conv1.lora_up.weight: 2 tensors" in said
     for weights in (state["model"], state["ema"]):
         plain = {name.replace(".layer.", "."): w for name, w in weights.items()}
-        assert plain.keys() - old.keys() and all(torch.equal(plain[name], w) for name, w in old.items() if name != "balance.mean")
+        assert plain.keys() - old.keys() and all(torch.equal(plain[name], w) for name, w in old.items() if "balance" not in name)
         assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_up" in name)
     sample.main([str(tmp_path / "lora/last.pt"), "--n", "1", "--out", str(tmp_path / "s.gif"), "--device", "cpu"])
     # labels and SimDA's adapters that the old model had not; a run that goes on knows what it trains

@@ -151,7 +151,8 @@ def start_from(path, denoiser, config):
     new = {name for name in ours.keys() - theirs.keys() if vdm.part_of(name) in ("lora", "adapters", "actions")}
     other = {name: f"{name} {getattr(saved, name)} (here {getattr(config, name)})" for name in MODEL
              if getattr(saved, name) != getattr(config, name)}
-    if (ours.keys() - new ^ fits | theirs.keys() - fits) - {"balance.mean"} or other.keys() & {"kind", "sigma_data", "head_dim"}:
+    misfits = {name for name in (ours.keys() - new) | theirs.keys() if name not in fits and not name.startswith("balance.")}
+    if misfits or other.keys() & {"kind", "sigma_data", "head_dim"}:
         raise ValueError(f"--init {path} is another model: it has {', '.join(other.values())}; {len(fits)} of its {len(theirs)} "
                          "tensors would fit: give the flags that it was trained with")
     for name in fits:

@@ -339,23 +339,39 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 
 
 class Balance(nn.Module):
-    """The weight 1 / error, by a running mean of the error at this noise level, with given frames
-    and without: whether much can be known or little, all cases pull equally. EDM2's learned weight
-    has its optimum there (Karras et al. 2023). sigma, error (B,) or (B, T); given (B,)."""
+    """Weights by which all cases pull equally: 1 / a running mean of the squared error at a noise
+    level, with given frames and without, and of a frequency in time: discrete cosines, from what
+    stands still to what flickers. At high noise nearly all of the error is where things are, which
+    nothing can tell, and how they move would drown in it. Any weights have the same optimum; EDM2
+    learns these per noise level (Karras et al. 2023).
 
-    def __init__(self, rate=0.1):
+    sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
+    (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames."""
+
+    def __init__(self, frames, rate=0.1):
         super().__init__()
+        n = torch.arange(frames)
+        waves = torch.cos(math.pi * n[:, None] * (n + 0.5) / frames)
+        self.register_buffer("waves", waves / waves.norm(dim=1, keepdim=True))             # (T, T)
+        self.register_buffer("mean", torch.full((32, frames), 0.3))  # 16 octaves from 1 / 16, twice
         self.rate = rate
-        self.register_buffer("mean", torch.full((32,), 0.3))      # 16 octaves of sigma, from 1 / 16
 
-    @torch.no_grad()
     def forward(self, sigma, error, given):
-        cell = (sigma.log2().round() + 4).clamp(0, 15).long() + 16 * expand(given, sigma).long()
-        weight = 1 / self.mean.clamp(min=1e-6)[cell]                                # sigma's shape
-        count = cell.flatten().bincount(minlength=32)
-        total = cell.flatten().bincount(error.detach().float().flatten(), 32)
-        self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
-        return weight
+        if sigma.ndim == 1:
+            with torch.autocast(error.device.type, enabled=False):              # bf16 is too coarse
+                error = (self.waves @ error.float().flatten(2)).view_as(error)
+        squares = error ** 2                                                       # (B, T, C, H, W)
+        with torch.no_grad():
+            row = (sigma.log2().round() + 4).clamp(0, 15).long() + 16 * expand(given, sigma).long()
+            column = torch.arange(error.shape[1], device=sigma.device)
+            cell = expand(row, squares[:, :, 0, 0, 0]) * len(column) + column               # (B, T)
+            weight = 1 / self.mean.flatten().clamp(min=1e-6)[cell]
+            learns = expand(sigma > 0, cell).expand_as(cell)        # what is given has no error
+            size = squares.float().mean((2, 3, 4))[learns]
+            count, total = (cell[learns].bincount(w, self.mean.numel()).view_as(self.mean)
+                            for w in (torch.ones_like(size), size))                         # (32, T)
+            self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
+        return squares, weight
 
 
 def dynamics_weight(estimate, clean, toy=False):
@@ -387,21 +403,23 @@ def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.
     and noise are (B, T, C, H, W), sigma (B,) or (B, T); weighting is a name or a Balance.
     Prediction: pass context=clean, a mask."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
-    parts = dict(error=(estimate - clean) ** 2)                                    # (B, T, C, H, W)
+    error = estimate - clean                                                       # (B, T, C, H, W)
+    parts = dict(error=error ** 2)
     if dynamics:
         extra = dynamics * (dynamics_weight(estimate, clean, dynamics_toy) - 1)
         parts["dynamics"] = extra * parts["error"]
     if structure:                                       # linear: that of the difference is enough
-        parts["structure"] = structure * high_pass(estimate - clean) ** 2
-    total, parts = sum(parts.values()), {
-        name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
+        parts["structure"] = structure * high_pass(error) ** 2
+    total = sum(parts.values())
     if isinstance(weighting, str):
-        weight = loss_weight(sigma, weighting, sigma_data, gamma)
+        loss = expand(loss_weight(sigma, weighting, sigma_data, gamma), clean) * total
     else:
         given = cond["mask"].amax(1) > 0 if "mask" in cond else \
             torch.full((len(clean),), "previous" in cond, device=sigma.device)                # (B,)
-        weight = weighting(sigma, parts["error"], given)
-    return (expand(weight, clean) * total).mean(), parts
+        squares, weight = weighting(sigma, error, given)  # their sum over frames is that of error
+        more = (total - parts["error"]) / expand((1 / weight).mean(1), clean)
+        loss = expand(weight, clean) * squares + more
+    return loss.mean(), {name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
 
 
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
@@ -1627,7 +1645,7 @@ def build(config):
                     config.dropout, config.labels, sum(config.actions), config.give == "replace")
     denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
     if config.weighting == "balance":
-        denoiser.balance = Balance()                           # kept, and resumed, with the weights
+        denoiser.balance = Balance(config.frames)              # kept, and resumed, with the weights
     if config.adapters:
         adapt(denoiser, config.adapters, config.rank)
     return denoiser
