@@ -5,6 +5,8 @@ train.py: train a video diffusion model.
     python train.py --preset tiny --data drive           another, whose clips obey commands: left, straight, right, stop
     python train.py --preset tiny --data my_videos/      your own files: videos, GIFs, picture folders, arrays
     python train.py --preset tiny --resume               go on where a run was stopped
+    python train.py --preset tiny --init out/tiny/last.pt --adapters lora --train lora --out out/lora
+                                                         start from a trained model, train a twentieth of it
 
 A preset is a set of defaults; every field of vdm.Config is a flag that changes it. A run writes to out/NAME:
 config.json, log.csv, last.pt (all that --resume and sample.py need) and samples/ (pictures and GIFs on the way).
