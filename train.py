@@ -11,6 +11,9 @@ train.py: train a video diffusion model.
     python train.py --preset latent --stage decoder --latents out/latent-autoencoder/last.pt  latents and back; the same
     python train.py --preset latent --latents out/latent-decoder/last.pt                      for clips; then diffusion
 
+    python train.py --preset tiny --init out/tiny/last.pt --adapters lora --train lora --out out/lora
+                                                         start from a trained model, train a twentieth of it
+
 A preset is a set of defaults; every field of vdm.Config is a flag that changes it. A run writes to out/NAME:
 config.json, log.csv, last.pt (all that --resume and sample.py need) and samples/ (pictures and GIFs on the way).
 """
@@ -50,6 +53,8 @@ import vdm
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
 STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16), decoder=dict(steps=240, batch=4))   # their defaults
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
+MODEL = ("kind", "sigma_data", "head_dim", "give", "channels", "factor", "width", "mults", "blocks", "attention", "joint", "patch",
+         "detail", "convs", "feed_forward", "ddpm_layout", "previous", "labels", "actions", "adapters", "rank")   # equal if models fit
 MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "overlap",
               "fps"}                                                   # on --resume
 
@@ -70,6 +75,7 @@ def parse(argv):
                    "layers of its decoder, on clips; or the diffusion model (default)")
     p.add_argument("--latents", help="last.pt of an autoencoder: to train on its latents or, with --stage decoder, to go on with")
     p.add_argument("--encode", type=int, default=2048, help="with --latents: how many clips are cut and encoded, once (2048)")
+    p.add_argument("--init", help="a last.pt to start from: its averaged weights, of a run with the same network")
     p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
@@ -157,19 +163,57 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(config, net, dtype):
     """AdamW for everything or, with --optimizer muon, Muon for the matrices inside and AdamW for
     the rest; the gates of the temporal layers, which must first leave 0, have a rate of their
-    own."""
-    parts = dict(gates=[], inside=[], rest=[])
+    own. Frozen parameters are in none of them, those of spatial layers in groups with a slower rate."""
+    rates, groups = dict(rest=config.lr, gates=config.gate_lr, inside=config.muon_lr), {}
     for name, p in net.named_parameters():
-        if not p.requires_grad:
-            continue
         matrix = p.ndim > 1 and not name.startswith(("input", "output", "embed", "detail"))
         muon = config.optimizer == "muon" and matrix
-        parts["gates" if name.endswith("gate") else "inside" if muon else "rest"].append(p)
-    groups = [dict(params=parts["rest"], peak=config.lr), dict(params=parts["gates"], peak=config.gate_lr)]
-    optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
-    if parts["inside"]:
-        optimizers.append(Muon([dict(params=parts["inside"], peak=config.muon_lr)], config.muon_lr, dtype=dtype))
+        part = "gates" if name.endswith("gate") else "inside" if muon else "rest"
+        factor = config.spatial_lr if vdm.part_of(name) == "spatial" else 1.0
+        if p.requires_grad:
+            groups.setdefault((part, factor), dict(params=[], peak=rates[part] * factor))["params"].append(p)
+    order = sorted(groups, key=lambda group: "rest gates inside".index(group[0]))
+    adamw, muon = ([groups[key] for key in order if (key[0] == "inside") == inside] for inside in (False, True))
+    optimizers = []
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True))
+    if muon:
+        optimizers.append(Muon(muon, config.muon_lr, dtype=dtype))
     return optimizers
+
+
+def start_from(path, denoiser, config):
+    """--init: copy the averaged weights of a checkpoint into a fresh model. Adapters, labels and actions that only the model
+    has stay as they are made, which is as nothing; all else must be the same."""
+    state, saved = vdm.read_checkpoint(path)
+    ours, theirs = ({name.replace(".layer.", "."): w for name, w in weights.items()}       # as they were before adapt
+                    for weights in (denoiser.state_dict(), state["ema"]))
+    fits = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
+    new = {name for name in ours.keys() - theirs.keys() if vdm.part_of(name) in ("lora", "adapters", "actions")}
+    other = {name: f"{name} {getattr(saved, name)} (here {getattr(config, name)})" for name in MODEL
+             if getattr(saved, name) != getattr(config, name)}
+    misfits = {name for name in (ours.keys() - new) | theirs.keys() if name not in fits and not name.startswith("balance.")}
+    if misfits or other.keys() & {"kind", "sigma_data", "head_dim"}:
+        raise ValueError(f"--init {path} is another model: it has {', '.join(other.values())}; {len(fits)} of its {len(theirs)} "
+                         "tensors would fit: give the flags that it was trained with")
+    for name in fits:
+        ours[name].copy_(theirs[name])
+    print(f"init    {path}, averaged weights after {state['step']} steps{f'; new, as nothing: {len(new)} tensors' * bool(new)}")
+
+
+def describe(denoiser):
+    """What is trained, as text: by part and by layer, how many tensors and numbers, and the share of all."""
+    count, total = {}, sum(p.numel() for p in denoiser.parameters())
+    for name, p in denoiser.named_parameters():
+        if p.requires_grad:
+            for key in (vdm.part_of(name), "  " + re.sub(r"\b\d+\b", "*", name.replace(".layer.", "."))):
+                n, numbers = count.get(key, (0, 0))
+                count[key] = n + 1, numbers + p.numel()
+    whole = sum(numbers for key, (_, numbers) in count.items() if key[0] != " ")
+    lines = [f"{whole:,} of {total:,} parameters ({whole / total:.1%})"]
+    lines += [f"{key}: {n} tensors, {numbers:,}" for key, (n, numbers) in sorted(count.items(), key=lambda c: vdm.part_of(c[0]))
+              if whole < total or key[0] != " "]
+    return "\n        ".join(lines)
 
 
 def pixels(config):
@@ -295,6 +339,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     which yields them read ahead; and ddp, the denoiser as it adds its gradients to those of other processes."""
     parts, drawn, waited, seen = parts or [range(config.batch)], draw(step, config, seed), 0.0, []
     balance = getattr(denoiser, "balance", None)
+    frozen = not all(p.requires_grad for p in denoiser.parameters())
     if balance:
         balance.hold = True                                            # until the whole batch has been seen
     for part in parts:
@@ -322,12 +367,14 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
             loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
         if config.images:
             options["temporal"] = given["temporal"]
+        # PyTorch 2.13 dies on a CPU where a GroupNorm learns but what comes before it is frozen: give noise a gradient, too
+        noise = given["noise"].requires_grad_(frozen)
         # loss and gradient: the mean over parts and processes, which wait for each other at the last part only
         if part.start:                                                 # dropout alone depends on how a batch is shared
             torch.manual_seed(hash((seed, step, part.start)))
         with ddp.no_sync() if ddp and part is not parts[-1] else nullcontext():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, errors = loss_fn(ddp or denoiser, clean, sigma=sigma, noise=given["noise"], **options)
+                loss, errors = loss_fn(ddp or denoiser, clean, sigma=sigma, noise=noise, **options)
             (loss / len(parts)).backward()
         seen.append((loss.detach()[None], sigma, errors["error"]))
     loss, sigma, error = (gather(torch.cat(x)) for x in zip(*seen))
@@ -694,6 +741,8 @@ def main(argv=None):
     options, config = parse(argv)
     out, checkpoint, start, state = options.out, options.out / "last.pt", 0, None
     if options.resume:
+        if options.init:
+            raise ValueError("--init starts a new run and --resume goes on with one: leave one of them out")
         state, saved = vdm.read_checkpoint(checkpoint)
         changed = [k for k, v in options.given.items() if v != getattr(saved, k) and k not in MAY_CHANGE]
         same = dict(seed=options.seed, data=options.data, stage=options.stage)
@@ -718,6 +767,8 @@ def main(argv=None):
     if options.stage != "diffusion" and (processes > 1 or options.micro or options.workers or options.checkpoint_activations):
         raise ValueError(f"--stage {options.stage} is small: it runs in one process, without torchrun, --micro, --workers and "
                          "--checkpoint-activations")
+    if options.stage != "diffusion" and (options.init or config.train != ("all",)):
+        raise ValueError(f"--init and --train are for diffusion models; --stage {options.stage} goes on from --latents")
     if options.shard and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
@@ -769,6 +820,10 @@ def main(argv=None):
         more = {f.stem: np.load(f) for f in folder.glob("*.npy") if f.stem != "video"}
         data = Latents(folder / "video.npy", dataclasses.replace(config, stride=1), frames, seed=options.seed, **more)
         print(f"latents {n} clips in {folder}")
+    if options.init:
+        start_from(options.init, denoiser, config)
+    if diffusion:
+        vdm.trainable(denoiser, config.train)
     one_step = train_step if diffusion else autoencoder_step
     ema = vdm.EMA(denoiser, config.ema)
     told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
@@ -785,6 +840,7 @@ def main(argv=None):
         load_optimizer(optimizer, s)
     print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, "
           f"{f'kind {config.kind}' if diffusion else options.stage}, {config.optimizer}")
+    print(f"train   {describe(denoiser)}")
     print(f"device  {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}, "
           f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')} arithmetic, float32 weights")
     print("config ", " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))

@@ -17,11 +17,12 @@ Map    1 Config        every number of a run, and the presets
        5 Samplers      DDPM, DDIM, Heun, DPM-Solver++(2M); DDIM inversion
        6 Generation    guidance; one window; videos of any length; frames between frames
        7 Network       a factorised space-time UNet
-       8 EMA           the running average of the weights, which is what one samples from
-       9 Autoencoder   frames as latents, far fewer numbers, and back; flicker
-      10 World         MovingShapes and Drive, toy worlds that can mark their own videos
-      11 Video files   read and write them; a dataset from a folder of them
-      12 Models        build, save, load
+       8 Adapters      LoRA, SimDA's adapters and shifted attention; what of a model is trained
+       9 EMA           the running average of the weights, which is what one samples from
+      10 Autoencoder   frames as latents, far fewer numbers, and back; flicker
+      11 World         MovingShapes and Drive, toy worlds that can mark their own videos
+      12 Video files   read and write them; a dataset from a folder of them
+      13 Models        build, save, load
 
 Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), -1 to 1.
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
@@ -39,6 +40,7 @@ Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 201
        min-SNR: Hang et al. 2023, 2303.09556         Vista: Gao et al. 2024, 2405.17398
        diffusion forcing: Chen et al. 2024, 2407.01392   JiT: Li and He 2025, 2511.13720
        FVDM: Liu et al. 2024, 2410.03160             GameNGen: Valevski et al. 2024, 2408.14837
+       LoRA: Hu et al. 2021, 2106.09685              SimDA: Xing et al. 2023, 2308.09710
 """
 
 import copy
@@ -129,6 +131,11 @@ class Config:
     weight_decay: float = 0.01      # AdamW's
     clip_norm: float = 1.0          # largest norm of the gradient
     ema: float = 0.995              # decay of the averaged weights
+    # what is trained: section 8, Adapters
+    train: tuple = ("all",)         # all, or some of spatial, temporal, actions, lora and adapters
+    spatial_lr: float = 1.0         # learning rate of the spatial layers, as a share (Vista: 0.1)
+    adapters: str = ""              # put lora or simda into the network ("": neither)
+    rank: int = 4                   # channels of their bottlenecks
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
@@ -141,8 +148,8 @@ class Config:
 # The papers' models, without tiny's own devices; their learning rates stay, ours fall. "Unverified"
 # was found neither in papers nor in code. Where channels are 4, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
-                patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0, ema=0.9999,
-                temporal_guidance=1.0)
+                patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
+                ema=0.9999, temporal_guidance=1.0)
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
@@ -158,8 +165,8 @@ PRESETS = {                             # a preset is a set of defaults; any fla
                     steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
-    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256, mults=(1, 2, 4, 8),
-                    attention=(2, 4, 8), convs=False, feed_forward="none", dropout=0.1, lr=3e-4,
+    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
+                    mults=(1, 2, 4, 8), attention=(2, 4, 8), convs=False, feed_forward="none", dropout=0.1, lr=3e-4,
                     kind="eps", schedule="cosine", weighting="eps", context=(1.0,), images=1 / 3,
                     steps=60_000, batch=128, gate_lr=3e-4, weight_decay=0.0, sampler="ddpm",
                     sampling_steps=256, sigma_min=4.54e-5, sigma_max=22026.0),
@@ -1112,7 +1119,143 @@ class VideoUNet(nn.Module):
 
 
 # ==================================================================================================
-# 8. EMA
+# 8. Adapters
+# ==================================================================================================
+# To train a few per cent of a trained network: each wraps a layer, and its last part is zero, so
+# that at first nothing changes, bit for bit. adapt puts them in, trainable freezes the rest.
+
+class LoRA(nn.Module):
+    """layer(x) + B A x for a Linear or a convolution (LoRA; Vista: rank 16): A goes down to `rank`
+    channels, normal with standard deviation 1 / rank as in Vista, B up again, zero."""
+
+    def __init__(self, layer, rank=4):
+        super().__init__()
+        self.layer, wide, conv = layer, layer.weight.shape, type(layer)
+        like = {} if conv is nn.Linear else dict(
+            kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding)
+        self.lora_down = conv(wide[1], rank, bias=False, **like)
+        self.lora_up = zero(conv(rank, wide[0], bias=False, **(like and dict(kernel_size=1))))
+        nn.init.normal_(self.lora_down.weight, std=1 / rank)
+
+    def forward(self, x):
+        return self.layer(x) + self.lora_up(self.lora_down(x))
+
+    @torch.no_grad()
+    def merge(self):
+        """The wrapped layer with B A added to its weight: the same answers at the old cost."""
+        low_rank = self.lora_up.weight.flatten(1) @ self.lora_down.weight.flatten(1)
+        self.layer.weight += low_rank.view_as(self.layer.weight)
+        return self.layer
+
+
+class SpatialAdapter(nn.Module):
+    """h + up(GELU(down(h))) at each place of h = layer(x, ...), (B, T, C, H, W) (SimDA)."""
+
+    def __init__(self, layer, dim, rank):
+        super().__init__()
+        self.layer, self.adapter_down = layer, nn.Linear(dim, rank)
+        self.adapter_up = zero(nn.Linear(rank, dim))
+
+    def forward(self, x, *more):
+        h = self.layer(x, *more)
+        return h + self.adapter_up(F.gelu(self.adapter_down(h.movedim(2, -1)))).movedim(-1, 2)
+
+
+class FeedForwardAdapter(SpatialAdapter):
+    """layer(x) + up(GELU(down(x))), beside a layer of tokens (..., C) (SimDA)."""
+
+    def forward(self, x):
+        return self.layer(x) + self.adapter_up(F.gelu(self.adapter_down(x)))
+
+
+class TemporalAdapter(nn.Module):
+    """h + up(conv(down(h))) of h = layer(x, emb), (B, T, C, H, W): conv looks at three frames, each
+    channel alone (SimDA). An image model, strength 0, goes without."""
+
+    def __init__(self, layer, dim, rank):
+        super().__init__()
+        self.layer, self.adapter_down = layer, nn.Conv3d(dim, rank, 1)
+        self.adapter_conv = nn.Conv3d(rank, rank, (3, 1, 1), padding=(1, 0, 0), groups=rank)
+        self.adapter_up = zero(nn.Conv3d(rank, dim, 1))
+
+    def forward(self, x, emb, strength=1.0):
+        h = self.layer(x, emb, strength)
+        more = self.adapter_up(self.adapter_conv(self.adapter_down(h.transpose(1, 2))))
+        return h + strength * more.transpose(1, 2)
+
+
+def alpha_mix(spatial, temporal, alpha):
+    """alpha spatial + (1 - alpha) temporal: with alpha 1 the image model comes back exactly (Video
+    LDM; SVD learns alpha as a sigmoid). VideoUNet's temporal is 1 - alpha for all layers at once.
+    Make-A-Video starts at nn.init.dirac_ without bias, an identity: what a gate of 0 does here."""
+    return torch.lerp(temporal, spatial, alpha)
+
+
+def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4))):
+    """Each place of x (B, T, H, W, ...) as it was shifts[y % 4][x % 4] frames ago or, had the clip
+    not begun, as it is: four by four places then show five frames (SimDA's code)."""
+    t, h, w = (torch.arange(n, device=x.device) for n in x.shape[1:4])
+    t, h = t[:, None, None], h[:, None]
+    source = t - torch.tensor(shifts, device=x.device)[h % 4, w % 4]                     # (T, H, W)
+    return x[:, torch.where(source < 0, t, source), h, w]
+
+
+def shift_attention(q, k, v, code=False):
+    """SimDA's latent-shift attention, all (B, T, H, W, heads, d): each frame looks at 2 H W tokens
+    instead of T H W. The paper: its own, and its own shifted; code=True, as its code has it: those
+    of the frame before (of the first: its own) shifted, and its own shifted."""
+    def seen(x):
+        moved = shift_tokens(x)
+        first = moved[:, [0, *range(x.shape[1] - 1)]] if code else x
+        return torch.cat([first, moved], 2).flatten(2, 3).transpose(2, 3)   # (B, T, heads, 2HW, d)
+
+    h = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(2, 3), seen(k), seen(v))
+    return h.transpose(2, 3).reshape(q.shape)
+
+
+def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "detail")):
+    """Put adapters into a denoiser; return their parameters. lora: around the matrices and
+    convolutions with one of `layers` in their names (Vista: qkv and .out). simda: temporal ones
+    behind ResBlocks, spatial behind and feed-forward within attention, where there is either."""
+    if kind not in ("lora", "simda") or rank < 1:
+        raise ValueError(f"adapters is {kind!r}, rank {rank}: expected lora or simda, 1 or more")
+    before = set(denoiser.parameters())
+    for name, layer in reversed(list(denoiser.net.named_modules())):        # inner ones first
+        new, attention = layer, isinstance(layer, (SpatialAttention, TemporalAttention))
+        if kind == "lora" and isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            known = not name.startswith("embed")                # whose width the network asks for
+            new = LoRA(layer, rank) if known and any(word in name for word in layers) else layer
+        elif kind == "simda" and isinstance(layer, ResBlock):
+            new = TemporalAdapter(layer, layer.conv2.out_channels, rank)
+        elif kind == "simda" and attention and getattr(layer, "joint", True):
+            new = SpatialAdapter(layer, layer.out.out_features, rank)
+        elif kind == "simda" and name.endswith("feed_forward"):
+            new = FeedForwardAdapter(layer, layer[-1].out_features, rank)
+        if new is not layer:
+            denoiser.net.set_submodule(name, new.to(next(layer.parameters()).device))
+    return [p for p in denoiser.parameters() if p not in before]
+
+
+def part_of(name):
+    """The part of a model to which a parameter of this name belongs."""
+    words = dict(lora_="lora", adapter_="adapters", embed_label="actions", embed_action="actions",
+                 time="temporal")
+    return next((part for word, part in words.items() if word in name), "spatial")
+
+
+def trainable(model, parts=("all",)):
+    """Freeze a model but for these parts (part_of, or all). On a CPU let its input need a gradient,
+    or PyTorch 2.13 dies in the backward pass of a GroupNorm (channels_last) with nothing before."""
+    has = {part_of(name) for name, _ in model.named_parameters()} | {"all"}
+    if not parts or not has.issuperset(parts):
+        raise ValueError(f"train is {' '.join(parts)}, but the parts of this model are "
+                         f"{', '.join(sorted(has))}: lora and adapters come with --adapters")
+    for name, p in model.named_parameters():
+        p.requires_grad_("all" in parts or part_of(name) in parts)
+
+
+# ==================================================================================================
+# 9. EMA
 # ==================================================================================================
 
 class EMA:
@@ -1135,7 +1278,7 @@ class EMA:
 
 
 # ==================================================================================================
-# 9. Autoencoder
+# 10. Autoencoder
 # ==================================================================================================
 # Latent diffusion: a small network learns to say a frame in far fewer numbers, and only those are
 # diffused. It is trained in two stages (Video LDM): encoder and decoder on single frames; then, on
@@ -1229,7 +1372,7 @@ def flicker(clip, real):
 
 
 # ==================================================================================================
-# 10. Worlds that can be marked
+# 11. Worlds that can be marked
 # ==================================================================================================
 # A dataset gives dict(video=clip (T, C, H, W)) for any index 0, 1, 2 ... without end, and what it
 # gives depends on its seed and the index alone: a run can be resumed from a number. If it has them,
@@ -1444,7 +1587,7 @@ class Drive:
 
 
 # ==================================================================================================
-# 11. Video files
+# 12. Video files
 # ==================================================================================================
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -1640,7 +1783,7 @@ class VideoFolder:
 
 
 # ==================================================================================================
-# 12. Models: build, save, load
+# 13. Models: build, save, load
 # ==================================================================================================
 
 def noise_schedule(config):
@@ -1711,6 +1854,8 @@ def build(config):
     denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
     if config.weighting == "balance":
         denoiser.balance = Balance(config.frames)              # kept, and resumed, with the weights
+    if config.adapters:
+        adapt(denoiser, config.adapters, config.rank)
     return denoiser
 
 
