@@ -150,7 +150,7 @@ def cost(kind, frames, batch):
     denoiser, autoencoder = vdm.build(config), vdm.build_autoencoder(config) if config.factor else None
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 30
     if batch:
-        clip = torch.randn(config.frames, config.channels, *config.size)
+        clip, config = torch.randn(config.frames, config.channels, *config.size), dataclasses.replace(config, batch=batch)
         state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net, dtype)
         for step in range(2):                                    # the second has the optimisers' state
             began = time.process_time()
