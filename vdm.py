@@ -169,7 +169,8 @@ PRESETS = {                             # a preset is a set of defaults; any fla
                     mults=(1, 2, 4, 8), attention=(2, 4, 8), convs=False, feed_forward="none",
                     dropout=0.1, lr=3e-4, kind="eps", schedule="cosine", weighting="eps",
                     context=(1.0,), images=1 / 3, steps=60_000, batch=128, gate_lr=3e-4,
-                    weight_decay=0.0, sampler="ddpm", sampling_steps=256, sigma_min=4.54e-5, sigma_max=22026.0),
+                    weight_decay=0.0, sampler="ddpm", sampling_steps=256,
+                    sigma_min=4.54e-5, sigma_max=22026.0),
     # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
     # planes in place of frames; ours has 459 M and 115 M. Unverified: fps, clip_norm, steps
     "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), attention=(1, 2, 4),
