@@ -914,9 +914,17 @@ class ResBlock(nn.Module):
         return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
 
 
+class GEGLU(nn.Module):
+    """One half of the channels, gated by the GELU of the other (Shazeer 2020)."""
+
+    def forward(self, x):
+        value, gate = x.chunk(2, -1)
+        return value * F.gelu(gate)
+
+
 def feed_forward(dim, gated=False):
-    """What transformers have between attentions. gated: by half of its channels, the other half."""
-    wide = [nn.Linear(dim, 8 * dim), nn.GLU()] if gated else [nn.Linear(dim, 4 * dim), nn.GELU()]
+    """What transformers have between attentions; those of latent diffusion are gated."""
+    wide = [nn.Linear(dim, 8 * dim), GEGLU()] if gated else [nn.Linear(dim, 4 * dim), nn.GELU()]
     return nn.Sequential(nn.LayerNorm(dim), *wide, nn.Linear(4 * dim, dim))
 
 
