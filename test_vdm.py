@@ -3321,6 +3321,14 @@ def test_table_of_claims(tmp_path):
     assert "* c against a: better: pass (nothing found: error)" in text and "* d against a: no difference was found" in text
 
 
+@cases("kind, frames, batch", [("latents", 16, 0), ("latents", 16, 1)])
+def test_an_entry_of_the_efficiency_table(kind, frames, batch):
+    run = subprocess.run([sys.executable, ROOT / ".ci/benchmark.py", "--cost", kind, str(frames), str(batch)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["memory"] > 0 and found["seconds"] > 0
+
+
 def test_paste_guide_of_the_readme():
     """The table names every other definition that a piece needs, as the paste test finds them."""
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)

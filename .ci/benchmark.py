@@ -213,7 +213,7 @@ def efficiency(memory):
                       "16 frames: 10^9 operations": (evaluations * network + decoder) / 1e9,
                       "  of which the decoder": decoder / 1e9}
     for name, pixels in rows["pixels"].items():
-        print(f"{name:40}{pixels:12.6g}{rows['latents'][name]:12.6g}")
+        print(f"{name:40}{pixels:12.7g}{rows['latents'][name]:12.7g}")
 
 
 def marks(folder):
