@@ -2377,7 +2377,7 @@ def test_activations_are_computed_again_with_equal_gradients():
         net.zero_grad()
         for layer in net.modules() if again else ():
             if isinstance(layer, vdm.Block):
-                layer.forward = partial(train.checkpoint_activations, layer.forward, use_reentrant=False)
+                layer.forward = partial(train.recompute, layer.forward, use_reentrant=False)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             loss = net(x, sigma).square().mean()

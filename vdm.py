@@ -404,7 +404,7 @@ class Balance(nn.Module):
         super().__init__()
         n = torch.arange(frames)
         waves = torch.cos(math.pi * n[:, None] * (n + 0.5) / frames)
-        self.register_buffer("waves", waves / waves.norm(dim=1, keepdim=True))             # (T, T)
+        self.register_buffer("waves", waves / waves.norm(dim=1, keepdim=True), False)      # (T, T)
         self.register_buffer("mean", torch.full((32, frames), 0.3))  # 16 octaves from 1 / 16, twice
         self.rate, self.hold, self.seen = rate, False, 0
 
