@@ -961,5 +961,9 @@ if __name__ == "__main__":
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: the GPU's memory is full ({str(e).splitlines()[0]:.150}). --micro 1 holds one clip's activations at a "
+                 "time, --checkpoint-activations a few blocks' of them, --shard a part of the model on each GPU: --dry-run "
+                 "with the same flags tells what each saves")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
