@@ -1192,12 +1192,12 @@ def test_transformers_are_told_the_action_and_where_each_frame_is():
 
 
 def test_a_gated_feed_forward_layer():
-    """norm, a * sigmoid(b), and back, in numpy-like steps; in space it is one more residual branch."""
+    """norm, a * b * Phi(b), and back, in numpy-like steps; in space it is one more residual branch."""
     layer, x = randomize(vdm.feed_forward(6, gated=True)), torch.randn(4, 6)
     norm, wide, _, back = layer
     a, b = ((x - x.mean(1, True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
             ).matmul(wide.weight.T).add(wide.bias).split(24, 1)
-    close(layer(x), (a / (1 + (-b).exp())) @ back.weight.T + back.bias, rtol=1e-4, atol=1e-4)
+    close(layer(x), (a * b * (1 + torch.erf(b / 2 ** 0.5)) / 2) @ back.weight.T + back.bias, rtol=1e-4, atol=1e-4)
     space, x = randomize(vdm.SpatialAttention(8, 8, both=True)), torch.randn(1, 2, 8, 3, 4)
     plain = randomize(vdm.SpatialAttention(8, 8))
     plain.load_state_dict(space.state_dict(), strict=False)
