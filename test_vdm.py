@@ -3254,7 +3254,7 @@ def test_dry_run_of_vista(tmp_path, capsys):
 
 
 @cases("flags, words", [("--gpu-memory 80", "together with --dry-run"), ("--dry-run --speed -1", "--speed is -1: expected a number above 0"),
-                        ("--preset vista", "latents with 4 channels, but --data shapes holds pixels")])
+                        ("--preset vista", "this run needs latents of 4 channels")])
 def test_dry_run_and_latents_say_what_is_wrong(tmp_path, flags, words):
     with pytest.raises(ValueError, match=words):
         train.main([*flags.split(), "--out", str(tmp_path / "run")])
