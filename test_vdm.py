@@ -3035,6 +3035,48 @@ def test_latents_from_elsewhere(tmp_path, capsys):
         sample.main([str(tmp_path / "run/last.pt"), "--context", str(tmp_path / "data/a.npy")])
 
 
+def test_actions_beside_latents_are_cut_as_they_are(tmp_path):
+    """Frame t of clip k holds 100 k + t in all numbers, and so does its action; a clip without actions is told nothing."""
+    for k, shape in enumerate([(2, 9), (7,), (6,)]):
+        clip = np.indices(shape)[-1] + 100.0 * k + (50 * np.indices(shape)[0] if len(shape) == 2 else 0)
+        np.save(tmp_path / f"{k}.npy", np.broadcast_to(clip[..., None, None, None], (*shape, 4, 4, 4)).astype(np.float32))
+        if k < 2:
+            np.save(tmp_path / f"{k}.actions.npy", np.repeat(clip[..., None], 3, -1))
+    data, seen = train.Latents(tmp_path, train.parse([*LATENT, "--stride", "2"])[1], 3), set()
+    assert data.actions == (3,) and len(data) == 4
+    for i in range(40):
+        item = data[i]
+        first = item["video"][:, 0, 0, 0]
+        seen.add(int(first[0]) // 50)
+        assert torch.equal(first.diff(), torch.full((2,), 2.0))
+        told = first[:, None].expand(3, 3) * (first[0] < 200)
+        assert torch.equal(item["action"], told)
+    assert seen == {0, 1, 2, 4}
+    np.save(tmp_path / "1.actions.npy", np.zeros((6, 3)))
+    with pytest.raises(ValueError, match="1.actions.npy: .* is not 1 clips x 7 frames x 3 finite numbers"):
+        train.Latents(tmp_path, train.parse(LATENT)[1], 3)
+
+
+def test_vista_through_the_command_line(tmp_path):
+    """The README's command but for torchrun: narrow, small, short; the data are latents with 19 numbers of actions a frame."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "latents").mkdir()
+    for k in range(2):
+        np.save(tmp_path / f"latents/{k}.npy", rng.normal(size=(6, 4, 8, 8)).astype(np.float32))
+        np.save(tmp_path / f"latents/{k}.actions.npy", rng.normal(size=(6, 19)))
+    small = "--width 32 --head-dim 32 --size 8 --frames 4 --steps 2 --batch 2 --marks 1 --sampling-steps 1 --device cpu"
+    state = {}
+    for name, flags in dict(a="--checkpoint-activations --micro 1", b="").items():
+        train.main(["--preset", "vista", "--data", str(tmp_path / "latents"), "--out", str(tmp_path / name), *small.split(),
+                    "--dtype", "fp32", *flags.split()])
+        state[name] = torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+    close(state["a"]["net.input.weight"], state["b"]["net.input.weight"], rtol=1e-3, atol=1e-6)
+    assert np.load(tmp_path / "a/samples/final.npy").shape == (1, 4, 4, 8, 8)
+    with pytest.raises(ValueError, match="the data has 0 labels and actions"):
+        (tmp_path / "latents/0.actions.npy").unlink(), (tmp_path / "latents/1.actions.npy").unlink()
+        train.main(["--preset", "vista", "--data", str(tmp_path / "latents"), "--out", str(tmp_path / "c"), *small.split()])
+
+
 @cases("flags, words", [
     ([], "this run needs latents of 4 channels: name an autoencoder"),
     (["--stage", "decoder"], "this run needs latents"),

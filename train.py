@@ -221,21 +221,24 @@ def pixels(config):
     return tuple(n * (config.factor or 1) for n in config.size), 3 if config.factor else config.channels
 
 
-class Latents:
+class Latents(vdm.VideoFolder):
     """Clips of latents in .npy files, or a folder of them: float (T, c, h, w) or (N, T, c, h, w), times `scale`, read as they are
-    needed. Items as of vdm.VideoFolder: dataset[i] depends on (seed, i) alone. more: by name, a row per clip, such as label."""
+    needed. Items and clip.actions.npy beside clip.npy as of vdm.VideoFolder. more: by name, a row per clip, such as label."""
 
     def __init__(self, path, config, frames, scale=1.0, seed=0, **more):
         self.frames, self.stride, self.scale, self.seed, self.more = frames, config.stride, scale, seed, more
-        self.labels, self.actions, self.clips, path = 0, (), [], Path(path)
+        self.labels, self.actions, self.clips, self.moves, path = 0, (), [], [], Path(path)
         self.span, shape = (frames - 1) * config.stride + 1, (config.channels, *config.size)
-        for file in sorted(path.rglob("*.npy")) if path.is_dir() else [path]:
+        files = [p for p in sorted(path.rglob("*.npy")) if not p.name.endswith(".actions.npy")] if path.is_dir() else [path]
+        for file in files:
             try:
                 x = np.load(file, mmap_mode="r", allow_pickle=False)
                 if x.dtype.kind != "f" or x.ndim not in (4, 5) or x.shape[-3:] != shape or x.shape[-4] < self.span:
                     raise ValueError(f"{x.dtype} {x.shape} is not float ([N,] T, {', '.join(map(str, shape))}) with T from "
                                      f"{self.span}: --channels, --size and --frames must be those of the latents")
-                self.clips += list(x if x.ndim == 5 else x[None])
+                clips = list(x if x.ndim == 5 else x[None])
+                self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
+                self.clips += clips
             except Exception as error:
                 raise ValueError(f"{file} holds no latents for this run ({error}); for latents of pixels, name an autoencoder: "
                                  "--latents") from error
@@ -254,9 +257,11 @@ class Latents:
         n = len(self.clips)
         j = np.random.default_rng([self.seed, 0, i // n]).permutation(n)[i % n]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(self.clips[j]) - self.span + 1)
-        clip = self.clips[j][start : start + self.span : self.stride].astype(np.float32)
-        more = {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
-        return dict(video=torch.from_numpy(clip) * self.scale, **more)
+        cut, more = slice(start, start + self.span, self.stride), {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
+        if self.actions:
+            moves = np.zeros((len(self.clips[j]), *self.actions), np.float32) if self.moves[j] is None else self.moves[j]
+            more["action"] = torch.from_numpy(moves[cut])
+        return dict(video=torch.from_numpy(self.clips[j][cut].astype(np.float32)) * self.scale, **more)
 
 
 def encode_once(data, n, autoencoder, parent, device):
@@ -334,6 +339,19 @@ def draw(step, config, seed):
     return drawn
 
 
+def descend(step, config, model, optimizers):
+    """A step down the gradient, which is cut and then cleared; the learning rate rises, then falls to 0 in a straight line.
+    -> the gradient's norm, and the rate as a share of its peak."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm, rate
+
+
 def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed, parts=None, batches=None, ddp=None):
     """One optimiser step. A large run passes the `parts` of the batch that this process takes, one after another; batches,
     which yields them read ahead; and ddp, the denoiser as it adds its gradients to those of other processes."""
@@ -381,14 +399,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
     if not torch.isfinite(loss).all():
         raise ValueError(f"the loss is {loss.mean().item()} at step {step + 1}: stopped, and the last checkpoint kept. A lower "
                          "--lr or --muon-lr, or --dtype fp32, is the usual cure")
-    norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip_norm)
-    # step: the learning rate rises, then falls to 0 in a straight line
-    rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
-        optimizer.step()
-        optimizer.zero_grad()
+    norm, rate = descend(step, config, denoiser, optimizers)
     if balance:
         balance.seen = gather(balance.seen[None]).sum(0)
         balance.fold()
@@ -412,13 +423,7 @@ def autoencoder_step(step, config, data, autoencoder, ema, optimizers, device, d
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} at step {step + 1}: stopped. A lower --lr or --muon-lr is the usual cure")
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), config.clip_norm)
-    rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
-        optimizer.step()
-        optimizer.zero_grad()
+    norm, rate = descend(step, config, autoencoder, optimizers)
     ema.update(autoencoder)
     return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, **{k: x.item() for k, x in parts.items()})
 
