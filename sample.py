@@ -75,8 +75,8 @@ def main(argv=None):
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates all that is given (1)")
     p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
-    p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates what frames tell each other, and takes twice "
-                   "as long (default: the checkpoint's)")
+    p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates what frames tell each other, and takes nearly "
+                   "twice as long (default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
@@ -171,7 +171,8 @@ def main(argv=None):
         shape, pieces = (len(clips), T, config.channels, *config.size), []
         which = dict(seed=o.seed, clips=clips)
         options = dict(sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
-                       temporal_guidance=config.temporal_guidance if o.temporal_guidance is None else o.temporal_guidance)
+                       temporal_guidance=config.temporal_guidance if o.temporal_guidance is None else o.temporal_guidance,
+                       guided_below=config.guided_below)
         if o.label is not None:
             options["label"] = torch.full((len(clips),), o.label, device=device)
         if actions is not None:

@@ -608,6 +608,7 @@ def test_given_frames_are_untouched_and_have_no_gradient(give):
     level = sigma[:, None].expand(2, 4)
     if give == "concat":                                               # shown: c_in x, mask z, mask
         want = torch.cat([c_in * noise, given * clean, given.expand(2, 4, 1, 2, 2)], 2)
+        level = level * (1 - mask)
     elif give == "replace":                                            # at the level of the others
         want = c_in * torch.where(given > 0, clean, noise)
         assert torch.equal(net.given, mask == 1)
@@ -792,6 +793,9 @@ def test_temporal_guidance(double):
     guess = vdm.temporally_guided(denoise, 1.5)
     close(guess(M + same, torch.ones(1)) - M, same * (1 / 2 + 1.5 * (1.8 / 2.8 - 1 / 2)))
     close(guess(M + other, torch.ones(1)) - M, other * (1 / 2 + 1.5 * (0.2 / 1.2 - 1 / 2)))
+    for below, want in ((2.0, guess), (0.5, denoise)):                 # of sigma 1
+        got = vdm.temporally_guided(denoise, 1.5, below=below)(M + same, torch.ones(1))
+        close(got, want(M + same, torch.ones(1)))
     x, sigmas = 60 * torch.randn(4000, 2, 1, 1, 1), vdm.karras_sigmas(60, 0.01, 60)
     for scale, low, high in ((1.0, 0.77, 0.83), (1.5, 0.9, 1)):
         made = vdm.sample_heun(vdm.temporally_guided(denoise, scale), x, sigmas.double())
@@ -1390,7 +1394,7 @@ def test_trainable():
     for parts in (("lora",), ("temporal",), ("actions", "lora"), ("spatial",)):
         vdm.trainable(denoiser, parts)
         before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
-        optimizers = train.make_optimizers(config, denoiser.net, torch.float32)
+        optimizers = train.make_optimizers(config, denoiser.net)
         ema = vdm.EMA(denoiser)
         for step in range(2):
             train.train_step(step, config, data * 2, denoiser, ema, optimizers, torch.device("cpu"), torch.float32, 0)
@@ -2574,7 +2578,7 @@ def test_spatial_layers_can_learn_slower(tmp_path):
     fresh = vdm.build(vdm.Config(**config)).state_dict()
     close(slow["net.output_detail.2.weight"] - fresh["net.output_detail.2.weight"],
           0.1 * (fast["net.output_detail.2.weight"] - fresh["net.output_detail.2.weight"]), rtol=1e-3, atol=1e-8)
-    groups = train.make_optimizers(vdm.Config(**config), vdm.build(vdm.Config(**config)).net, torch.float32)[0].param_groups
+    groups = train.make_optimizers(vdm.Config(**config), vdm.build(vdm.Config(**config)).net)[0].param_groups
     assert sorted(round(g["peak"], 6) for g in groups) == [1e-4, 1e-3, 1e-3] and len(groups) == 3
 
 
@@ -2594,7 +2598,7 @@ def test_given_frames_bring_more_noise():
         c = vdm.dataclasses.replace(SMALL, channels=3, batch=64, **changes)
         torch.manual_seed(0)
         denoiser = vdm.build(c)
-        optimizers = train.make_optimizers(c, denoiser.net, torch.float32)
+        optimizers = train.make_optimizers(c, denoiser.net)
         data = vdm.MovingShapes(3, (8, 8))
         return train.train_step(0, c, data, denoiser, vdm.EMA(denoiser), optimizers, torch.device("cpu"), torch.float32, 0)["sigma"]
 
@@ -2603,6 +2607,17 @@ def test_given_frames_bring_more_noise():
         share = (ratio - 1).abs() < 1e-4
         assert ((ratio - 3).abs() < 1e-4)[~share].all() and abs(share.float().mean() - odds[0]) < 0.2
         assert odds[0] == 0.5 or share.float().mean() == odds[0]
+
+
+@cases("sampler", list(vdm.SAMPLERS))
+@cases("flags", [{}, dict(guided_below=5.0), dict(temporal_guidance=1.0)])
+def test_evaluations_are_those_that_happen(sampler, flags):
+    """Counted, by a network that knows how often it was asked."""
+    config, asked = vdm.dataclasses.replace(SMALL, sampler=sampler, sampling_steps=7, **flags), []
+    denoiser = vdm.build(config)
+    denoiser.net.register_forward_hook(lambda *_: asked.append(1))
+    train.sample(config, denoiser, 1, torch.device("cpu"), torch.float32)
+    assert len(asked) == train.evaluations(config)
 
 
 def test_muon_steps_are_orthogonal():
@@ -3190,7 +3205,7 @@ def test_presets_of_papers_train(preset):
     clip = dict(video=torch.randn(frames, config.channels, 8, 8), action=torch.randn(frames, sum(config.actions)))
     denoiser, grads = vdm.build(config), {}
     randomize(denoiser, gates=True).train()
-    optimizers = train.make_optimizers(config, denoiser.net, torch.float32)
+    optimizers = train.make_optimizers(config, denoiser.net)
     gates = {name: p for name, p in denoiser.named_parameters() if name.endswith("gate")}
     optimizers[0].register_step_pre_hook(lambda *_: grads.update({name: p.grad.item() for name, p in gates.items()}))
     ema, device = vdm.EMA(denoiser, config.ema), torch.device("cpu")
@@ -3267,7 +3282,7 @@ def test_optimizer_states_are_as_large_as_predicted():
     for name in ("muon", "adamw"):
         config = vdm.Config(width=16, optimizer=name)
         net = vdm.build(config).net
-        optimizers = train.make_optimizers(config, net, torch.float32)
+        optimizers = train.make_optimizers(config, net)
         for p in net.parameters():
             p.grad = torch.ones_like(p)
         for optimizer in optimizers:

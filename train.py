@@ -55,7 +55,7 @@ STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16), decoder=dict
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MODEL = ("kind", "sigma_data", "head_dim", "give", "channels", "factor", "width", "mults", "blocks", "attention", "joint", "patch",
          "detail", "convs", "feed_forward", "ddpm_layout", "previous", "labels", "actions", "adapters", "rank")   # equal if models fit
-MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "overlap",
+MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "guided_below", "sigma_min", "sigma_max", "rho", "overlap",
               "fps"}                                                   # on --resume
 
 
@@ -136,9 +136,8 @@ class Muon(torch.optim.Optimizer):
     all directions of its gradient, the rare ones too. With an earlier form of the tiny network the error at sigma 1
     fell to 9.4e-3 in 240 core seconds, with AdamW to 15.7e-3."""
 
-    def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -150,17 +149,21 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
                 m = torch.stack([p.grad.lerp(self.state[p]["average"], group["momentum"]).flatten(1) for p in params])
-                m = (m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(self.dtype)              # (N, rows, columns)
+                m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)                                   # (N, rows, columns)
                 m = m.mT if rows > columns else m
-                for _ in range(5):                                     # Newton-Schulz: singular values go to about 1
-                    g = m @ m.mT
-                    m = 3.4445 * m + (-4.7750 * g + 2.0315 * g @ g) @ m
+                # Newton-Schulz brings all singular values to about 1; done on m m^T, which is smaller than m
+                g = m @ m.mT
+                r = eye = torch.eye(len(g[0]), device=g.device).expand_as(g)
+                for _ in range(5):
+                    p = 3.4445 * eye - 4.7750 * g + 2.0315 * g @ g
+                    g, r = p @ g @ p, p @ r
+                m = r @ m
                 m = m.mT if rows > columns else m
                 for p, update in zip(params, m):
                     p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(config, net, dtype):
+def make_optimizers(config, net):
     """AdamW for everything or, with --optimizer muon, Muon for the matrices inside and AdamW for
     the rest; the gates of the temporal layers, which must first leave 0, have a rate of their
     own. Frozen parameters are in none of them, those of spatial layers in groups with a slower rate."""
@@ -178,7 +181,7 @@ def make_optimizers(config, net, dtype):
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True))
     if muon:
-        optimizers.append(Muon(muon, config.muon_lr, dtype=dtype))
+        optimizers.append(Muon(muon, config.muon_lr))
     return optimizers
 
 
@@ -475,14 +478,16 @@ def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             cond = {name: given[i : i + shape[0]].to(device) for name, given in told.items()}
             clip = vdm.generate(denoiser, shape, sigmas, config.sampler, temporal_guidance=config.temporal_guidance,
-                                noise=noise, **cond)
+                                guided_below=config.guided_below, noise=noise, **cond)
         clips.append((autoencoder.decode(clip) if autoencoder else clip).cpu())
     return torch.cat(clips)
 
 
 def evaluations(config):
     """How often the network is evaluated to generate a clip."""
-    return (2 * config.sampling_steps - 1 if config.sampler == "heun" else config.sampling_steps) * (1 + (config.temporal_guidance != 1))
+    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
+    visited = torch.cat([sigmas[:-1], sigmas[1:-1]]) if config.sampler == "heun" else sigmas[:-1]
+    return len(visited) + int((visited <= config.guided_below).sum()) * (config.temporal_guidance != 1)
 
 
 # ---- --dry-run: what a run would need --------------------------------------------------------------------------------
@@ -519,7 +524,7 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
     with torch.device("meta"):
         net = vdm.build(config).net
     size = lambda parameters: 4 * sum(p.numel() for p in parameters)
-    moments = sum(size(g["params"]) * (1 if isinstance(o, Muon) else 2) for o in make_optimizers(config, net, dtype) for g in o.param_groups)
+    moments = sum(size(g["params"]) * (1 if isinstance(o, Muon) else 2) for o in make_optimizers(config, net) for g in o.param_groups)
     blocks = [module for module in net.modules() if isinstance(module, vdm.Block)]
     for block in blocks if light else ():
         block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -742,9 +747,9 @@ def log_line(step, seconds, records):
     return row
 
 
-def main(argv=None):
-    options, config = parse(argv)
-    out, checkpoint, start, state = options.out, options.out / "last.pt", 0, None
+def resume(options, config):
+    """The configuration to run and, with --resume, the checkpoint to go on from: no setting of it may change but some."""
+    checkpoint = options.out / "last.pt"
     if options.resume:
         if options.init:
             raise ValueError("--init starts a new run and --resume goes on with one: leave one of them out")
@@ -757,12 +762,78 @@ def main(argv=None):
                              f"differs from {checkpoint}: leave the flag out, or start anew with another --out. These may change: "
                              f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed, data and stage")
         config = dataclasses.replace(saved, **options.given)
-        start = state["step"]
-        if start >= config.steps:
+        if state["step"] >= config.steps:
             raise ValueError(f"{checkpoint} has done all its {config.steps} steps: raise --steps to go on")
-    elif not options.dry_run and (checkpoint.exists() or (out / "log.csv").exists()):
-        raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
+        return config, state
+    if not options.dry_run and (checkpoint.exists() or (options.out / "log.csv").exists()):
+        raise ValueError(f"{options.out} already holds a run: --resume continues it, another --out starts a new one")
+    return config, None
 
+
+def open_data(options, config, frames, autoencoder, local, processes):
+    """What to train on, what to hold out, and the configuration with what the data decides. It says what it found."""
+    size, channels = pixels(config)
+    if options.data in WORLDS:
+        if channels != 3:
+            raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
+        few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
+        data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
+        print(f"data    {type(data).__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+    elif config.factor and options.stage == "diffusion" and not autoencoder:
+        data = held_out = Latents(options.data, config, frames, config.latent_scale, options.seed)
+        print(data.check_scale())
+    else:
+        if local:                                                      # the first of a machine decodes, for all
+            torch.distributed.barrier()
+        cache = Cache(Path(options.data))
+        data = held_out = vdm.VideoFolder(options.data, frames, size, config.stride, channels, options.seed,
+                                          progress=not local, read=cache.decode)
+        if processes > 1 and not local:
+            torch.distributed.barrier()
+        config = dataclasses.replace(config, fps=data.fps)
+        print(data.report)
+        if cache.index:
+            print(f"cache   {cache.folder} holds what was decoded, for the next run; it may be deleted")
+    config = dataclasses.replace(config, actions=config.actions or data.actions)
+    if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
+        raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
+                         f"and actions {data.actions}")
+    return data, held_out, config
+
+
+def finish(options, config, model, held_out, told, autoencoder, device, dtype, elapsed, rank):
+    """The end of a run: clips by the averaged weights, their marks, the files, and the command to go on with."""
+    out, began = options.out, time.perf_counter()
+    checkpoint = out / "last.pt"
+    if options.stage != "diffusion":
+        print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes")
+        print("files  ", *report_reconstruction(config, options, model, held_out, device), checkpoint, sep="\n        ")
+        following = f"--stage decoder --latents {checkpoint}" if options.stage == "autoencoder" else f"--latents {checkpoint}"
+        return print(f"next    python train.py --preset {options.preset} {following}")
+    clips = sample(config, model, options.marks, device, dtype, seed=1, autoencoder=autoencoder, **told)
+    if rank:                                                           # all took part: a sharded model needs them
+        return
+    files = write_samples(out / "samples/final", clips, config, autoencoder)
+    if files[0].suffix == ".png":
+        files.append(vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps))
+    print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
+          f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
+    if options.data == "shapes":
+        print(held_out.report(clips))
+    elif options.data == "drive":
+        print(held_out.report(clips, told["action"][:len(clips)]))
+    print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
+    longer = config.previous or config.independent or sum(config.context[1:]) and config.task in ("predict", "any")
+    told = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
+    if options.data == "drive":
+        told = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
+    print(f"next    python sample.py {checkpoint} --n 16{told}")
+
+
+def main(argv=None):
+    options, config = parse(argv)
+    config, state = resume(options, config)
+    out, checkpoint, start = options.out, options.out / "last.pt", state["step"] if state else 0
     if options.dry_run:
         return dry_run(options, config)
     if not config.factor and config.channels not in (1, 3):
@@ -788,32 +859,7 @@ def main(argv=None):
     dtype = pick_dtype(options.dtype, device)
     frames = config.frames * (2 if config.previous else 1)
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
-    size, channels = pixels(config)
-    if options.data in WORLDS:
-        if channels != 3:
-            raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
-        few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
-        data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
-        print(f"data    {type(data).__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
-    elif config.factor and diffusion and not autoencoder:
-        data = held_out = Latents(options.data, config, frames, config.latent_scale, options.seed)
-        print(data.check_scale())
-    else:
-        if local:                                                      # the first of a machine decodes, for all
-            torch.distributed.barrier()
-        cache = Cache(Path(options.data))
-        data = held_out = vdm.VideoFolder(options.data, frames, size, config.stride, channels, options.seed,
-                                          progress=not local, read=cache.decode)
-        if processes > 1 and not local:
-            torch.distributed.barrier()
-        config = dataclasses.replace(config, fps=data.fps)
-        print(data.report)
-        if cache.index:
-            print(f"cache   {cache.folder} holds what was decoded, for the next run; it may be deleted")
-    config = dataclasses.replace(config, actions=config.actions or data.actions)
-    if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
-        raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
-                         f"and actions {data.actions}")
+    data, held_out, config = open_data(options, config, frames, autoencoder, local, processes)
     torch.manual_seed(options.seed)
     denoiser = (vdm.build(config) if diffusion else autoencoder or vdm.build_autoencoder(config)).to(device)
     if not diffusion:                                                  # what is trained then is no denoiser
@@ -840,7 +886,7 @@ def main(argv=None):
         if isinstance(layer, vdm.Block):                               # its inside is computed again on the way back
             layer.forward = partial(recompute, layer.forward, use_reentrant=False)
     ddp = spread(denoiser, ema, options.shard, device, processes) if processes > 1 else None
-    optimizers = make_optimizers(config, getattr(denoiser, "net", denoiser), dtype)
+    optimizers = make_optimizers(config, getattr(denoiser, "net", denoiser))
     for optimizer, s in zip(optimizers, state["optimizers"] if state else ()):
         load_optimizer(optimizer, s)
     print(f"model   {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters, "
@@ -853,7 +899,7 @@ def main(argv=None):
     record = dict(loss=0, norm=0, rate=0, waited=0, sigma=torch.ones(1), error=torch.ones(1))
     if processes == 1:             # a rehearsal on a copy, nothing of which is kept, tells how long a step takes
         arguments = config, data, copy.deepcopy(denoiser), vdm.EMA(denoiser)
-        rehearsal = make_optimizers(config, getattr(arguments[2], "net", arguments[2]), dtype)
+        rehearsal = make_optimizers(config, getattr(arguments[2], "net", arguments[2]))
         for _ in range(2):
             began = time.perf_counter()
             record = one_step(0, *arguments, rehearsal, device, dtype, options.seed, parts)
@@ -935,30 +981,7 @@ def main(argv=None):
         log.close()
         signal.signal(signal.SIGTERM, before)
 
-    began = time.perf_counter()
-    if not diffusion:
-        print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes")
-        print("files  ", *report_reconstruction(config, options, ema.model, held_out, device), checkpoint, sep="\n        ")
-        following = f"--stage decoder --latents {checkpoint}" if options.stage == "autoencoder" else f"--latents {checkpoint}"
-        return print(f"next    python train.py --preset {options.preset} {following}")
-    clips = sample(config, ema.model, options.marks, device, dtype, seed=1, autoencoder=autoencoder, **told)
-    if rank:                                                           # all took part: a sharded model needs them
-        return
-    files = write_samples(out / "samples/final", clips, config, autoencoder)
-    if files[0].suffix == ".png":
-        files.append(vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps))
-    print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
-          f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
-    if options.data == "shapes":
-        print(held_out.report(clips))
-    elif options.data == "drive":
-        print(held_out.report(clips, told["action"][:len(clips)]))
-    print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
-    longer = config.previous or config.independent or sum(config.context[1:]) and config.task in ("predict", "any")
-    told = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
-    if options.data == "drive":
-        told = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
-    print(f"next    python sample.py {checkpoint} --n 16{told}")
+    finish(options, config, ema.model, held_out, told, autoencoder, device, dtype, elapsed, rank)
 
 
 if __name__ == "__main__":

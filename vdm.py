@@ -138,8 +138,9 @@ class Config:
     rank: int = 4                   # channels of their bottlenecks
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
-    sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
+    sampling_steps: int = 25        # noise levels visited; heun evaluates twice at all but the last
     temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
+    guided_below: float = 11.0      # at higher noise levels it does so only if frames are given
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -328,7 +329,7 @@ class Denoiser(nn.Module):
 
     give says how net(inputs, c_noise), with c_noise (B, T), is shown the context:
 
-    concat     as more channels, (context, mask) (Video LDM sec. 3.2)
+    concat     as more channels, context and mask (Video LDM sec. 3.2); c_noise says they are clean
     replace    in the place of the noisy frames and scaled like them, so that at large sigma little
                is left of it; net(inputs, c_noise, given (B, T)) tells them apart; no hints (Vista)
     per_frame  in their place, each frame with its own sigma: 0, or a hint's (FVDM)
@@ -361,6 +362,8 @@ class Denoiser(nn.Module):
         inputs = [expand(c_in, x) * x]
         if self.give == "concat":
             inputs += [context, given.expand_as(x[:, :, :1])]
+            # every layer is told the noise level: so it knows which frames are given, and uses them
+            c_noise = scalings(torch.where(mask == 1, 0, sigma), self.kind)[3]
         if self.takes_previous:
             inputs.append(torch.zeros_like(x) if previous is None else previous)
         if self.give == "replace":
@@ -680,14 +683,17 @@ def guided(denoise, scale, rescale=0.0):
     return guided_denoise
 
 
-def temporally_guided(denoise, scale, temporal=0.0):
+def temporally_guided(denoise, scale, temporal=0.0, below=math.inf):
     """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
     the estimate of the same model with temporal layers heeded at `temporal`, 0 being none at all:
     classifier-free guidance whose condition is the other frames. scale is a number, 1 the plain
     estimate; denoise must take temporal, as VideoUNet does, and --images has train.py teach it to
-    do without temporal layers (related: skip guidance, Hyung et al. 2024, 2411.18664)."""
+    do without temporal layers (related: skip guidance, Hyung et al. 2024, 2411.18664). Above noise
+    level `below` there is no guidance: there it favours some kinds of clips (Kynkaanniemi 2024)."""
 
     def guided_denoise(x, sigma, **cond):
+        if sigma.max() > below:
+            return denoise(x, sigma, **cond)
         alone = denoise(x, sigma, temporal=temporal, **cond)
         return alone + scale * (denoise(x, sigma, **cond) - alone)
 
@@ -727,14 +733,17 @@ def clip_noise(seed, clips, device="cpu"):
 
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
+             temporal_guidance=1.0, guided_below=math.inf, reconstruction=0.0, noise=None, seed=0,
+             **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
-    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
+    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1. Temporal guidance is
+    guided_below a noise level, or where frames are given at all of them."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
     if temporal_guidance != 1:
-        denoiser = temporally_guided(denoiser, temporal_guidance)
+        below = math.inf if "mask" in cond or "previous" in cond else guided_below
+        denoiser = temporally_guided(denoiser, temporal_guidance, below=below)
     if reconstruction and "mask" in cond:
         given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
         denoise = reconstruction_guided(partial(denoiser, **cond), **given)
@@ -867,10 +876,10 @@ def rotate(x, position):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, all (N, heads, L, d). On a CPU many short sequences, such as
-    those of temporal layers, are several times faster as matrix products than fused."""
+    """softmax(q k^T / sqrt(d)) v, all (N, heads, L, d). Many short sequences, those of temporal
+    layers, are several times faster on a CPU as matrix products than fused."""
     if q.device.type == "cpu" and q.shape[-2] <= 256:
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -976,8 +985,7 @@ class TemporalAttention(nn.Module):
     def forward(self, x, strength=1.0, told=None):                            # (B, T, C, H, W)
         B, T, C, H, W = x.shape
         tokens, axes = ("b (t h w) c", (T, H, W)) if self.joint else ("(b h w) t c", (T,))
-        h = self.norm(x.flatten(0, 1)).unflatten(0, (B, T))
-        h = rearrange(h, f"b t c h w -> {tokens}")
+        h = rearrange(self.norm(x.flatten(0, 1)), f"(b t) c h w -> {tokens}", t=T)
         if self.before is not None:
             number = self.number(fourier(torch.arange(T, device=x.device), C))        # (T, C)
             h = h + repeat(number, f"t c -> {tokens}", b=B, h=H, w=W)
@@ -985,10 +993,11 @@ class TemporalAttention(nn.Module):
         q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
         position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in axes))
         position = position.reshape(-1, len(axes))                                    # (L, axes)
-        h = attend(rotate(q, position), rotate(k, position), v)
-        h = self.out(rearrange(h, "n heads l d -> n l (heads d)"))
+        seen = attend(rotate(q, position), rotate(k, position), v)
+        seen = self.out(rearrange(seen, "n heads l d -> n l (heads d)"))                # (N, L, C)
         if self.told is not None and told is not None:
-            h = h + repeat(self.told(told), f"b t c -> {tokens}", h=H, w=W)
+            seen = seen + repeat(self.told(told), f"b t c -> {tokens}", h=H, w=W)
+        h = h + seen if self.feed_forward else seen
         h = h + self.feed_forward(h) if self.feed_forward else h
         h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
         return x + strength * self.gate * h
@@ -1114,11 +1123,11 @@ class VideoUNet(nn.Module):
             if isinstance(layer, Block) or self.ddpm_layout:
                 skips.append(x)
         x = self.middle(x, emb, strength, action)
-        if self.ddpm_layout:
-            x = self.middle_again(x, emb, strength, action)
+        x = self.middle_again(x, emb, strength, action) if self.ddpm_layout else x
         for layer in self.up:
             if isinstance(layer, Block):
-                x = layer(torch.cat([x, skips.pop()], 2), emb, strength, action)
+                x = torch.cat([x.flatten(0, 1), skips.pop().flatten(0, 1)], 1)    # keeps the layout
+                x = layer(x.unflatten(0, (B, T)), emb, strength, action)
             else:                                              # to twice the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)

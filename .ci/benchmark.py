@@ -37,11 +37,11 @@ def ours():
     _, config = train.parse(["--batch", str(BATCH), "--width", "70", "--head-dim", "70"])
     dtype = train.pick_dtype("auto", torch.device("cpu"))
     denoiser, world = vdm.build(config), vdm.MovingShapes()
-    state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net, dtype)
+    state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net)
     parameters = sum(p.numel() for p in denoiser.parameters())
     step = lambda i: train.train_step(i, config, world, *state, torch.device("cpu"), dtype, 0)
     draw = lambda: train.sample(config, state[1].model, BATCH, torch.device("cpu"), dtype)
-    evaluations = config.sampling_steps * (1 + (config.temporal_guidance != 1))
+    evaluations = train.evaluations(config)
     return parameters, step, draw, evaluations, evaluations
 
 
@@ -117,7 +117,7 @@ def steps(name):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         clip = dict(video=torch.zeros(c.frames, c.channels, *c.size))
         denoiser = vdm.build(c)
-        state = denoiser, vdm.EMA(denoiser), train.make_optimizers(c, denoiser.net, torch.float32)
+        state = denoiser, vdm.EMA(denoiser), train.make_optimizers(c, denoiser.net)
         for i in range(2):
             train.train_step(i, c, [clip] * 2 * c.batch, *state, torch.device("cpu"), torch.float32, 0)
     measured = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -151,7 +151,7 @@ def cost(kind, frames, batch):
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 30
     if batch:
         clip, config = torch.randn(config.frames, config.channels, *config.size), dataclasses.replace(config, batch=batch)
-        state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net, dtype)
+        state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net)
         for step in range(2):                                    # the second has the optimisers' state
             began = time.process_time()
             train.train_step(step, config, [dict(video=clip)] * 2 * batch, *state, device, dtype, 0)
@@ -160,7 +160,8 @@ def cost(kind, frames, batch):
         sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
             stream = vdm.rollout(denoiser, frames, shape, sigmas, config.overlap, sampler=config.sampler,
-                                 temporal_guidance=config.temporal_guidance)
+                                 temporal_guidance=config.temporal_guidance,
+                                 guided_below=config.guided_below)
             video = torch.cat(list(stream), 1)
         with torch.no_grad():
             video = autoencoder.decode(video) if autoencoder else video
@@ -174,7 +175,7 @@ def operations(kind):
     from torch.utils.flop_counter import FlopCounterMode
     _, config = train.parse(SETTINGS[kind].split())
     x = torch.zeros(1, config.frames, config.channels, *config.size)
-    evaluations = config.sampling_steps * (1 + (config.temporal_guidance != 1))
+    evaluations = train.evaluations(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vdm.build(config)(x, torch.ones(1))
     network, decoder = counter.get_total_flops(), 0
@@ -234,7 +235,8 @@ def marks(folder):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, config.channels, *config.size), sigmas,
                                  config.overlap, seed=3, clips=range(i, i + 16), sampler=config.sampler,
-                                 temporal_guidance=config.temporal_guidance)
+                                 temporal_guidance=config.temporal_guidance,
+                                 guided_below=config.guided_below)
             videos.append(torch.cat(list(pieces), 1))
         videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
     print(world.report(torch.cat(videos)))
@@ -271,7 +273,8 @@ def interpolation(denoiser, config, sigmas, dtype):
         for i in range(0, 64, 16):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 made.append(vdm.interpolate(denoiser, real[i:i + 16, ::factor], factor, config.frames, sigmas,
-                                            clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance))
+                                            clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance,
+                                            guided_below=config.guided_below))
         near = (centre(torch.cat(made).float()) - centre(real)).norm(dim=2) < 1                     # (64, 13)
         near = near[:, torch.arange(13) % factor > 0]
         print(f"interpolation {factor}x: within a pixel {near.float().mean():.0%} of inserted frames, all of them in "
