@@ -1239,12 +1239,14 @@ def test_temporal_conv():
     close(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
-@cases("joint", [False, True])
-def test_temporal_attention(joint):
-    """Token by token, rotary angles as complex numbers: over one place, or over all of them."""
-    layer = randomize(vdm.TemporalAttention(16, 8, joint), gates=True).requires_grad_(False)
+@cases("joint, mode", [(False, "time"), (True, "time"), (True, "none")])
+def test_temporal_attention(joint, mode):
+    """Token by token, rotary angles as complex numbers: over one place, or over all of them; then the
+    two residuals of a transformer block or, without a feed-forward layer, VDM's attention alone."""
+    layer = randomize(vdm.TemporalAttention(16, 8, joint, mode), gates=True).requires_grad_(False)
     x, axes = torch.randn(1, 3, 16, 2, 4), 3 if joint else 1
-    q, k, v = F.linear(layer.norm(x[0]).movedim(1, -1), layer.qkv.weight).chunk(3, -1)
+    tokens = layer.norm(x[0]).movedim(1, -1)                           # [t, h, w]: (16,)
+    q, k, v = F.linear(tokens, layer.qkv.weight).chunk(3, -1)
     q, k, v = (y.unflatten(-1, (2, 8)) for y in (q, k, v))             # [t, h, w]: (heads, d)
     want, places = x.clone(), list(np.ndindex(3, 2, 4))
 
@@ -1257,7 +1259,10 @@ def test_temporal_attention(joint):
         p = [(turned(q, a) * turned(k, b).conj()).real.sum(-1) / math.sqrt(8) for b in seen]
         p = torch.stack(p).softmax(0)                                  # (seen, heads)
         h = layer.out(sum(p[i][:, None] * v[b] for i, b in enumerate(seen)).flatten())
-        want[0, a[0], :, a[1], a[2]] += layer.gate * (h + layer.feed_forward(h))
+        if mode == "time":
+            h = tokens[a] + h
+            h = h + layer.feed_forward(h)
+        want[0, a[0], :, a[1], a[2]] += layer.gate * h
     close(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
