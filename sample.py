@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import vdm
-from train import Parser, pick_device, pick_dtype, pixels
+from train import Parser, pick_device, pick_dtype, pixels, sampling
 
 
 def read_actions(text, config):
@@ -77,6 +77,8 @@ def main(argv=None):
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
     p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates what frames tell each other, and takes nearly "
                    "twice as long (default: the checkpoint's)")
+    p.add_argument("--guided-below", type=float, help="noise level above which it does not act, but where frames are given "
+                   "(default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
@@ -104,7 +106,8 @@ def main(argv=None):
     T, length = config.frames, o.length or (config.frames if actions is None else len(actions))
     if actions is not None and len(actions) != length:
         raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: each frame needs one")
-    steps, sampler = o.steps or config.sampling_steps, o.sampler or config.sampler
+    steps, how = o.steps or config.sampling_steps, sampling(config)
+    how |= {name: getattr(o, name) for name in how if getattr(o, name) is not None}
     overlap = min(config.overlap, T) if o.overlap is None else o.overlap
     for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
         if value < 1:
@@ -160,7 +163,7 @@ def main(argv=None):
     if length > T and not o.interpolate and not config.previous and overlap not in trained:
         raise ValueError(f"--length {length} is more than the {T} frames of a window, so each window must be given the end of "
                          f"the one before: the model was trained on {trained or 'no'} given frames, not on overlap {overlap}")
-    print(f"{o.checkpoint}: {o.n} videos of {length} frames, {sampler} with {steps} steps, averaged weights, on {device} "
+    print(f"{o.checkpoint}: {o.n} videos of {length} frames, {how['sampler']} with {steps} steps, averaged weights, on {device} "
           f"in {str(dtype).removeprefix('torch.')}{f', noise of {level:g} on given frames' * bool(level)}")
 
     sigmas, videos, began = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho), [], time.time()
@@ -170,9 +173,7 @@ def main(argv=None):
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, pieces = (len(clips), T, config.channels, *config.size), []
         which = dict(seed=o.seed, clips=clips)
-        options = dict(sampler=sampler, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
-                       temporal_guidance=config.temporal_guidance if o.temporal_guidance is None else o.temporal_guidance,
-                       guided_below=config.guided_below)
+        options = dict(how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction)
         if o.label is not None:
             options["label"] = torch.full((len(clips),), o.label, device=device)
         if actions is not None:

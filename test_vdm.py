@@ -802,6 +802,25 @@ def test_temporal_guidance(double):
         assert low < np.corrcoef(made[:, :, 0, 0, 0].numpy().T)[0, 1] < high
 
 
+@cases("cond, levels", [({}, [4, 2]), (dict(label=torch.zeros(1)), [4, 2]), (dict(previous=torch.zeros(1, 2, 1, 1, 1)), [8, 4, 2]),
+                        (dict(context=torch.zeros(1, 2, 1, 1, 1), mask=torch.tensor([[1.0, 0]])), [8, 4, 2])])
+def test_levels_of_temporal_guidance(cond, levels):
+    """Below 5 alone, of 8, 4 and 2, but at all of them where frames are given; and at none with scale 1."""
+    alone = []
+
+    class Model(nn.Module):
+        def forward(self, x, sigma, temporal=1.0, **cond):
+            alone.extend(sigma.tolist() if temporal == 0 else [])
+            return torch.zeros_like(x)
+
+    model = Model()
+    model.weight = nn.Parameter(torch.zeros(1))
+    for scale, want in ((1.4, levels), (1.0, [])):
+        alone.clear()
+        vdm.generate(model, (1, 2, 1, 1, 1), torch.tensor([8.0, 4, 2, 0]), "ddim", temporal_guidance=scale, guided_below=5.0, **cond)
+        assert alone == want
+
+
 @cases("sigma", [0.1, 1.0, 7.0])
 def test_reconstruction_guidance(sigma, double):
     """By hand: |a - guess_a|^2 has the gradient -2 K_ab (a - guess_a). Here q(a | z) is exactly
@@ -1115,6 +1134,20 @@ def test_inversion(double):
 
     assert 1.7 < error(100, 1) / error(200, 1) < 2.3
     assert error(200, 10) < 1e-11 and error(200, 1) > 1e-3
+
+
+@cases("preset", ["tiny", "latent", "mnist", "ucf101"])
+def test_channels_stay_last_in_memory(preset):
+    """At every convolution, forwards: one tensor laid out otherwise and all that follow it are copied each time."""
+    c, seen = vdm.PRESETS[preset], []
+    c = vdm.dataclasses.replace(c, width=16, head_dim=16, size=(c.patch * 2 ** (len(c.mults) - 1) * 2,) * 2, frames=3, context=(1.0,))
+    model = vdm.build(c)
+    for layer in model.net.modules():
+        form = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}.get(type(layer))
+        if form:
+            layer.register_forward_hook(lambda layer, x, y, form=form: seen.append(x[0].is_contiguous(memory_format=form)))
+    model(torch.randn(2, 3, c.channels, *c.size), torch.ones(2))
+    assert len(seen) > 10 and all(seen)
 
 
 # ---- network -------------------------------------------------------------------------------------
@@ -1481,6 +1514,12 @@ def test_bad_checkpoints_are_refused(tmp_path):
         do()
         with pytest.raises(ValueError, match="a.pt"):
             vdm.load(path)
+    checkpoint(path)
+    state = torch.load(path, weights_only=True)
+    del state["config"]["guided_below"]                                # of a version without it: no default is filled in
+    vdm.save(path, **state)
+    with pytest.raises(ValueError, match="a.pt .* of another version.*has no guided_below"):
+        vdm.load(path)
 
 
 class Attack:
@@ -2736,10 +2775,12 @@ def test_sample_drives(driver, tmp_path, capsys):
 
 
 def test_sample_by_temporal_guidance(driver, tmp_path):
-    """The checkpoint's own is 1.4; any other makes another video."""
-    a, same, none = (run_sample(driver, tmp_path / f"{i}.mp4", "--n", 1, *flags)[0] for i, flags in
-                     enumerate(([], ["--temporal-guidance", 1.4], ["--temporal-guidance", 1])))
-    assert torch.equal(a, same) and (a - none).abs().mean() > 0.002
+    """The checkpoint's own is 1.4, below 11; any other makes another video, and below 0 there is none."""
+    a, same, none, nowhere, everywhere = (run_sample(driver, tmp_path / f"{i}.mp4", "--n", 1, *flags)[0] for i, flags in enumerate((
+        [], ["--temporal-guidance", 1.4, "--guided-below", 11], ["--temporal-guidance", 1], ["--guided-below", 0],
+        ["--guided-below", 99])))
+    assert torch.equal(a, same) and torch.equal(none, nowhere)
+    assert (a - none).abs().mean() > 0.002 and (a - everywhere).abs().mean() > 0
 
 
 @cases("flags, words", [

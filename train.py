@@ -153,10 +153,10 @@ class Muon(torch.optim.Optimizer):
                 m = m.mT if rows > columns else m
                 # Newton-Schulz brings all singular values to about 1; done on m m^T, which is smaller than m
                 g = m @ m.mT
-                r = eye = torch.eye(len(g[0]), device=g.device).expand_as(g)
+                r = eye = torch.eye(len(g[0]), dtype=g.dtype, device=g.device).expand_as(g)
                 for _ in range(5):
-                    p = 3.4445 * eye - 4.7750 * g + 2.0315 * g @ g
-                    g, r = p @ g @ p, p @ r
+                    factor = 3.4445 * eye - 4.7750 * g + 2.0315 * g @ g
+                    g, r = factor @ g @ factor, factor @ r
                 m = r @ m
                 m = m.mT if rows > columns else m
                 for p, update in zip(params, m):
@@ -468,6 +468,11 @@ def write_samples(path, clips, config, autoencoder):
             vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
 
 
+def sampling(config):
+    """The sampler of a config and its guidance, as arguments of vdm.generate."""
+    return dict(sampler=config.sampler, temporal_guidance=config.temporal_guidance, guided_below=config.guided_below)
+
+
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
     """n clips (n, T, C, H, W) on the CPU, 16 at a time; clip i depends on (seed, i) and what it is told alone. With an
     autoencoder they are decoded."""
@@ -477,8 +482,7 @@ def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             cond = {name: given[i : i + shape[0]].to(device) for name, given in told.items()}
-            clip = vdm.generate(denoiser, shape, sigmas, config.sampler, temporal_guidance=config.temporal_guidance,
-                                guided_below=config.guided_below, noise=noise, **cond)
+            clip = vdm.generate(denoiser, shape, sigmas, noise=noise, **sampling(config), **cond)
         clips.append((autoencoder.decode(clip) if autoencoder else clip).cpu())
     return torch.cat(clips)
 
@@ -824,10 +828,10 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
         print(held_out.report(clips, told["action"][:len(clips)]))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
     longer = config.previous or config.independent or sum(config.context[1:]) and config.task in ("predict", "any")
-    told = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
+    flags = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
     if options.data == "drive":
-        told = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
-    print(f"next    python sample.py {checkpoint} --n 16{told}")
+        flags = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
+    print(f"next    python sample.py {checkpoint} --n 16{flags}")
 
 
 def main(argv=None):

@@ -146,8 +146,8 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
 
-# The papers' models, without tiny's own devices; their learning rates stay, ours fall. "Unverified"
-# was found neither in papers nor in code. Where channels are 4, size counts latents of 8 x 8 pixels
+# The papers' models. Ours: rates fall; rds and svd embed given frames as clean. "Unverified": found
+# neither in papers nor in code. Where channels are 4, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
                 ema=0.9999, temporal_guidance=1.0)
@@ -329,7 +329,7 @@ class Denoiser(nn.Module):
 
     give says how net(inputs, c_noise), with c_noise (B, T), is shown the context:
 
-    concat     as more channels, context and mask (Video LDM sec. 3.2); c_noise says they are clean
+    concat     as more channels, context and mask (Video LDM sec. 3.2), with c_noise of clean frames
     replace    in the place of the noisy frames and scaled like them, so that at large sigma little
                is left of it; net(inputs, c_noise, given (B, T)) tells them apart; no hints (Vista)
     per_frame  in their place, each frame with its own sigma: 0, or a hint's (FVDM)
@@ -362,7 +362,7 @@ class Denoiser(nn.Module):
         inputs = [expand(c_in, x) * x]
         if self.give == "concat":
             inputs += [context, given.expand_as(x[:, :, :1])]
-            # every layer is told the noise level: so it knows which frames are given, and uses them
+            # ours: every layer is told the noise level, so it knows which frames are given
             c_noise = scalings(torch.where(mask == 1, 0, sigma), self.kind)[3]
         if self.takes_previous:
             inputs.append(torch.zeros_like(x) if previous is None else previous)
@@ -685,11 +685,10 @@ def guided(denoise, scale, rescale=0.0):
 
 def temporally_guided(denoise, scale, temporal=0.0, below=math.inf):
     """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
-    the estimate of the same model with temporal layers heeded at `temporal`, 0 being none at all:
-    classifier-free guidance whose condition is the other frames. scale is a number, 1 the plain
-    estimate; denoise must take temporal, as VideoUNet does, and --images has train.py teach it to
-    do without temporal layers (related: skip guidance, Hyung et al. 2024, 2411.18664). Above noise
-    level `below` there is no guidance: there it favours some kinds of clips (Kynkaanniemi 2024)."""
+    the estimate of the same model with temporal layers heeded at `temporal` alone. denoise must
+    take that, as VideoUNet does, and --images teaches it to do with 0 (related: skip guidance,
+    Hyung et al. 2024, 2411.18664). Above the noise level `below` there is none: there it favours
+    some kinds of clips (Kynkäänniemi et al. 2024, 2404.07724)."""
 
     def guided_denoise(x, sigma, **cond):
         if sigma.max() > below:
@@ -737,8 +736,8 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
              **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
-    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1. Temporal guidance is
-    guided_below a noise level, or where frames are given at all of them."""
+    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1. temporal_guidance
+    acts below the noise level guided_below or, where frames are given, at all levels."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
     if temporal_guidance != 1:
@@ -967,9 +966,9 @@ class SpatialAttention(nn.Module):
 
 class TemporalAttention(nn.Module):
     """Every place looks at itself in all frames or, joint, at all places of all frames; then a
-    feed-forward layer: the temporal transformer block of Video LDM and SVD. Frames are told apart
-    by rotary angles: only distances count (as in VDM), and clips may get longer. mode none has no
-    feed-forward layer; both has one before attention, too, and embeds the frame's number (SVD)."""
+    feed-forward layer, each with a residual: the temporal transformer of Video LDM and SVD. By
+    rotary angles frames are told apart: only distances count (as in VDM), and clips may get longer.
+    mode none: attention alone, no residual. both: a layer before it, too, frame numbers (SVD)."""
 
     def __init__(self, dim, head_dim=32, joint=False, mode="time", told=0):
         super().__init__()
@@ -1037,14 +1036,13 @@ class VideoUNet(nn.Module):
     temporal, a number or (B,), tells how far temporal layers are heeded: at 0 it is an image model.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
-    (ddpm_layout: one more on the way up and in the middle, and skips from all layers: a third more
-    work, which at toy size more steps repay); attention the downsampling factors with attention,
-    joint those where it is joint over space and time. feed_forward is none, time, or both: SVD's
-    transformers, each told the action anew, 128 waves a number (Vista). Frames are first cut into
-    patch x patch tiles as in a vision transformer, which saves most of the work at toy size; a thin
-    path of `detail` channels at full resolution leads around them and keeps edges sharp. With
-    second_embedding forward takes given (B, T) as well: where it is True another MLP embeds c_noise
-    (Vista). convs: whether there are temporal convolutions."""
+    (ddpm_layout: one more on the way up and in the middle, and skips from all layers); attention
+    the downsampling factors with attention, joint those where it is joint over space and time.
+    feed_forward is none, time, or both: SVD's transformers, each told the action anew, 128 waves a
+    number (Vista). Frames are first cut into patch x patch tiles, which saves most of the work at
+    toy size; a path of `detail` channels at full resolution leads around and keeps edges sharp.
+    With second_embedding forward takes given (B, T) as well: where it is True another MLP embeds
+    c_noise (Vista). convs: whether there are temporal convolutions."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
@@ -1384,8 +1382,8 @@ def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
 
 
 def flicker(clip, real):
-    """How much the error of a reconstruction changes from each frame to the next, mean absolute: a
-    fault that stays, or moves on with its object, is seen less than one that comes and goes."""
+    """How much the error of a reconstruction changes from frame to frame, mean absolute: a fault
+    that stays, or moves on with its object, is seen less than one that comes and goes."""
     return (clip - real).diff(dim=1).abs().mean().item()
 
 
@@ -1450,8 +1448,7 @@ class MovingShapes:
         shape   in every frame, look like one shape of its kind alone (intersection / union > 0.75)
         color   stay within 0.25, of 0 ... 1, of one colour of the palette
         size    stay within 12 % of its median
-        path    in every 8 frames in a row, keep within 1.5 pixels (of 32) of a straight, bouncing
-                path
+        path    in every 8 frames in a row, keep within 1.5 pixels (of 32) of a bouncing straight
         speed   and keep that path's speed, to 2 % of the frame per frame
         moving  go at half the world's lowest speed or more: a frozen clip breaks this law alone
 
@@ -1902,11 +1899,14 @@ def build_autoencoder(config):
 
 
 def read_checkpoint(path):
-    """What save wrote -> (dict, Config). weights_only: a file with code is refused, not run."""
+    """What save wrote -> (dict, Config). Refused: code, which weights_only never runs, and a config
+    with other fields than ours, as its network may have been another, too."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := Config.__dataclass_fields__.keys() - state["config"].keys():
+            raise ValueError(f"its config has no {', '.join(sorted(missing))}")
         return state, Config(**state["config"])
     except Exception as e:                                         # each kind of damage has its own
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:150]

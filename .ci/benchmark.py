@@ -159,9 +159,7 @@ def cost(kind, frames, batch):
         began, shape = time.process_time(), (1, config.frames, config.channels, *config.size)
         sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
-            stream = vdm.rollout(denoiser, frames, shape, sigmas, config.overlap, sampler=config.sampler,
-                                 temporal_guidance=config.temporal_guidance,
-                                 guided_below=config.guided_below)
+            stream = vdm.rollout(denoiser, frames, shape, sigmas, config.overlap, **train.sampling(config))
             video = torch.cat(list(stream), 1)
         with torch.no_grad():
             video = autoencoder.decode(video) if autoencoder else video
@@ -234,9 +232,7 @@ def marks(folder):
     for i in range(0, 64, 16):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, config.channels, *config.size), sigmas,
-                                 config.overlap, seed=3, clips=range(i, i + 16), sampler=config.sampler,
-                                 temporal_guidance=config.temporal_guidance,
-                                 guided_below=config.guided_below)
+                                 config.overlap, seed=3, clips=range(i, i + 16), **train.sampling(config))
             videos.append(torch.cat(list(pieces), 1))
         videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
     print(world.report(torch.cat(videos)))
@@ -273,8 +269,7 @@ def interpolation(denoiser, config, sigmas, dtype):
         for i in range(0, 64, 16):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 made.append(vdm.interpolate(denoiser, real[i:i + 16, ::factor], factor, config.frames, sigmas,
-                                            clips=range(i, i + 16), sampler=config.sampler, temporal_guidance=config.temporal_guidance,
-                                            guided_below=config.guided_below))
+                                            clips=range(i, i + 16), **train.sampling(config)))
         near = (centre(torch.cat(made).float()) - centre(real)).norm(dim=2) < 1                     # (64, 13)
         near = near[:, torch.arange(13) % factor > 0]
         print(f"interpolation {factor}x: within a pixel {near.float().mean():.0%} of inserted frames, all of them in "
