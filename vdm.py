@@ -79,14 +79,14 @@ class Config:
     kl: float = 1e-4                # weight of the KL term in its loss
     latent_scale: float = 1.0       # latents encoded elsewhere are multiplied by this (SD: 0.18215)
     # the network
-    width: int = 48                 # channels of the first level
-    mults: tuple = (1, 2)           # channels of each level, as multiples of width
+    width: int = 16                 # channels of the first level
+    mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
     blocks: int = 1                 # residual blocks per level
-    attention: tuple = (2,)         # downsampling factors at which there is attention
-    joint: tuple = (2,)             # those where one attention sees all places of all frames
+    attention: tuple = (4,)         # downsampling factors at which there is attention
+    joint: tuple = (4,)             # those where one attention sees all places of all frames
     head_dim: int = 16              # channels per attention head
-    patch: int = 4                  # frames are cut into patch x patch tiles first
-    detail: int = 8                 # channels of a full-resolution path around the tiles (0: none)
+    patch: int = 2                  # frames are cut into patch x patch tiles first
+    detail: int = 0                 # channels of a full-resolution path around the tiles (0: none)
     convs: bool = True              # temporal convolutions in and after every residual block
     feed_forward: str = "time"      # none, in temporal attention, or both: transformers as in SVD
     ddpm_layout: bool = False       # one more block in the middle and per level on the way up
@@ -121,7 +121,7 @@ class Config:
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
-    steps: int = 2000               # optimiser steps
+    steps: int = 1800               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -158,11 +158,11 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
-    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, patch=2, sigma_data=1.0,
-                     steps=1500),
+    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
+                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
-                    attention=(2, 4), joint=(4,), context=(0.5, *[0] * 9, 0.5), overlap=10,
+                    attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
                     steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
@@ -1039,18 +1039,18 @@ class VideoUNet(nn.Module):
     (ddpm_layout: one more on the way up and in the middle, and skips from all layers); attention
     the downsampling factors with attention, joint those where it is joint over space and time.
     feed_forward is none, time, or both: SVD's transformers, each told the action anew, 128 waves a
-    number (Vista). Frames are first cut into patch x patch tiles, which saves most of the work at
-    toy size; a path of `detail` channels at full resolution leads around and keeps edges sharp.
-    With second_embedding forward takes given (B, T) as well: where it is True another MLP embeds
-    c_noise (Vista). convs: whether there are temporal convolutions."""
+    number (Vista). Frames are cut into patch x patch tiles; around large ones a path of `detail`
+    channels at full resolution keeps edges sharp. convs: whether there are temporal ones. With
+    second_embedding given (B, T) is True where another MLP is to embed c_noise (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
                  second_embedding=False, convs=True, feed_forward="time", ddpm_layout=False):
         super().__init__()
-        self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * width
+        waves = max(width, 48)                  # with fewer, given frames are told apart less well
+        self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * waves
         self.input = nn.Conv2d(in_channels * patch ** 2, width, 3, padding=1)
-        self.embed = nn.Sequential(nn.Linear(width, dim_emb), nn.SiLU(),
+        self.embed = nn.Sequential(nn.Linear(waves, dim_emb), nn.SiLU(),
                                    nn.Linear(dim_emb, dim_emb), nn.SiLU())
         self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
         self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
@@ -1097,7 +1097,7 @@ class VideoUNet(nn.Module):
         strength = expand(torch.as_tensor(temporal).to(x), x)               # (B or 1, 1, 1, 1, 1)
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
-        waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, width)
+        waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, waves)
         emb = self.embed(waves)                                                        # (B, T, E)
         if given is not None:
             emb = torch.where(given[..., None], self.embed_given(waves), emb)

@@ -5,6 +5,7 @@ Compare with video-diffusion-pytorch in one run on one machine, at equal paramet
     python .ci/benchmark.py                      a training step, and drawing a batch of clips
     python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length; with
                                                  --task any interpolation, too; of --data drive, how well it obeys
+    python .ci/benchmark.py --best out/tiny      the error of its estimates against the least that any can have
     python .ci/benchmark.py --memory             peak memory of training against what --dry-run --device cpu predicts
     python .ci/benchmark.py --efficiency         pixels against latents, clips of 16x64x64: the largest training batch in
                                                  2 GiB, and the cost of 16 and of 128 frames (PVDM's table)
@@ -24,6 +25,7 @@ import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
 import torch
 
 import train
@@ -33,8 +35,8 @@ BATCH, FRAMES, SIZE = 8, 8, 32
 
 
 def ours():
-    """A UNet of 3.18 M parameters (theirs has 3.16 M) at the settings of the preset tiny; one whole step of train.py."""
-    _, config = train.parse(["--batch", str(BATCH), "--width", "70", "--head-dim", "70"])
+    """A UNet of 3.16 M parameters (theirs has as many) at the settings of the preset tiny; one whole step of train.py."""
+    _, config = train.parse(["--batch", str(BATCH), "--width", "24", "--head-dim", "24"])
     dtype = train.pick_dtype("auto", torch.device("cpu"))
     denoiser, world = vdm.build(config), vdm.MovingShapes()
     state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net)
@@ -101,7 +103,7 @@ def compare():
         print(f"{key:>12}  video-diffusion-pytorch {a:12.6g}   vdm.py {b:12.6g}   {a / b:8.1f} times  {unit}")
 
 
-NETWORKS = dict(tiny=[], wide=["--width", "256", "--head-dim", "32"],
+NETWORKS = dict(tiny=[], wide=["--width", "64", "--head-dim", "32"],
                 svd_narrow="--preset svd --width 64 --size 16 --frames 8 --batch 2".split(),
                 ucf101_narrow="--preset ucf101 --width 64 --size 32 --batch 2".split())
 
@@ -276,9 +278,62 @@ def interpolation(denoiser, config, sigmas, dtype):
               f"{near.all(1).float().mean():.0%} of clips")
 
 
+def draw_clips(p, world, frames):
+    """Light (N, T, 3, H, W), 0 to 1, of what p (N, 7) says: kind, radius, y, x, speed, direction, colour. Numbers are in pixels."""
+    kind, r, y, x, speed, way = p[:, :6, None].swapaxes(0, 1)                                       # (N, 1)
+    steps, (H, W) = speed * np.arange(frames), world.size
+    y, x = world.bounce(y + steps * np.sin(way), r, H - r), world.bounce(x + steps * np.cos(way), r, W - r)       # (N, T)
+    cover = np.stack([world.draw(int(k), np.full(frames, a), b, c, world.size) for k, a, b, c in zip(p[:, 0], p[:, 1], y, x)])
+    return cover[:, :, None] * world.palette[p[:, 6].astype(int)][:, None, :, None, None]
+
+
+def best(folder, n=32, rounds=2000):
+    """The error of a run's estimates at some noise levels beside the least that any can have, that of the posterior mean: here
+    the mean of `rounds` states of a Markov chain (Metropolis) over all that the world draws, which starts at the truth."""
+    denoiser, config = vdm.load(Path(folder) / "last.pt")
+    world, T, rng = vdm.MovingShapes(config.frames, config.size, seed=77), config.frames, np.random.default_rng(0)
+    truth, side = [], min(world.size)
+    for i in range(n):                                           # as MovingShapes draws them
+        dice = np.random.default_rng([world.seed, i])
+        color, kind, r = dice.permutation(6)[0], dice.integers(3), dice.uniform(*world.RADIUS) * side
+        speed, way = dice.uniform(*world.SPEED) * side, dice.uniform(0, 2 * np.pi)
+        truth.append([kind, r, *dice.uniform(r, np.array(world.size) - r), speed, way, color])
+    truth, clips = np.array(truth), np.stack([world[i]["video"].numpy() for i in range(n)])
+    assert np.allclose(2 * draw_clips(truth, world, T) - 1, clips, atol=1e-5)
+    low, high = (np.array([world.RADIUS[k] * side, 0, 0, world.SPEED[k] * side]) for k in (0, 1))
+    print(f"{n} clips, squared error    model  least possible")
+    for sigma in (1.0, 2.0, 4.0, 8.0, 16.0):
+        x = clips + sigma * rng.normal(size=clips.shape)
+
+        def score(p, picture):                                   # log of the posterior density
+            room = np.array(world.size) - p[:, 1:2]
+            inside = (p[:, 2:4] > p[:, 1:2]).all(1) & (p[:, 2:4] < room).all(1)
+            inside &= (p[:, 1] > low[0]) & (p[:, 1] < high[0]) & (p[:, 4] > low[3]) & (p[:, 4] < high[3])
+            prior = -np.log(np.maximum(room - p[:, 1:2], 1e-9)).sum(1)
+            return np.where(inside, prior - ((picture - x) ** 2).sum((1, 2, 3, 4)) / 2 / sigma ** 2, -np.inf)
+
+        p, picture, total = truth.copy(), clips.copy(), 0
+        now, width = score(p, picture), np.array([0, 0.14, 0.3, 0.3, 0.07, 0.1, 0]) * sigma / T ** 0.5
+        for i in range(rounds):
+            q = p + rng.normal(size=p.shape) * width * rng.choice([0.1, 0.3, 1, 2], (n, 1)) * (rng.random(p.shape) < 0.5)
+            for every, column, fresh in ((5, 0, rng.integers(3, size=n)), (7, 6, rng.integers(6, size=n)),
+                                         (11, 5, rng.uniform(0, 2 * np.pi, n))):
+                q[:, column] = q[:, column] if i % every else fresh
+            moved = 2 * draw_clips(q, world, T) - 1
+            then = score(q, moved)
+            yes = np.log(1 - rng.random(n)) < then - now
+            p[yes], picture[yes], now[yes] = q[yes], moved[yes], then[yes]
+            total += picture * (i >= rounds // 10)
+        with torch.no_grad():
+            made = denoiser(torch.from_numpy(x).float(), torch.full((n,), sigma)).numpy()
+        errors = [((guess - clips) ** 2).mean() for guess in (made, total / (rounds - rounds // 10))]
+        print(f"{'sigma':>18} {sigma:4g} {errors[0]:9.4f} {errors[1]:9.4f}")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", help="the folder of a run whose clips are to be marked")
+    p.add_argument("--best", help="the folder of a run whose errors are to be compared with the least possible")
     p.add_argument("--memory", action="store_true", help="peak memory against prediction")
     p.add_argument("--efficiency", type=float, nargs="?", const=2.0, metavar="GIB", help="pixels against latents; a training step may "
                    "take this much (2)")
@@ -292,4 +347,4 @@ if __name__ == "__main__":
     elif o.efficiency:
         efficiency(o.efficiency)
     else:
-        marks(o.run) if o.run else memory() if o.memory else compare()
+        marks(o.run) if o.run else best(o.best) if o.best else memory() if o.memory else compare()

@@ -27,8 +27,9 @@ import torch
 import train
 import vdm
 
-FLAGS = ("--width 32 --mults 1 1 --frames 4 --size 16 --batch 4 --sampling-steps 2 --marks 2 --warmup 2 --context 0.5 0 0.5 "
-         "--overlap 2 --device cpu --dtype fp32 --dropout 0.1 --steps 90 --save-every 3 --sample-every 30 --workers 1").split()
+FLAGS = ("--width 32 --mults 1 1 --patch 4 --detail 8 --attention 2 --joint 2 --frames 4 --size 16 --batch 4 "
+         "--sampling-steps 2 --marks 2 --warmup 2 --context 0.5 0 0.5 --overlap 2 --device cpu --dtype fp32 "
+         "--dropout 0.1 --steps 90 --save-every 3 --sample-every 30 --workers 1").split()
 
 
 def start(flags, rank=0, processes=1, port=0):
