@@ -3283,10 +3283,10 @@ def test_operations_against_a_hand_count():
                         context=(1.0,))
     C, L, T, up = 16, 32, 3, 32
     conv = lambda a, b, kernel: L * T * a * b * kernel
-    res = lambda a: conv(a, C, 9) + conv(C, C, 3) + T * 64 * 2 * C + conv(C, C, 9) + (a != C) * conv(a, C, 1)
+    res = lambda a: conv(a, C, 9) + conv(C, C, 3) + T * 192 * 2 * C + conv(C, C, 9) + (a != C) * conv(a, C, 1)
     space = conv(C, 4 * C, 1) + T * 2 * L * L * C
     time = conv(C, 4 * C, 1) + L * 2 * T * T * C + conv(C, 8 * C, 1)
-    total = conv(5, C, 9) + T * (C * 64 + 64 * 64) + conv(C, 2, 9)
+    total = conv(5, C, 9) + T * (48 * 192 + 192 * 192) + conv(C, 2, 9)
     total += 3 * (conv(C, C, 3) + space + time) + 2 * res(C) + res(up)
     for gpu, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         assert train.rehearse(config, 1, dtype, gpu)["operations"] == 2 * total
