@@ -77,8 +77,8 @@ def main(argv=None):
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
     p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates what frames tell each other, and takes nearly "
                    "twice as long (default: the checkpoint's)")
-    p.add_argument("--guided-below", type=float, help="noise level above which it does not act, but where frames are given "
-                   "(default: the checkpoint's)")
+    p.add_argument("--guided-below", type=float, help="noise level below which that acts; where frames are given it does at all "
+                   "levels (default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")

@@ -10,6 +10,7 @@ import ast
 import builtins
 import csv
 import dis
+import importlib.util
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import time
 import types
 from fractions import Fraction
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -3422,6 +3423,33 @@ def test_table_of_claims(tmp_path):
     text = claims.text(found)
     assert "| a | 2 ± 1 | 0.4 ± 0.1 |" in text and "* b against a: better: error; worse: pass" in text
     assert "* c against a: better: pass (nothing found: error)" in text and "* d against a: no difference was found" in text
+
+
+def test_least_possible_error():
+    """Of one frame, against a sum over all kinds, colours, sizes and places on a grid of half a pixel, each weighted by how
+    probable it makes what is seen: what chance does to the chain, and half pixels to the grid, is small beside the error."""
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / ".ci/benchmark.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    world, n, sigma = vdm.MovingShapes(1, seed=77), 12, 4.0
+    clips = np.stack([world[i]["video"].numpy() for i in range(n)])                            # (n, 1, 3, 32, 32)
+    x = clips + sigma * np.random.default_rng(1).normal(size=clips.shape)
+    shapes, prior = [], []
+    for kind, r in product(range(3), 32 * np.linspace(0.18, 0.25, 17)[1::2]):
+        y, z = (a.ravel() for a in np.meshgrid(*2 * [np.arange(r + 0.25, 32 - r, 0.5)]))
+        shapes.append(2 * world.draw(kind, r, y, z, (32, 32)).reshape(-1, 1024).astype(np.float32))
+        prior.append(np.full(len(y), -np.log(len(y))))
+    shapes, prior = np.concatenate(shapes), np.concatenate(prior)                              # (M, 1024), (M,)
+    seen = np.einsum("nct,mt->nmc", x[:, 0].reshape(n, 3, 1024) + 1, shapes, optimize=True)
+    colors = world.palette
+    score = (seen @ colors.T - (shapes ** 2).sum(1)[:, None] * colors.sum(1) / 2) / sigma ** 2 + prior[:, None]
+    weight = np.exp(score - score.max((1, 2), keepdims=True))
+    weight /= weight.sum((1, 2), keepdims=True)                                                # (n, M, 6)
+    want = np.einsum("nmc,mt->nct", weight @ colors, shapes, optimize=True).reshape(clips.shape) - 1
+    got = benchmark.posterior_mean(x, sigma, benchmark.drawn(world, n), world, 6000)
+    least = ((want - clips) ** 2).mean()
+    assert 0.01 < least < 0.04 and ((got - want) ** 2).mean() < 0.06 * least
+    assert ((got - clips) ** 2).mean() == pytest.approx(least, rel=0.25)
 
 
 @cases("kind, frames, batch", [("latents", 16, 0), ("latents", 16, 1)])

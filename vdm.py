@@ -146,8 +146,8 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
 
-# The papers' models. Ours: rates fall; rds and svd embed given frames as clean. "Unverified": found
-# neither in papers nor in code. Where channels are 4, size counts latents of 8 x 8 pixels
+# The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
+# "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
                 ema=0.9999, temporal_guidance=1.0)
@@ -685,10 +685,10 @@ def guided(denoise, scale, rescale=0.0):
 
 def temporally_guided(denoise, scale, temporal=0.0, below=math.inf):
     """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
-    the estimate of the same model with temporal layers heeded at `temporal` alone. denoise must
-    take that, as VideoUNet does, and --images teaches it to do with 0 (related: skip guidance,
+    the estimate by the same model whose temporal layers are heeded at `temporal` only, 0: not at
+    all. denoise must take that, as VideoUNet does and --images teaches it (related: skip guidance,
     Hyung et al. 2024, 2411.18664). Above the noise level `below` there is none: there it favours
-    some kinds of clips (Kynkäänniemi et al. 2024, 2404.07724)."""
+    some kinds of clips (guidance in an interval, Kynkäänniemi et al. 2024, 2404.07724)."""
 
     def guided_denoise(x, sigma, **cond):
         if sigma.max() > below:
@@ -878,7 +878,7 @@ def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v, all (N, heads, L, d). Many short sequences, those of temporal
     layers, are several times faster on a CPU as matrix products than fused."""
     if q.device.type == "cpu" and q.shape[-2] <= 256:
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -966,9 +966,9 @@ class SpatialAttention(nn.Module):
 
 class TemporalAttention(nn.Module):
     """Every place looks at itself in all frames or, joint, at all places of all frames; then a
-    feed-forward layer, each with a residual: the temporal transformer of Video LDM and SVD. By
-    rotary angles frames are told apart: only distances count (as in VDM), and clips may get longer.
-    mode none: attention alone, no residual. both: a layer before it, too, frame numbers (SVD)."""
+    feed-forward layer, each with a residual: the temporal transformer of Video LDM and SVD. Rotary
+    angles tell frames apart: only distances count (as in VDM), and clips may get longer. mode none
+    is attention alone; both has a layer before it, too, and embeds the frame's number (SVD)."""
 
     def __init__(self, dim, head_dim=32, joint=False, mode="time", told=0):
         super().__init__()
@@ -1095,8 +1095,7 @@ class VideoUNet(nn.Module):
     def forward(self, x, c_noise, label=None, action=None, given=None, temporal=1.0):
         B, T = x.shape[:2]
         strength = expand(torch.as_tensor(temporal).to(x), x)               # (B or 1, 1, 1, 1, 1)
-        if c_noise.ndim == 1:
-            c_noise = c_noise[:, None].expand(B, T)                    # one noise level per frame
+        c_noise = c_noise if c_noise.ndim == 2 else c_noise[:, None].expand(B, T)       # (B, T)
         waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, waves)
         emb = self.embed(waves)                                                        # (B, T, E)
         if given is not None:
@@ -1124,8 +1123,9 @@ class VideoUNet(nn.Module):
         x = self.middle_again(x, emb, strength, action) if self.ddpm_layout else x
         for layer in self.up:
             if isinstance(layer, Block):
-                x = torch.cat([x.flatten(0, 1), skips.pop().flatten(0, 1)], 1)    # keeps the layout
-                x = layer(x.unflatten(0, (B, T)), emb, strength, action)
+                # joined as pictures, (B T, C, H, W): channels stay last in memory
+                x = torch.cat([y.flatten(0, 1) for y in (x, skips.pop())], 1).unflatten(0, (B, T))
+                x = layer(x, emb, strength, action)
             else:                                              # to twice the height and width
                 x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
@@ -1382,8 +1382,8 @@ def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
 
 
 def flicker(clip, real):
-    """How much the error of a reconstruction changes from frame to frame, mean absolute: a fault
-    that stays, or moves on with its object, is seen less than one that comes and goes."""
+    """Mean absolute change, from frame to frame, of a reconstruction's error: a fault that stays,
+    or moves on with its object, is seen less than one that comes and goes."""
     return (clip - real).diff(dim=1).abs().mean().item()
 
 

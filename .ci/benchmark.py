@@ -278,56 +278,71 @@ def interpolation(denoiser, config, sigmas, dtype):
               f"{near.all(1).float().mean():.0%} of clips")
 
 
-def draw_clips(p, world, frames):
-    """Light (N, T, 3, H, W), 0 to 1, of what p (N, 7) says: kind, radius, y, x, speed, direction, colour. Numbers are in pixels."""
+def light(p, world, frames):
+    """Clips (N, T, 3, H, W) of what p (N, 7) says, in pixels: kind, radius, y, x, speed, direction, colour."""
     kind, r, y, x, speed, way = p[:, :6, None].swapaxes(0, 1)                                       # (N, 1)
-    steps, (H, W) = speed * np.arange(frames), world.size
-    y, x = world.bounce(y + steps * np.sin(way), r, H - r), world.bounce(x + steps * np.cos(way), r, W - r)       # (N, T)
+    steps, (H, W) = speed * np.arange(frames), world.size                                           # (N, T)
+    y, x = world.bounce(y + steps * np.sin(way), r, H - r), world.bounce(x + steps * np.cos(way), r, W - r)
     cover = np.stack([world.draw(int(k), np.full(frames, a), b, c, world.size) for k, a, b, c in zip(p[:, 0], p[:, 1], y, x)])
-    return cover[:, :, None] * world.palette[p[:, 6].astype(int)][:, None, :, None, None]
+    return 2 * cover[:, :, None] * world.palette[p[:, 6].astype(int)][:, None, :, None, None] - 1
 
 
-def best(folder, n=32, rounds=2000):
-    """The error of a run's estimates at some noise levels beside the least that any can have, that of the posterior mean: here
-    the mean of `rounds` states of a Markov chain (Metropolis) over all that the world draws, which starts at the truth."""
-    denoiser, config = vdm.load(Path(folder) / "last.pt")
-    world, T, rng = vdm.MovingShapes(config.frames, config.size, seed=77), config.frames, np.random.default_rng(0)
-    truth, side = [], min(world.size)
-    for i in range(n):                                           # as MovingShapes draws them
+def drawn(world, n):
+    """What MovingShapes draws for clips 0 ... n - 1: p (n, 7), as light reads it."""
+    p, side = [], min(world.size)
+    for i in range(n):
         dice = np.random.default_rng([world.seed, i])
         color, kind, r = dice.permutation(6)[0], dice.integers(3), dice.uniform(*world.RADIUS) * side
         speed, way = dice.uniform(*world.SPEED) * side, dice.uniform(0, 2 * np.pi)
-        truth.append([kind, r, *dice.uniform(r, np.array(world.size) - r), speed, way, color])
-    truth, clips = np.array(truth), np.stack([world[i]["video"].numpy() for i in range(n)])
-    assert np.allclose(2 * draw_clips(truth, world, T) - 1, clips, atol=1e-5)
-    low, high = (np.array([world.RADIUS[k] * side, 0, 0, world.SPEED[k] * side]) for k in (0, 1))
-    print(f"{n} clips, squared error    model  least possible")
+        p.append([kind, r, *dice.uniform(r, np.array(world.size) - r), speed, way, color])
+    return np.array(p)
+
+
+def posterior_mean(x, sigma, truth, world, rounds=2000):
+    """The mean of all clips that may be behind x (N, T, 3, H, W), clips with noise of level sigma, each as probable as x makes
+    it: the estimate of least squared error. Here the mean of a Markov chain (Metropolis) over all that the world draws, which
+    starts at the truth; other modes, of which high noise leaves several, it may not find."""
+    (n, T), side, rng = x.shape[:2], min(world.size), np.random.default_rng(0)
+
+    def score(p, clips):                                         # log of the posterior density
+        r, place, room = p[:, 1:2], p[:, 2:4], np.array(world.size) - p[:, 1:2]
+        inside = ((place > r) & (place < room)).all(1)
+        for share, column in ((world.RADIUS, 1), (world.SPEED, 4)):
+            inside &= (share[0] * side < p[:, column]) & (p[:, column] < share[1] * side)
+        prior = -np.log(np.maximum(room - r, 1e-9)).sum(1)       # the larger a shape, the less room its place has
+        return np.where(inside, prior - ((clips - x) ** 2).sum((1, 2, 3, 4)) / 2 / sigma ** 2, -np.inf)
+
+    p, clips, total = truth.copy(), light(truth, world, T), 0
+    now, width = score(p, clips), np.array([0, 0.14, 0.3, 0.3, 0.07, 0.1, 0]) * sigma / T ** 0.5
+    for i in range(rounds):                                      # small moves; now and then another kind, direction, colour
+        q = p + rng.normal(size=p.shape) * width * rng.choice([0.1, 0.3, 1, 2], (n, 1)) * (rng.random(p.shape) < 0.5)
+        for every, column, fresh in ((5, 0, rng.integers(3, size=n)), (11, 5, rng.uniform(0, 2 * np.pi, n)),
+                                     (7, 6, rng.integers(6, size=n))):
+            q[:, column] = q[:, column] if i % every else fresh
+        moved = light(q, world, T)
+        then = score(q, moved)
+        yes = np.log(1 - rng.random(n)) < then - now
+        p[yes], clips[yes], now[yes] = q[yes], moved[yes], then[yes]
+        total += clips * (i >= rounds // 10)
+    return total / (rounds - rounds // 10)
+
+
+def best(folder, n=32):
+    """The error of a run's estimates beside the least that any can have, from all frames and from each first one alone."""
+    denoiser, config = vdm.load(Path(folder) / "last.pt")
+    if config.factor or config.actions or config.channels != 3:
+        sys.exit(f"{folder} is no run on the pixels of MovingShapes, the one world whose least error is known here")
+    world = vdm.MovingShapes(config.frames, config.size, seed=77)
+    truth, clips = drawn(world, n), np.stack([world[i]["video"].numpy() for i in range(n)])
+    assert np.allclose(light(truth, world, config.frames), clips, atol=1e-5)
+    print(f"{n} clips, squared error    model  least possible  of a frame alone")
     for sigma in (1.0, 2.0, 4.0, 8.0, 16.0):
-        x = clips + sigma * rng.normal(size=clips.shape)
-
-        def score(p, picture):                                   # log of the posterior density
-            room = np.array(world.size) - p[:, 1:2]
-            inside = (p[:, 2:4] > p[:, 1:2]).all(1) & (p[:, 2:4] < room).all(1)
-            inside &= (p[:, 1] > low[0]) & (p[:, 1] < high[0]) & (p[:, 4] > low[3]) & (p[:, 4] < high[3])
-            prior = -np.log(np.maximum(room - p[:, 1:2], 1e-9)).sum(1)
-            return np.where(inside, prior - ((picture - x) ** 2).sum((1, 2, 3, 4)) / 2 / sigma ** 2, -np.inf)
-
-        p, picture, total = truth.copy(), clips.copy(), 0
-        now, width = score(p, picture), np.array([0, 0.14, 0.3, 0.3, 0.07, 0.1, 0]) * sigma / T ** 0.5
-        for i in range(rounds):
-            q = p + rng.normal(size=p.shape) * width * rng.choice([0.1, 0.3, 1, 2], (n, 1)) * (rng.random(p.shape) < 0.5)
-            for every, column, fresh in ((5, 0, rng.integers(3, size=n)), (7, 6, rng.integers(6, size=n)),
-                                         (11, 5, rng.uniform(0, 2 * np.pi, n))):
-                q[:, column] = q[:, column] if i % every else fresh
-            moved = 2 * draw_clips(q, world, T) - 1
-            then = score(q, moved)
-            yes = np.log(1 - rng.random(n)) < then - now
-            p[yes], picture[yes], now[yes] = q[yes], moved[yes], then[yes]
-            total += picture * (i >= rounds // 10)
+        x = clips + sigma * np.random.default_rng(1).normal(size=clips.shape)
         with torch.no_grad():
             made = denoiser(torch.from_numpy(x).float(), torch.full((n,), sigma)).numpy()
-        errors = [((guess - clips) ** 2).mean() for guess in (made, total / (rounds - rounds // 10))]
-        print(f"{'sigma':>18} {sigma:4g} {errors[0]:9.4f} {errors[1]:9.4f}")
+        guesses = made, posterior_mean(x, sigma, truth, world), posterior_mean(x[:, :1], sigma, truth, world)
+        error = [((guess - clips[:, :guess.shape[1]]) ** 2).mean() for guess in guesses]
+        print(f"{'sigma':>18} {sigma:4g} {error[0]:9.4f} {error[1]:15.4f} {error[2]:17.4f}")
 
 
 if __name__ == "__main__":
