@@ -15,6 +15,7 @@ With a model trained with --task image, --context is the picture to animate, wit
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def read_context(path, config, autoencoder, size=None):
     whole, channels = pixels(config)
     clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
+
+
+class Frames:
+    """Of videos (n, T, H, W, C) in a file, frame t of video i, or of all side by side: read when it is asked for."""
+
+    def __init__(self, stored, i=None):
+        self.stored, self.i = stored, i
+
+    def __getitem__(self, t):
+        if self.i is None:
+            return vdm.grid(vdm.from_uint8(self.stored[:, [t]]))[0]                            # (C, H', W')
+        return vdm.from_uint8(self.stored[self.i, t])                                          # (C, H, W)
 
 
 def main(argv=None):
@@ -166,12 +179,22 @@ def main(argv=None):
     print(f"{o.checkpoint}: {o.n} videos of {length} frames, {how['sampler']} with {steps} steps, averaged weights, on {device} "
           f"in {str(dtype).removeprefix('torch.')}{f', noise of {level:g} on given frames' * bool(level)}")
 
-    sigmas, videos, began = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho), [], time.time()
+    sigmas, began, out = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho), time.time(), Path(o.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # pixels go to a file as they come: a video may be longer than fits into memory
+    (H, W), channels = pixels(config)
+    spool, shape_of_all = tempfile.TemporaryFile(dir=out.parent), (o.n, length, H, W, channels)
+
+    def keep(video, first, at):                                                                # (B, t, C, H, W)
+        for i, frames in enumerate(vdm.to_uint8(video), first):
+            spool.seek((i * length + at) * H * W * channels)
+            spool.write(frames.tobytes())
+
     bar = tqdm(total=o.n * length, unit="frame", mininterval=0.5 if sys.stderr.isatty() else 20)
     for i in range(0, o.n, o.batch):
         clips = range(i, min(i + o.batch, o.n))
         given = None if context is None else context.expand(len(clips), *context.shape)
-        shape, pieces = (len(clips), T, config.channels, *config.size), []
+        shape, latents, done = (len(clips), T, config.channels, *config.size), [], 0
         which = dict(seed=o.seed, clips=clips)
         options = dict(how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction)
         if o.label is not None:
@@ -188,24 +211,30 @@ def main(argv=None):
             else:
                 stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, **which, **options)
             for piece in stream:
-                pieces.append(piece.cpu())
+                if config.factor:
+                    latents.append(piece)
+                else:
+                    keep(piece, i, done)
+                done += piece.shape[1]
                 bar.update(piece.shape[0] * piece.shape[1])
-        videos.append(torch.cat(pieces, 1))
         if autoencoder:
-            videos[-1] = autoencoder.to(device).decode(videos[-1].to(device)).cpu()
+            keep(autoencoder.to(device).decode(torch.cat(latents, 1)), i, 0)
+        elif latents:
+            out.with_suffix("").mkdir(exist_ok=True)
+            for j, video in zip(clips, torch.cat(latents, 1).cpu()):
+                np.save(out.with_suffix("") / f"{j:03d}.npy", video.numpy() / config.latent_scale)
     bar.close()
-    videos = torch.cat(videos)                                                                 # (n, length, C, H, W)
-
-    out, fps = Path(o.out), o.fps or config.fps
     if config.factor and not autoencoder:
-        out.with_suffix("").mkdir(parents=True, exist_ok=True)
-        for i, video in enumerate(videos):
-            np.save(out.with_suffix("") / f"{i:03d}.npy", video.numpy() / config.latent_scale)
         return print(f"{time.time() - began:.0f} s; latents, for the decoder where they come from: {out.with_suffix('')}/*.npy")
-    files = [vdm.write_video(out, vdm.grid(videos), fps), vdm.write_video(out.with_suffix(".gif"), vdm.grid(videos), fps),
-             vdm.write_image(out.with_suffix(".png"), vdm.film_strip(videos[:8]), 2)]
-    each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", v, fps) for i, v in enumerate(videos)]
-    print(f"{time.time() - began:.0f} s; all videos: {files[0]} and {files[1]}; the first as a film strip: {files[2]}; "
+
+    spool.flush()
+    stored, fps = np.memmap(spool, np.uint8, "r", shape=shape_of_all), o.fps or config.fps
+    # a film strip of more frames is too wide to look at, and a GIF needs all its frames in memory
+    strip = vdm.film_strip(vdm.from_uint8(stored[:8, :: -(-length // 64)]))
+    files = [vdm.write_video(name, Frames(stored), fps) for name in {out, out.with_suffix(".gif")} if length <= 64 or name == out]
+    image = vdm.write_image(out.with_suffix(".png"), strip, 2)
+    each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", Frames(stored, i), fps) for i in range(o.n)]
+    print(f"{time.time() - began:.0f} s; all videos: {' and '.join(map(str, sorted(files)))}; the first as a film strip: {image}; "
           f"each: {each[0]} ... {each[-1].name}")
 
 

@@ -1680,29 +1680,29 @@ def read_video(path, size=None, channels=3):
 
 
 def write_video(path, clip, fps=8.0, scale=None):
-    """Write clip, float (T, C, H, W) in [-1, 1] with C 1 or 3, as .mp4, .gif (256 colours; equal
-    frames merge) or, of one frame, .png; return the path. A pixel becomes scale x scale."""
+    """Write clip, float (T, C, H, W) in [-1, 1], C 1 or 3, or a sequence of such frames, as .mp4,
+    .gif (equal frames merge) or, of one, .png, each pixel scale x scale; return the path."""
     import imageio.v3 as iio
-    path, suffix, (H, W) = Path(path), Path(path).suffix.lower(), clip.shape[-2:]
-    if suffix not in (".mp4", ".gif", ".png") or clip.dim() != 4 or clip.shape[1] not in (1, 3):
-        raise ValueError(f"{path}: needs .mp4, .gif or .png and (T, 1|3, H, W), got {clip.shape}")
-    k = scale or math.ceil(128 / min(H, W, 128))                   # so that one sees tiny clips
-    k += not scale and (k * H % 2 or k * W % 2)                            # H.264 needs even sides
-    frames = to_uint8(clip.expand(-1, 3, -1, -1)).repeat(k, 1).repeat(k, 2)        # (T, kH, kW, 3)
-    options = {".mp4": dict(plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2), ".png": {},
-               ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}  # GIF counts in 10 ms
+    path, suffix, shape = Path(path), Path(path).suffix.lower(), clip[0].shape
+    if suffix not in (".mp4", ".gif", ".png") or len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"{path}: needs .mp4, .gif or .png and (T, 1|3, H, W), got T x {shape}")
+    k = scale or math.ceil(128 / min(*shape[1:], 128))             # so that one sees tiny clips
+    k += not scale and any(k * side % 2 for side in shape[1:])             # H.264 needs even sides
+    frames = (to_uint8(x.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for x in clip)
+    how = {".mp4": dict(plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2), ".png": {},
+           ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}  # GIF counts in 10 ms
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")        # then path is there whole, or not at all
+    part = path.with_name(f".{path.name}")             # then path is there whole, or not at all
     try:
-        iio.imwrite(temporary, frames, **options[suffix])
-        return temporary.replace(path)
+        iio.imwrite(part, frames if suffix == ".mp4" else [*frames], is_batch=True, **how[suffix])
+        return part.replace(path)
     except Exception as error:
         if suffix != ".mp4":
             raise
         print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
         return write_video(path.with_suffix(".gif"), clip, fps, scale)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def write_image(path, picture, scale=1):

@@ -5,6 +5,7 @@ Compare with video-diffusion-pytorch in one run on one machine, at equal paramet
     python .ci/benchmark.py                      a training step, and drawing a batch of clips
     python .ci/benchmark.py --run out/tiny       the marks of a run: 64 clips, and roll-outs of 4 times the length; with
                                                  --task any interpolation, too; of --data drive, how well it obeys
+    python .ci/benchmark.py --long out/tiny      roll-outs of 4 and 16 times the length: marks, light, memory of sample.py
     python .ci/benchmark.py --best out/tiny      the error of its estimates against the least that any can have
     python .ci/benchmark.py --memory             peak memory of training against what --dry-run --device cpu predicts
     python .ci/benchmark.py --efficiency         pixels against latents, clips of 16x64x64: the largest training batch in
@@ -229,17 +230,46 @@ def marks(folder):
     if autoencoder:
         print("real clips, made latents and back")
         print(world.report(train.reconstruct(autoencoder, torch.stack([world[i]["video"] for i in range(64)]), device)))
-    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
-    videos = []
-    for i in range(0, 64, 16):
+    print(world.report(rolled(denoiser, config, 64, 4 * config.frames, autoencoder)))
+    if config.task == "any" and not autoencoder:
+        sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
+        interpolation(denoiser, config, sigmas, dtype)
+
+
+def rolled(denoiser, config, n, length, autoencoder=None):
+    """n videos (n, length, C, H, W) drawn window by window, 16 at a time."""
+    sigmas, videos = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho), []
+    dtype = train.pick_dtype("auto", torch.device("cpu"))
+    for i in range(0, n, 16):
+        clips = range(i, min(i + 16, n))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            pieces = vdm.rollout(denoiser, 4 * config.frames, (16, config.frames, config.channels, *config.size), sigmas,
-                                 config.overlap, seed=3, clips=range(i, i + 16), **train.sampling(config))
+            pieces = vdm.rollout(denoiser, length, (len(clips), config.frames, config.channels, *config.size), sigmas,
+                                 config.overlap, seed=3, clips=clips, **train.sampling(config))
             videos.append(torch.cat(list(pieces), 1))
         videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
-    print(world.report(torch.cat(videos)))
-    if config.task == "any" and not autoencoder:
-        interpolation(denoiser, config, sigmas, dtype)
+    return torch.cat(videos)
+
+
+def long(folder, n=32):
+    """Do long videos stay what they are? Marks over their full length; how many frames are as bright, and as rich in contrast,
+    as those of real clips (between the 0.5th and the 99.5th of 100); and the peak memory of sample.py, which draws 4 of them."""
+    checkpoint = Path(folder) / "last.pt"
+    denoiser, config = vdm.load(checkpoint)
+    world = vdm.MovingShapes(config.frames, config.size, seed=55)
+    real = torch.stack([world[i]["video"] for i in range(256)])                                     # (256, T, 3, H, W)
+    for times in (4, 16):
+        video = rolled(denoiser, config, n, times * config.frames)
+        print(world.report(video))
+        for name, of in dict(brightness=lambda x: x.mean((2, 3, 4)), contrast=lambda x: x.std((2, 3, 4))).items():
+            low, high = of(real).quantile(torch.tensor([0.005, 0.995]))
+            inside = ((of(video) >= low) & (of(video) <= high)).float()                             # (n, length)
+            last = inside[:, -config.frames:].mean()
+            print(f"frames with the {name} of real ones: {inside.mean():.1%}; of the last {config.frames}: {last:.1%}")
+        call = ["--n", "4", "--length", str(times * config.frames), "--device", "cpu", "--out", str(Path(folder) / "long.mp4")]
+        code = "import resource, sys, sample; sample.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        run = subprocess.run([sys.executable, "-c", code, str(checkpoint), *call], capture_output=True, text=True, check=True,
+                             env=os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parent.parent)))
+        print(f"peak memory of sample.py, 4 videos of {times * config.frames} frames: {int(run.stdout.split()[-1]) / 1024:.0f} MiB")
 
 
 def drive(denoiser, config, device, dtype):
@@ -348,6 +378,7 @@ def best(folder, n=32):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", help="the folder of a run whose clips are to be marked")
+    p.add_argument("--long", help="the folder of a run whose long videos are to be marked")
     p.add_argument("--best", help="the folder of a run whose errors are to be compared with the least possible")
     p.add_argument("--memory", action="store_true", help="peak memory against prediction")
     p.add_argument("--efficiency", type=float, nargs="?", const=2.0, metavar="GIB", help="pixels against latents; a training step may "
@@ -362,4 +393,5 @@ if __name__ == "__main__":
     elif o.efficiency:
         efficiency(o.efficiency)
     else:
-        marks(o.run) if o.run else best(o.best) if o.best else memory() if o.memory else compare()
+        folders = [(f, folder) for f, folder in ((marks, o.run), (long, o.long), (best, o.best)) if folder]
+        folders[0][0](folders[0][1]) if folders else memory() if o.memory else compare()
