@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from fractions import Fraction
 from functools import partial
 from itertools import islice, product
@@ -2201,6 +2202,19 @@ def test_writer(tmp_path, H, W):
     assert len(list((tmp_path / "new").iterdir())) == 2  # no temporary file is left
 
 
+def test_of_an_mp4_one_frame_at_a_time_is_in_memory(tmp_path):
+    pixels, alive = flat(9, 32, 32, 3), weakref.WeakSet()
+
+    class Frames:
+        def __getitem__(self, t):
+            alive.add(frame := vdm.from_uint8(pixels[t]))          # an IndexError after the last ends the sequence
+            assert len(alive) <= 2                                 # the one before may not be forgotten yet
+            return frame
+
+    written = iio.imread(vdm.write_video(tmp_path / "a.mp4", Frames()), plugin="FFMPEG")
+    assert brightness(written) == list(range(9))
+
+
 def test_a_failed_write_and_wrong_input(tmp_path, monkeypatch):
     clip, path = vdm.from_uint8(flat(5, C=1)), tmp_path / "a.mp4"
     for name, wrong in (("a.avi", clip), ("a.mp4", clip[0]), ("a.gif", clip.expand(-1, 4, -1, -1))):
@@ -2834,6 +2848,27 @@ def test_sample_lengths_seeds_and_batches(trained, tmp_path):
     other = run_sample(trained, tmp_path / "c.mp4", "--n", 3, "--length", 11, "--seed", 1)
     assert [len(v) for v in together] == [11] * 3
     assert (together[2] - one_by_one[2]).abs().mean() < 0.002 < (together[2] - other[2]).abs().mean()
+
+
+def test_sample_puts_every_frame_in_its_place(trained, tmp_path, monkeypatch):
+    """Three videos of known brightness in two batches and in pieces of uneven length; a GIF of so many frames is not written,
+    and the strip shows every second one."""
+    light = torch.rand(3, 70) * 1.8 - 0.9
+
+    def rollout(denoiser, length, *_, clips, **options):
+        yield from light[list(clips), :, None, None, None].expand(-1, -1, 3, 16, 16).split([4, 30, 1, 35], 1)
+
+    monkeypatch.setattr(vdm, "rollout", rollout)
+    videos = run_sample(trained, tmp_path / "a.mp4", "--n", 3, "--batch", 2, "--length", 70)
+    assert (torch.stack(videos).mean((2, 3, 4)) - light).abs().max() < 0.05
+    grid = iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")                                 # 2 x 2 cells of 17 x 17 pixels
+    k = grid.shape[1] // 35
+    for i in range(3):
+        seen = grid[:, (17 * (i // 2) + 9) * k, (17 * (i % 2) + 9) * k].mean(-1) / 127.5 - 1
+        assert np.abs(seen - light[i].numpy()).max() < 0.05
+    strip = np.asarray(Image.open(tmp_path / "a.png"))
+    assert strip.shape == (2 * (3 * 17 + 1), 2 * (35 * 17 + 1), 3) and not (tmp_path / "a.gif").exists()
+    assert np.abs(strip[18, 2 * 9 :: 2 * 17].mean(-1) / 127.5 - 1 - light[0, ::2].numpy()).max() < 0.01
 
 
 def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
