@@ -158,9 +158,10 @@ def main(argv=None):
         small = None if config.task == "image" else [n // 4 for n in config.size]
         context = read_context(o.context, config, autoencoder, small)                          # (n, C, h, w)
         context = context[-1:].expand(T, -1, -1, -1) if config.task == "image" else context[:T]
-        if len(context) < T or o.context_frames:
+        if len(context) < T or o.context_frames or length > T:
             raise ValueError(f"{o.checkpoint} has --task {config.task}, which takes the last frame (image) or the first {T} "
-                             f"frames (upsample) of --context: {o.context} must have them, and --context-frames is not used")
+                             f"frames (upsample) of --context: {o.context} must have them, --length may be {T} at most, and "
+                             "--context-frames is not used")
         k = config.size[0] // context.shape[2]
         context = context.repeat_interleave(k, -1).repeat_interleave(k, -2)                    # (T, C, H, W)
     elif o.context:
