@@ -1418,11 +1418,11 @@ def test_adapters_share_of_tiny():
     """Counted by hand from the widths: LoRA (in + out) rank (times the kernel), SimDA's bottlenecks with their biases."""
     whole = sum(p.numel() for p in vdm.build(vdm.PRESETS["tiny"]).parameters())
     count = lambda kind, rank, **o: sum(p.numel() for p in vdm.adapt(vdm.build(vdm.PRESETS["tiny"]), kind, rank, **o))
-    blocks, attentions = (16, 48, 96, 96, 96, 48, 16), 3 * (96,)
-    simda = sum(c * 32 + 32 + 4 * 32 + 32 * c + c for c in blocks) + 2 * sum(2 * c * 32 + 32 + c for c in attentions)
-    qkv_out = sum(4 * (c + 3 * c) + 4 * 2 * c for c in attentions)
+    blocks, joint, apart = (16, 48, 96, 96, 96, 48, 16), 3 * (96,), 2 * (48,)      # apart: space, then time
+    simda = sum(c * 32 + 32 + 4 * 32 + 32 * c + c for c in blocks) + 2 * sum(2 * c * 32 + 32 + c for c in joint + apart)
+    qkv_out = sum(4 * (c + 3 * c) + 4 * 2 * c for c in joint + 2 * apart)
     assert count("simda", 32) == simda < 0.05 * whole and count("lora", 4, layers=("qkv", ".out")) == qkv_out
-    assert qkv_out < count("lora", 4) < 0.052 * (whole + count("lora", 4))
+    assert qkv_out < count("lora", 4) < 0.055 * (whole + count("lora", 4))
 
 
 def test_trainable():
@@ -3249,7 +3249,7 @@ def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):
 
 
 # published or, for ucf101, reconstructed; rds: Video LDM's text-to-video network. PVDM's 528 M of sky run on other latents
-COUNTS = dict(tiny=1.49e6, latent=1.48e6, mnist=10e6, ucf101=1_165_581_571, rds=1_509e6, svd=1_524_623_082, vista=1_648_079_082, sky=459e6)
+COUNTS = dict(tiny=1.57e6, latent=1.48e6, mnist=10e6, ucf101=1_165_581_571, rds=1_509e6, svd=1_524_623_082, vista=1_648_079_082, sky=459e6)
 
 
 @cases("preset", vdm.PRESETS)

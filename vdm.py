@@ -82,7 +82,7 @@ class Config:
     width: int = 16                 # channels of the first level
     mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
     blocks: int = 1                 # residual blocks per level
-    attention: tuple = (4,)         # downsampling factors at which there is attention
+    attention: tuple = (2, 4)       # downsampling factors at which there is attention
     joint: tuple = (4,)             # those where one attention sees all places of all frames
     head_dim: int = 16              # channels per attention head
     patch: int = 2                  # frames are cut into patch x patch tiles first
@@ -121,7 +121,7 @@ class Config:
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
-    steps: int = 1800               # optimiser steps
+    steps: int = 1350               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
