@@ -1421,7 +1421,7 @@ def test_adapters_share_of_tiny():
     blocks, joint, apart = (16, 48, 96, 96, 96, 48, 16), 3 * (96,), 2 * (48,)      # apart: space, then time
     simda = sum(c * 32 + 32 + 4 * 32 + 32 * c + c for c in blocks) + 2 * sum(2 * c * 32 + 32 + c for c in joint + apart)
     qkv_out = sum(4 * (c + 3 * c) + 4 * 2 * c for c in joint + 2 * apart)
-    assert count("simda", 32) == simda < 0.05 * whole and count("lora", 4, layers=("qkv", ".out")) == qkv_out
+    assert count("simda", 32) == simda < 0.05 * (whole + simda) and count("lora", 4, layers=("qkv", ".out")) == qkv_out
     assert qkv_out < count("lora", 4) < 0.055 * (whole + count("lora", 4))
 
 
@@ -1499,6 +1499,7 @@ def test_save_and_load(tmp_path):
     path, x = tmp_path / "new" / "a.pt", torch.randn(1, 3, 1, 8, 8)
     denoiser = checkpoint(path)
     loaded, config = vdm.load(path)
+    denoiser.requires_grad_(False)                                         # a gradient may change how sums are rounded
     assert torch.equal(loaded(x, torch.ones(1)), denoiser(x, torch.ones(1))) and config == SMALL
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert vdm.read_checkpoint(path)[0]["step"] == 7
