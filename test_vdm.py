@@ -2934,7 +2934,7 @@ def test_every_way_trains_and_samples(tmp_path, way, capsys):
         for flags, words in ((("--context-noise", 0), "is 0, expected more than 0 to the 0.1"),
                              (("--context-noise", 0.2), "is 0.2, expected more than 0"),
                              (("--context-frames", 2), "--context-frames is not used"),
-                             (("--length", 9), "on no given frames"), (("--interpolate", 2), "trained with --task any")):
+                             (("--length", 9), "--length may be 4 at most"), (("--interpolate", 2), "trained with --task any")):
             with pytest.raises(ValueError, match=words):
                 sampled(*flags)
     elif way == "free":
