@@ -139,11 +139,14 @@ def main(argv=None):
     elif config.task != "predict":
         trained = []                                                   # neither the first frames alone nor more of them
     hints = config.task in ("image", "upsample") and o.context and not (o.reconstruction or o.interpolate)
-    level = o.context_noise if o.context_noise is not None else config.context_noise / 2 if hints else 0
-    if level and (o.interpolate or o.reconstruction or not o.context and length <= T):
+    goes_on = (o.context or length > T) and not (o.interpolate or o.reconstruction)
+    anchor = bool(config.anchored and overlap > 2 and goes_on)
+    level = config.context_noise / 2 if hints else config.anchor / 10 if anchor else 0
+    level = level if o.context_noise is None else o.context_noise
+    if level and not goes_on:
         raise ValueError(f"--context-noise is for the frames that windows go on from: it needs --context or --length above {T}, "
                          "and neither --interpolate nor --reconstruction")
-    largest = config.sigma_max if config.independent else config.context_noise
+    largest = config.sigma_max if config.independent else config.anchor if anchor else config.context_noise
     if not 0 <= level <= largest or hints and not level:
         raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints)}0 to the {largest:g} that "
                          f"{o.checkpoint} was trained with")
@@ -210,7 +213,8 @@ def main(argv=None):
                 seen, mask = vdm.draw_context(given, (0, 1), config.task, vdm.constant(level, given), noise(*shape[1:]))
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
-                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, **which, **options)
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchor=anchor,
+                                     **which, **options)
             for piece in stream:
                 if config.factor:
                     latents.append(piece)

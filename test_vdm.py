@@ -1066,6 +1066,29 @@ def test_rollout_shows_hints_but_keeps_the_video(overlap):
 
 
 
+@cases("start", [0, 3])
+def test_rollout_keeps_the_first_frame_of_all(start):
+    """With anchor each window is shown it, clean, then the last 3 frames, noisy, and told what each of these was told."""
+    wheel, action = Wheel(), torch.arange(30.0)[None, :, None].expand(2, 30, 1)
+    told, forward = [], wheel.forward
+    wheel.forward = lambda x, sigma, context=None, mask=None, action=None: told.append(action[0, :, 0]) or forward(
+        x, sigma, context, mask)
+    given = -torch.ones(2, start, 1, 16, 16) * torch.arange(1, start + 1)[:, None, None, None] if start else None
+    video = rolled(wheel, 20, (2, 8, 1, 16, 16), vdm.karras_sigmas(1), 4, given, context_noise=0.5, anchor=True, action=action)
+    assert torch.equal(video[:, :start], video[:, :0] if given is None else given) and video.shape[1] == 20
+    done = start
+    for (context, mask), at in zip(wheel.shown, told):
+        n = min(done, start if done == start else 4)
+        frames = [0, *range(done - n + 1, done)][:n]                   # of the video
+        assert at.tolist() == [0, *range(done - n + 1, done - n + 8)]
+        if n:
+            close(mask[0], torch.tensor([1] + [1 / 1.5] * (n - 1) + [0] * (8 - n)))
+            assert torch.equal(context[:, 0], video[:, 0])
+            noise = (context[:, 1:n] - video[:, frames[1:]]) / 0.5
+            assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
+        done += 8 - n
+
+
 @cases("overlap, given", [(1, 0), (4, 0), (7, 0), (2, 1), (4, 7), (6, 3)])
 def test_rollout_windows(overlap, given):
     """Where a denoiser counts frames the video must count on without a gap, at any length."""
@@ -1581,6 +1604,7 @@ def test_build_refuses_a_task_that_nothing_would_do():
     (dict(previous=True, give="per_frame"), "without single given frames"),
     (dict(previous=True, give="per_frame", independent=0.2), "without single given frames"),
     (dict(context_noise=-0.1), "expected 0 or more"),
+    (dict(anchor=-1.0), "anchor is -1.0: expected 0 or more"),
     (dict(independent=1.5, give="per_frame"), "independent 1.5: expected 0 or more, more than 0, and 0 to 1")])
 def test_build_refuses_ways_to_give(wrong, words):
     with pytest.raises(ValueError, match=words):
@@ -1977,9 +2001,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,940 lines of at most 100 columns, read in an evening."""
+    """At most 1,960 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1940
+    assert len(lines) <= 1960
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 
@@ -2127,6 +2151,16 @@ def test_arrays_and_train_folder(tmp_path):
     np.save(tmp_path / "rgba.npy", np.zeros((16, 32, 31, 4), np.uint8))
     assert vdm.read_video(tmp_path / "rgba.npy").shape == (16, 3, 32, 31)
     pytest.raises(ValueError, vdm.VideoFolder, tmp_path / "missing", 16, (8, 8)).match("not exist")
+
+
+def test_frames_before_an_item(tmp_path):
+    """Found by hand: 3 frames before each 4, every second frame, and a clip's first where it has none before it."""
+    np.save(tmp_path / "x.npy", np.tile(np.arange(12, dtype=np.uint8)[:, None, None, None], (1, 8, 8, 3)))
+    plain, more = (vdm.VideoFolder(tmp_path, 4, (8, 8), stride=2, before=n) for n in (0, 3))
+    for i in range(40):
+        start = int(vdm.to_uint8(plain[i]["video"])[0, 0, 0, 0])
+        want = [max(start + 2 * t, 0) for t in range(-3, 4)]
+        assert vdm.to_uint8(more[i]["video"])[:, 0, 0, 0].tolist() == want
 
 
 def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
@@ -2986,6 +3020,42 @@ def test_training_levels_per_frame(tmp_path, monkeypatch):
         given = o["mask"] == 1
         assert (o["sigma"][given] == 0).all() and torch.equal(o["context"], clean)
         assert len(o["sigma"][~given].unique()) == (~given).sum()      # every frame has its own
+
+
+@cases("frames", [8, 5, 4])
+def test_training_with_the_first_frame_of_any_time_before(tmp_path, monkeypatch, frames):
+    """The loss gets frames in a row, but for the first where 3 are given: each from the start of the clip on is as likely. The
+    others that are given have noise."""
+    class Clock:
+        """Of its items frame t shows t / 10, and is told it."""
+        def __init__(self, n, size, seed=0):
+            self.labels, self.actions = 0, (1,)
+
+        def __getitem__(self, i):
+            t = torch.arange(float(frames)) / 10
+            return dict(video=t[:, None, None, None].expand(frames, 3, 16, 16), action=t[:, None])
+
+    calls, loss = [], vdm.diffusion_loss
+    monkeypatch.setattr(vdm, "diffusion_loss", lambda denoiser, clean, **o: calls.append((clean, o)) or loss(
+        denoiser, clean, **o))
+    config = vdm.Config(size=(16, 16), frames=4, width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=512,
+                        context=(0.25, 0, 0.25, 0.5), overlap=3, actions=(1,), drop=0.0)
+    assert config.anchored
+    denoiser = vdm.build(config)
+    train.train_step(0, config, Clock(4, 16), denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net),
+                     torch.device("cpu"), torch.float32, 0)
+    (clean, o), = calls
+    shown, given = (10 * clean[:, :, 0, 0, 0]).round().int(), (o["mask"] > 0).sum(1)
+    assert torch.equal(shown, (10 * o["action"][..., 0]).round().int())
+    assert (shown[:, 1:] == torch.arange(frames - 3, frames)).all()
+    assert (shown[given < 3, 0] == frames - 4).all()
+    share = shown[given == 3, 0].bincount(minlength=frames - 3) / (given == 3).sum()
+    assert len(share) == frames - 3 and (share - 1 / len(share)).abs().max() < 0.08
+    assert (o["mask"][given > 0, 0] == 1).all() and torch.equal(o["context"][given > 0, 0], clean[given > 0, 0])
+    level = 1 / o["mask"][given == 3, 1] - 1
+    close(o["mask"][given == 3, 1], o["mask"][given == 3, 2])
+    close((o["context"] - clean)[given == 3, 1:3].std((1, 2, 3, 4)), level, rtol=0.15, atol=1e-3)
+    assert 0 < level.min() < 0.05 < 0.95 < level.max() < 1             # tiny's anchor is 1
 
 
 @cases("flags, words", [

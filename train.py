@@ -332,8 +332,10 @@ def draw(step, config, seed):
         drawn["label"] = torch.rand(B) >= config.drop
     if config.actions:
         drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop)
-    if config.context_noise:
-        drawn |= dict(level=config.context_noise * torch.rand(B), unit=torch.randn(shape))
+    if config.context_noise or config.anchored:
+        drawn |= dict(level=(config.context_noise or config.anchor) * torch.rand(B), unit=torch.randn(shape))
+    if config.anchored:
+        drawn["time"] = torch.rand(B)                                  # of the first frame: 0, long ago, to 1, where it is
     if not config.previous:
         drawn["mask"] = vdm.draw_mask(B, T, config.context, config.task)                             # (B, T)
     if config.images:
@@ -370,6 +372,11 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         batch = {name: x.to(device) for name, x in batch.items()}
         waited += time.perf_counter() - began
         given = {name: x[part.start : part.stop].to(device) for name, x in drawn.items()}
+        if config.anchored:                                            # rollout shows each window the first frame of all
+            more = batch["video"].shape[1] - config.frames
+            at = torch.arange(more, more + config.frames, device=device).repeat(len(part), 1)                        # (B, T)
+            at[:, 0] = torch.where(given["mask"].sum(1) > 2, (given["time"] * (more + 1)).long(), more)
+            batch |= {name: batch[name][torch.arange(len(part))[:, None], at] for name in ("video", "action") if name in batch}
         clean, sigma = batch["video"], given["sigma"]                                  # (B, T, C, H, W), (B,) or (B, T)
         # what is given: frames, labels, actions
         options = conditions(batch, config, given)
@@ -380,7 +387,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
             loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
         else:
             context, mask = vdm.draw_context(clean, config.context, config.task, given.get("level"), given.get("unit"),
-                                             given["mask"])
+                                             given["mask"], config.anchored)
             more = torch.where(mask.amax(1) > 0, config.given_noise, 1.0)                            # (B,)
             sigma = sigma * vdm.expand(more, sigma)
             if config.give == "per_frame":                             # then this is the level of what is given
@@ -471,6 +478,11 @@ def write_samples(path, clips, config, autoencoder):
 def sampling(config):
     """The sampler of a config and its guidance, as arguments of vdm.generate."""
     return dict(sampler=config.sampler, temporal_guidance=config.temporal_guidance, guided_below=config.guided_below)
+
+
+def rolling(config):
+    """How vdm.rollout is to go on: its arguments for a config."""
+    return dict(sampling(config), overlap=config.overlap, anchor=config.anchored, context_noise=config.anchored * config.anchor / 10)
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
@@ -790,8 +802,9 @@ def open_data(options, config, frames, autoencoder, local, processes):
         if local:                                                      # the first of a machine decodes, for all
             torch.distributed.barrier()
         cache = Cache(Path(options.data))
-        data = held_out = vdm.VideoFolder(options.data, frames, size, config.stride, channels, options.seed,
-                                          progress=not local, read=cache.decode)
+        before = config.frames * config.anchored                       # may be missing: a clip need not have them
+        data = held_out = vdm.VideoFolder(options.data, frames - before, size, config.stride, channels, options.seed,
+                                          progress=not local, read=cache.decode, before=before)
         if processes > 1 and not local:
             torch.distributed.barrier()
         config = dataclasses.replace(config, fps=data.fps)
@@ -861,7 +874,7 @@ def main(argv=None):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
-    frames = config.frames * (2 if config.previous else 1)
+    frames = config.frames * (2 if config.previous or config.anchored else 1)
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
     data, held_out, config = open_data(options, config, frames, autoencoder, local, processes)
     torch.manual_seed(options.seed)

@@ -41,6 +41,7 @@ Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 201
        diffusion forcing: Chen et al. 2024, 2407.01392   JiT: Li and He 2025, 2511.13720
        FVDM: Liu et al. 2024, 2410.03160             GameNGen: Valevski et al. 2024, 2408.14837
        LoRA: Hu et al. 2021, 2106.09685              SimDA: Xing et al. 2023, 2308.09710
+       StreamingT2V: Henschel et al. 2024, 2403.14773
 """
 
 import copy
@@ -111,6 +112,7 @@ class Config:
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
+    anchor: float = 1.0             # 3 or more: one of them of any time before, the others as noisy
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
@@ -145,12 +147,17 @@ class Config:
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
+    @property
+    def anchored(self):             # with other kinds of context anchor rests
+        usual = self.task == "predict" and self.give == "concat" and not self.previous
+        return self.anchor > 0 and usual and not self.context_noise and sum(self.context[3:]) > 0
+
 
 # The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
 # "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0)
+                ema=0.9999, temporal_guidance=1.0, anchor=0.0)
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
@@ -159,11 +166,11 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
-                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500),
+                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999),
+                    steps=20_000, ema=0.999, anchor=0.0),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
     "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
@@ -524,10 +531,12 @@ def augment(context, mask, sigma, noise):
     return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
 
 
-def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, mask=None):
+def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, mask=None,
+                 anchor=False):
     """context (B, T, C, H, W) and mask (B, T) to train on clean (B, T, C, H, W), augmented where
     sigma (B,) and noise are passed. mask is one that draw_mask has drawn; without, it does so here
-    with these probabilities and this task. Two tasks need sigma and noise:
+    with these probabilities and this task. With anchor the first frame stays as it is. Two tasks
+    need sigma and noise:
 
     image     the first frame is given, and on every other frame it stands as a hint (SVD)
     upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
@@ -540,7 +549,7 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, m
         context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
     if sigma is None:
         return context, mask
-    hint = torch.arange(mask.shape[1], device=mask.device) >= (task == "image")               # (T,)
+    hint = torch.arange(mask.shape[1], device=mask.device) >= (anchor or task == "image")     # (T,)
     return augment(context, mask, sigma[:, None] * hint, noise)
 
 
@@ -763,7 +772,7 @@ def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
-            context_noise=0.0, action=None, **options):
+            context_noise=0.0, anchor=False, action=None, **options):
     """Yield a video of any length in pieces (B, n, C, H, W), window by window
     of shape (B, T, C, H, W), in constant memory; torch.cat(list(rollout(...)), 1) is all of it.
 
@@ -772,6 +781,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     are frames to start from, which come first. clips are clip numbers: they fix the noise.
     context_noise > 0 shows a window such frames only as hints, with noise of that level, so that
     it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
+    With anchor the first of the `overlap` frames is always that of the whole video, and never
+    noisy: what things look like, they keep (StreamingT2V), how they move, the others tell.
     action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
@@ -796,16 +807,20 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             seen = torch.cat([tail, rest], 1)                                      # (B, T, C, H, W)
             mask = (torch.arange(T, device=tail.device) < given).float().expand(B, T)
             if context_noise:
-                seen, mask = augment(seen, mask, constant(context_noise, seen), noise(*shape[1:]))
+                hint = (torch.arange(T, device=device) >= anchor).expand(B, T)
+                seen, mask = augment(seen, mask, context_noise * hint, noise(*shape[1:]))
             cond = dict(context=seen, mask=mask)
         if action is not None:
-            here = action[:, done - given : done - given + T].to(tail)
-            cond["action"] = F.pad(here, (0, 0, 0, T - here.shape[1]))                  # (B, T, A)
+            here = torch.arange(done - given, done - given + T)
+            here[0] = 0 if anchor else here[0]
+            cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
         window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
         tail = window if denoiser.takes_previous else window[:, -overlap:]
+        if anchor:                                      # each window starts with the first of all
+            tail = torch.cat([window[:, :1], tail[:, 1:]], 1)
         yield new
 
 
@@ -1731,11 +1746,13 @@ class VideoFolder:
     alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
     .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
     Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
-    of a clip without are 0, withheld. read may be another decode, one that keeps clips on disk."""
+    of a clip without are 0, withheld. read may be another decode, one that keeps clips on disk. An
+    item has `before` frames more, those before it; where its clip has none, the clip's first."""
 
-    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None):
+    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None,
+                 before=0):
         from tqdm import tqdm
-        self.stride, self.channels, self.seed = stride, channels, seed
+        self.stride, self.channels, self.seed, self.before = stride, channels, seed, before
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
         self.clips, self.moves, self.labels, self.actions, self.order = [], [], 0, (), (-1, ())
         speeds, skipped, root = [], [], Path(path)
@@ -1791,7 +1808,7 @@ class VideoFolder:
         order = self.order[1]
         clip, moves = self.clips[order[i % len(self)]], self.moves[order[i % len(self)]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
-        cut = slice(start, start + self.span, self.stride)
+        cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
         moves = np.zeros((len(clip), *self.actions), np.float32) if moves is None else moves
         action = dict(action=torch.from_numpy(moves[cut])) if self.actions else {}
         return dict(video=from_uint8(clip[cut]), **action)
@@ -1848,6 +1865,7 @@ def build(config):
             (noisy < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
              f"context_noise is {noisy}, given_noise {config.given_noise} and independent {own}: "
              "expected 0 or more, more than 0, and 0 to 1"),
+            (config.anchor < 0, f"anchor is {config.anchor}: expected 0 or more"),
             (config.feed_forward not in ("none", "time", "both"),
              f"feed_forward is {config.feed_forward!r}: expected none, time or both"),
             (not 0 <= config.images <= 1, f"images is {config.images}: expected a share, 0 to 1"),

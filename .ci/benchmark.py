@@ -10,6 +10,7 @@ Compare with video-diffusion-pytorch in one run on one machine, at equal paramet
     python .ci/benchmark.py --memory             peak memory of training against what --dry-run --device cpu predicts
     python .ci/benchmark.py --efficiency         pixels against latents, clips of 16x64x64: the largest training batch in
                                                  2 GiB, and the cost of 16 and of 128 frames (PVDM's table)
+    python .ci/benchmark.py --index 100000       time and memory to decode and to index so many clips, each a file
 
 Each training step runs in a process of its own, so that its peak memory can be told apart.
 """
@@ -21,6 +22,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -162,7 +164,7 @@ def cost(kind, frames, batch):
         began, shape = time.process_time(), (1, config.frames, config.channels, *config.size)
         sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
-            stream = vdm.rollout(denoiser, frames, shape, sigmas, config.overlap, **train.sampling(config))
+            stream = vdm.rollout(denoiser, frames, shape, sigmas, **train.rolling(config))
             video = torch.cat(list(stream), 1)
         with torch.no_grad():
             video = autoencoder.decode(video) if autoencoder else video
@@ -218,6 +220,27 @@ def efficiency(memory):
         print(f"{name:40}{pixels:12.7g}{rows['latents'][name]:12.7g}")
 
 
+def index(n):
+    """Files of n clips, decoded into a cache and then, as by the next run, read from it; and how fast items come."""
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(n):
+            part = Path(folder) / f"{i // 1000:04d}"
+            part.mkdir(exist_ok=True)
+            np.save(part / f"{i:07d}.npy", np.full((8, 16, 16, 3), i % 256, np.uint8))
+        for run in ("decoded", "from the cache"):
+            before, began = resident(), time.perf_counter()
+            data = vdm.VideoFolder(folder, 8, (16, 16), read=train.Cache(Path(folder)).decode)
+            took, grown, began = time.perf_counter() - began, resident() - before, time.perf_counter()
+            seen = {round(127.5 * (data[i]["video"].mean().item() + 1)) for i in range(10_000)}     # 256 shades of grey
+            print(f"{len(data)} clips {run}: {took:.0f} s, {grown:.0f} MiB more ({2 ** 20 * grown / n:.0f} bytes a clip), "
+                  f"{(time.perf_counter() - began) / 10:.2f} ms an item, {len(seen)} of {min(n, 256)} shades seen; "
+                  f"peak of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
+            del data
+
+
 def marks(folder):
     """The claims of the README for one run, from fresh noise, with averaged weights."""
     denoiser, config = vdm.load(Path(folder) / "last.pt")
@@ -244,7 +267,7 @@ def rolled(denoiser, config, n, length, autoencoder=None):
         clips = range(i, min(i + 16, n))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             pieces = vdm.rollout(denoiser, length, (len(clips), config.frames, config.channels, *config.size), sigmas,
-                                 config.overlap, seed=3, clips=clips, **train.sampling(config))
+                                 seed=3, clips=clips, **train.rolling(config))
             videos.append(torch.cat(list(pieces), 1))
         videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
     return torch.cat(videos)
@@ -383,6 +406,7 @@ if __name__ == "__main__":
     p.add_argument("--memory", action="store_true", help="peak memory against prediction")
     p.add_argument("--efficiency", type=float, nargs="?", const=2.0, metavar="GIB", help="pixels against latents; a training step may "
                    "take this much (2)")
+    p.add_argument("--index", type=int, metavar="N", help="decode and index N clips")
     p.add_argument("--measure", choices=["ours", "theirs", *NETWORKS], help="one of them, as JSON (used by the others)")
     p.add_argument("--cost", nargs=3, help="pixels or latents, frames, batch: one entry of --efficiency, as JSON")
     o = p.parse_args()
@@ -392,6 +416,8 @@ if __name__ == "__main__":
         print(json.dumps(cost(o.cost[0], int(o.cost[1]), int(o.cost[2]))))
     elif o.efficiency:
         efficiency(o.efficiency)
+    elif o.index:
+        index(o.index)
     else:
         folders = [(f, folder) for f, folder in ((marks, o.run), (long, o.long), (best, o.best)) if folder]
         folders[0][0](folders[0][1]) if folders else memory() if o.memory else compare()
