@@ -482,7 +482,7 @@ def sampling(config):
 
 def rolling(config):
     """How vdm.rollout is to go on: its arguments for a config."""
-    return dict(sampling(config), overlap=config.overlap, anchor=config.anchored, context_noise=config.anchored * config.anchor / 10)
+    return dict(sampling(config), overlap=config.overlap, anchor=config.anchored, context_noise=config.anchored * config.anchor / 20)
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):

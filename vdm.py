@@ -107,7 +107,7 @@ class Config:
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
-    context: tuple = (0.6, 0.04, 0.04, 0.04, 0.28)  # odds that the first 0, 1, 2 ... are given
+    context: tuple = (0.56, 0.04, 0.04, 0.04, 0.32)  # odds that the first 0, 1, 2 ... are given
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
