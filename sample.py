@@ -141,7 +141,7 @@ def main(argv=None):
     hints = config.task in ("image", "upsample") and o.context and not (o.reconstruction or o.interpolate)
     goes_on = (o.context or length > T) and not (o.interpolate or o.reconstruction)
     anchor = bool(config.anchored and overlap > 2 and goes_on)
-    level = config.context_noise / 2 if hints else config.anchor / 20 if anchor else 0
+    level = config.context_noise / 2 if hints else config.anchor / 10 if anchor else 0
     level = level if o.context_noise is None else o.context_noise
     if level and not goes_on:
         raise ValueError(f"--context-noise is for the frames that windows go on from: it needs --context or --length above {T}, "

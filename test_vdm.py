@@ -2918,6 +2918,20 @@ def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
     assert (videos[0][2:] - videos[1][2:]).abs().mean() > 0.0001
 
 
+def test_sample_keeps_the_first_frame_in_sight(tmp_path, monkeypatch):
+    """A model trained so goes on with an anchor and a tenth of its noise, but for what it was not trained to do."""
+    run_train(tmp_path / "run", "--steps", 1, "--context", 0.2, 0, 0.4, 0.4)
+    told, rollout = [], vdm.rollout
+    monkeypatch.setattr(vdm, "rollout", lambda *args, **options: told.append(options) or rollout(*args, **options))
+    seen = lambda *flags: run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, *flags) and (
+        told[-1]["anchor"], told[-1]["context_noise"])
+    assert seen("--length", 6, "--overlap", 3) == (True, 0.1)
+    assert seen("--length", 6, "--overlap", 3, "--context-noise", 0.5) == (True, 0.5)
+    assert seen("--length", 6, "--overlap", 2) == seen("--length", 6, "--overlap", 3, "--reconstruction", 1) == (False, 0)
+    with pytest.raises(ValueError, match="context-noise is 0.1, expected 0 to the 0 that .* was trained with"):
+        seen("--length", 6, "--overlap", 2, "--context-noise", 0.1)
+
+
 def test_sample_guidance(trained, tmp_path, monkeypatch):
     """What the flags say is what generate is told: in a window of 4 frames the thirds of 1 to 2.5."""
     np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))
@@ -3022,7 +3036,7 @@ def test_training_levels_per_frame(tmp_path, monkeypatch):
         assert len(o["sigma"][~given].unique()) == (~given).sum()      # every frame has its own
 
 
-@cases("frames", [8, 5, 4])
+@cases("frames", [16, 5, 4])
 def test_training_with_the_first_frame_of_any_time_before(tmp_path, monkeypatch, frames):
     """The loss gets frames in a row, but for the first where 3 are given: each from the start of the clip on is as likely. The
     others that are given have noise."""

@@ -482,7 +482,7 @@ def sampling(config):
 
 def rolling(config):
     """How vdm.rollout is to go on: its arguments for a config."""
-    return dict(sampling(config), overlap=config.overlap, anchor=config.anchored, context_noise=config.anchored * config.anchor / 20)
+    return dict(sampling(config), overlap=config.overlap, anchor=config.anchored, context_noise=config.anchored * config.anchor / 10)
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
@@ -802,7 +802,7 @@ def open_data(options, config, frames, autoencoder, local, processes):
         if local:                                                      # the first of a machine decodes, for all
             torch.distributed.barrier()
         cache = Cache(Path(options.data))
-        before = config.frames * config.anchored                       # may be missing: a clip need not have them
+        before = 3 * config.frames * config.anchored                   # may be missing: a clip need not have them
         data = held_out = vdm.VideoFolder(options.data, frames - before, size, config.stride, channels, options.seed,
                                           progress=not local, read=cache.decode, before=before)
         if processes > 1 and not local:
@@ -874,7 +874,8 @@ def main(argv=None):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
-    frames = config.frames * (2 if config.previous or config.anchored else 1)
+    # an anchor is of long before, or where things were then would tell how they move
+    frames = config.frames * (2 if config.previous else 4 if config.anchored else 1)
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
     data, held_out, config = open_data(options, config, frames, autoencoder, local, processes)
     torch.manual_seed(options.seed)
