@@ -794,7 +794,8 @@ def open_data(options, config, frames, autoencoder, local, processes):
             raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
         few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
         data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
-        print(f"data    {type(data).__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+        print(f"data    {type(data).__name__}: made in code, {config.frames} frames of {size[0]}x{size[1]}"
+              f"{', and those before' * (frames > config.frames)}")
     elif config.factor and options.stage == "diffusion" and not autoencoder:
         data = held_out = Latents(options.data, config, frames, config.latent_scale, options.seed)
         print(data.check_scale())
