@@ -2161,6 +2161,12 @@ def test_frames_before_an_item(tmp_path):
         start = int(vdm.to_uint8(plain[i]["video"])[0, 0, 0, 0])
         want = [max(start + 2 * t, 0) for t in range(-3, 4)]
         assert vdm.to_uint8(more[i]["video"])[:, 0, 0, 0].tolist() == want
+    np.save(tmp_path / "latents.npy", np.arange(6.0)[:, None, None, None] + np.zeros((6, 1, 4, 4), np.float32))
+    config = vdm.Config(frames=4, size=(4, 4), channels=1)
+    assert config.anchored
+    for i in range(20):
+        shown = train.Latents(tmp_path / "latents.npy", config, 16)[i]["video"][:, 0, 0, 0]
+        assert shown.tolist() == [max(shown[12].item() + t, 0) for t in range(-12, 4)]
 
 
 def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
@@ -2920,7 +2926,12 @@ def test_sample_continues_a_clip_and_a_picture(trained, tmp_path):
 
 def test_sample_keeps_the_first_frame_in_sight(tmp_path, monkeypatch):
     """A model trained so goes on with an anchor and a tenth of its noise, but for what it was not trained to do."""
+    data, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda i, config, items, *more: data.append(items) or step(i, config, items, *more))
     run_train(tmp_path / "run", "--steps", 1, "--context", 0.2, 0, 0.4, 0.4)
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))      # 4 frames are enough
+    run_train(tmp_path / "own", "--steps", 1, "--context", 0.2, 0, 0.4, 0.4, "--data", tmp_path / "clip.npy")
+    assert data[0][0]["video"].shape[0] == data[-1][0]["video"].shape[0] == 16                   # 12 of them before
     told, rollout = [], vdm.rollout
     monkeypatch.setattr(vdm, "rollout", lambda *args, **options: told.append(options) or rollout(*args, **options))
     seen = lambda *flags: run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, *flags) and (

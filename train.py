@@ -224,6 +224,12 @@ def pixels(config):
     return tuple(n * (config.factor or 1) for n in config.size), 3 if config.factor else config.channels
 
 
+def earlier(config):
+    """How many frames before those of an item may be its anchor: so many that the place of things then does not tell how they
+    move now. A clip in a file need not have them."""
+    return 3 * config.frames * config.anchored
+
+
 class Latents(vdm.VideoFolder):
     """Clips of latents in .npy files, or a folder of them: float (T, c, h, w) or (N, T, c, h, w), times `scale`, read as they are
     needed. Items and clip.actions.npy beside clip.npy as of vdm.VideoFolder. more: by name, a row per clip, such as label."""
@@ -231,7 +237,8 @@ class Latents(vdm.VideoFolder):
     def __init__(self, path, config, frames, scale=1.0, seed=0, **more):
         self.frames, self.stride, self.scale, self.seed, self.more = frames, config.stride, scale, seed, more
         self.labels, self.actions, self.clips, self.moves, path = 0, (), [], [], Path(path)
-        self.span, shape = (frames - 1) * config.stride + 1, (config.channels, *config.size)
+        self.before = earlier(config)
+        self.span, shape = (frames - self.before - 1) * config.stride + 1, (config.channels, *config.size)
         files = [p for p in sorted(path.rglob("*.npy")) if not p.name.endswith(".actions.npy")] if path.is_dir() else [path]
         for file in files:
             try:
@@ -260,7 +267,8 @@ class Latents(vdm.VideoFolder):
         n = len(self.clips)
         j = np.random.default_rng([self.seed, 0, i // n]).permutation(n)[i % n]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(self.clips[j]) - self.span + 1)
-        cut, more = slice(start, start + self.span, self.stride), {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
+        cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
+        more = {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
         if self.actions:
             moves = np.zeros((len(self.clips[j]), *self.actions), np.float32) if self.moves[j] is None else self.moves[j]
             more["action"] = torch.from_numpy(moves[cut])
@@ -482,7 +490,8 @@ def sampling(config):
 
 def rolling(config):
     """How vdm.rollout is to go on: its arguments for a config."""
-    return dict(sampling(config), overlap=config.overlap, anchor=config.anchored, context_noise=config.anchored * config.anchor / 10)
+    anchor = config.anchored and config.overlap > 2
+    return dict(sampling(config), overlap=config.overlap, anchor=anchor, context_noise=config.anchor / 10 if anchor else 0.0)
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
@@ -803,9 +812,8 @@ def open_data(options, config, frames, autoencoder, local, processes):
         if local:                                                      # the first of a machine decodes, for all
             torch.distributed.barrier()
         cache = Cache(Path(options.data))
-        before = 3 * config.frames * config.anchored                   # may be missing: a clip need not have them
-        data = held_out = vdm.VideoFolder(options.data, frames - before, size, config.stride, channels, options.seed,
-                                          progress=not local, read=cache.decode, before=before)
+        data = held_out = vdm.VideoFolder(options.data, frames - earlier(config), size, config.stride, channels, options.seed,
+                                          progress=not local, read=cache.decode, before=earlier(config))
         if processes > 1 and not local:
             torch.distributed.barrier()
         config = dataclasses.replace(config, fps=data.fps)
@@ -875,8 +883,7 @@ def main(argv=None):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
-    # an anchor is of long before, or where things were then would tell how they move
-    frames = config.frames * (2 if config.previous else 4 if config.anchored else 1)
+    frames = config.frames * (2 if config.previous else 1) + earlier(config)
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
     data, held_out, config = open_data(options, config, frames, autoencoder, local, processes)
     torch.manual_seed(options.seed)

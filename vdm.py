@@ -112,7 +112,7 @@ class Config:
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # 3 or more: one of them of any time before, the others as noisy
+    anchor: float = 1.0             # of 3 or more the first is of long before, others this noisy
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
@@ -148,7 +148,7 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
     @property
-    def anchored(self):             # with other kinds of context anchor rests
+    def anchored(self):             # with other kinds of context anchor does nothing
         usual = self.task == "predict" and self.give == "concat" and not self.previous
         return self.anchor > 0 and usual and not self.context_noise and sum(self.context[3:]) > 0
 
@@ -781,8 +781,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     are frames to start from, which come first. clips are clip numbers: they fix the noise.
     context_noise > 0 shows a window such frames only as hints, with noise of that level, so that
     it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
-    With anchor the first of the `overlap` frames is always that of the whole video, and never
-    noisy: what things look like, they keep (StreamingT2V), how they move, the others tell.
+    With anchor the first of the `overlap` frames, 3 or more, is always that of the whole video, and
+    never noisy: it tells what things look like (StreamingT2V), the others how they move.
     action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
@@ -812,7 +812,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             cond = dict(context=seen, mask=mask)
         if action is not None:
             here = torch.arange(done - given, done - given + T)
-            here[0] = 0 if anchor else here[0]
+            if anchor:
+                here[0] = 0
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
         window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
