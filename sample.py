@@ -44,18 +44,19 @@ def read_actions(text, config):
     return torch.from_numpy(actions)
 
 
-def read_context(path, config, autoencoder, size=None):
-    """The frames that are given (T, C, H, W), in pixels or as the latents that the model knows."""
+def read_context(path, config, autoencoder, size=None, stride=1):
+    """The frames that are given (T, C, H, W), every stride-th up to the last, in pixels or as the latents that the model knows."""
     if config.factor and not autoencoder:
         try:
             latents = torch.from_numpy(np.load(path).astype(np.float32)) * config.latent_scale
             if latents.shape[1:] != (config.channels, *config.size):
                 raise ValueError(f"they are {tuple(latents.shape)}, the model's (T, {config.channels}, *{config.size})")
-            return latents
+            return latents[(len(latents) - 1) % stride :: stride]
         except Exception as e:                                         # each kind of damage has its own
             raise ValueError(f"--context {path} is no .npy file of latents that fit: {e}") from e
     whole, channels = pixels(config)
     clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
+    clip = clip[(len(clip) - 1) % stride :: stride]
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 
 
@@ -122,8 +123,9 @@ def main(argv=None):
     steps, how = o.steps or config.sampling_steps, sampling(config)
     how |= {name: getattr(o, name) for name in how if getattr(o, name) is not None}
     overlap = min(config.overlap, T) if o.overlap is None else o.overlap
-    for name, value in dict(n=o.n, length=length, steps=steps, batch=o.batch).items():
-        if value < 1:
+    counts = {"n": o.n, "length": o.length, "context-frames": o.context_frames, "steps": o.steps, "batch": o.batch}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
     if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
         raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
@@ -159,7 +161,7 @@ def main(argv=None):
         length = o.interpolate * (len(context) - 1) + 1
     elif hints:
         small = None if config.task == "image" else [n // 4 for n in config.size]
-        context = read_context(o.context, config, autoencoder, small)                          # (n, C, h, w)
+        context = read_context(o.context, config, autoencoder, small, config.stride)           # (n, C, h, w)
         context = context[-1:].expand(T, -1, -1, -1) if config.task == "image" else context[:T]
         if len(context) < T or o.context_frames or length > T:
             raise ValueError(f"{o.checkpoint} has --task {config.task}, which takes the last frame (image) or the first {T} "
@@ -171,7 +173,7 @@ def main(argv=None):
         if not trained and not config.previous:
             raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it can use --context only "
                              "with --reconstruction 1")
-        context = read_context(o.context, config, autoencoder)                                 # (n, C, H, W)
+        context = read_context(o.context, config, autoencoder, stride=config.stride)           # (n, C, H, W)
         most = T if config.previous else trained[-1]
         context = context[-min(o.context_frames or most, len(context)):]
         if not config.previous and len(context) not in trained:
@@ -211,6 +213,8 @@ def main(argv=None):
             elif hints:
                 noise, given = vdm.clip_noise(o.seed, clips, device), given.to(device)
                 seen, mask = vdm.draw_context(given, (0, 1), config.task, vdm.constant(level, given), noise(*shape[1:]))
+                if actions is not None:                                # after the last, none
+                    options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length)).to(device)
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
                 stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchor=anchor,

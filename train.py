@@ -51,7 +51,8 @@ from tqdm import tqdm
 import vdm
 
 SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
-STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16), decoder=dict(steps=240, batch=4))   # their defaults
+STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16, anchor=0.0),                          # their defaults
+              decoder=dict(steps=240, batch=4, anchor=0.0))
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MODEL = ("kind", "sigma_data", "head_dim", "give", "channels", "factor", "width", "mults", "blocks", "attention", "joint", "patch",
          "detail", "convs", "feed_forward", "ddpm_layout", "previous", "labels", "actions", "adapters", "rank")   # equal if models fit
@@ -277,9 +278,9 @@ class Latents(vdm.VideoFolder):
 
 def encode_once(data, n, autoencoder, parent, device):
     """Items 0 ... n - 1 of a dataset, encoded -> a folder of .npy files, video.npy and what else an item has. Its name holds
-    a checksum of the autoencoder and of two items: a run with others makes another folder, a like run finds this one. It gets
+    a checksum of the autoencoder and of 16 items: a run with others makes another folder, a like run finds this one. It gets
     its name when it is complete. Frames are cut and resized in pixels, then encoded: no latent may be shrunk or mirrored."""
-    sums = *autoencoder.state_dict().values(), data[0]["video"], data[n - 1]["video"]
+    sums = *autoencoder.state_dict().values(), *(data[i]["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int))
     key = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in sums), n)
     folder, arrays = parent / f"latents-{key:08x}", {}
     if not folder.exists():
@@ -435,7 +436,8 @@ def autoencoder_step(step, config, data, autoencoder, ema, optimizers, device, d
     clip = batch["video"].to(device)                                                           # (B, T, C, H, W)
     waited, on_clips = time.perf_counter() - began, not autoencoder.input.weight.requires_grad
     clip = clip if on_clips else clip[:, torch.randint(clip.shape[1], (1,))]
-    noise = torch.randn(*clip.shape[:2], config.channels, *config.size).to(device)
+    # the temporal layers learn behind a frozen encoder: noise gets a gradient, too, as in train_step
+    noise = torch.randn(*clip.shape[:2], config.channels, *config.size).to(device).requires_grad_(on_clips)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss, parts = vdm.ae_loss(autoencoder, clip, noise, config.kl, float(on_clips))
     if not torch.isfinite(loss):
@@ -849,7 +851,8 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
     elif options.data == "drive":
         print(held_out.report(clips, told["action"][:len(clips)]))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
-    longer = config.previous or config.independent or sum(config.context[1:]) and config.task in ("predict", "any")
+    goes_on = config.task == "any" or config.task == "predict" and sum(config.context[config.overlap : config.overlap + 1])
+    longer = config.previous or config.independent or sum(config.context[1:]) and goes_on
     flags = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
     if options.data == "drive":
         flags = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
@@ -858,6 +861,17 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
 
 def main(argv=None):
     options, config = parse(argv)
+    counts = {"--steps": config.steps, "--batch": config.batch, "--frames": config.frames, "--stride": config.stride,
+              "--width": config.width, "--patch": config.patch, "--head-dim": config.head_dim, "--rank": config.rank,
+              "--sampling-steps": config.sampling_steps, "--marks": options.marks, "--encode": options.encode}
+    for flag, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{flag} is {value}, expected 1 or more")
+    if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
+        raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two numbers")
+    if options.given.get("anchor") and not config.anchored:
+        raise ValueError(f"--anchor is {config.anchor:g}, but does nothing here: it is for --task predict and --give concat, without "
+                         "--previous and --context-noise, where --context gives odds to 3 or more frames")
     config, state = resume(options, config)
     out, checkpoint, start = options.out, options.out / "last.pt", state["step"] if state else 0
     if options.dry_run:
@@ -893,9 +907,14 @@ def main(argv=None):
             p.requires_grad_((options.stage == "decoder") == (".time." in name))
     elif autoencoder:
         n = min(options.encode, config.steps * config.batch)
+        if rank:                                                       # the first process encodes, for all
+            torch.distributed.barrier()
         folder = encode_once(data, n, autoencoder.to(device), out.parent, device)
+        if processes > 1 and not rank:
+            torch.distributed.barrier()
         more = {f.stem: np.load(f) for f in folder.glob("*.npy") if f.stem != "video"}
-        data = Latents(folder / "video.npy", dataclasses.replace(config, stride=1), frames, seed=options.seed, **more)
+        whole_items = dataclasses.replace(config, stride=1, anchor=0.0)          # they were cut before they were encoded
+        data = Latents(folder / "video.npy", whole_items, frames, seed=options.seed, **more)
         print(f"latents {n} clips in {folder}")
     if options.init:
         start_from(options.init, denoiser, config)

@@ -1876,7 +1876,13 @@ def build(config):
              "negative, and dynamics_toy needs dynamics above 0"),
             (config.labels < 0 or min(config.actions, default=1) < 1 or not 0 <= config.drop <= 1,
              f"labels is {config.labels}, actions {config.actions} and drop {config.drop}: "
-             "expected a count, lengths of 1 or more, and odds")):
+             "expected a count, lengths of 1 or more, and odds"),
+            (not set(config.joint) <= set(config.attention) <= {2 ** n for n in range(len(config.mults))},
+             f"attention is {config.attention} and joint {config.joint}: expected factors of the "
+             f"{len(config.mults)} levels (1, 2, 4 ...), and joint to be some of attention"),
+            (config.temporal_guidance != 1 and not config.images,
+             f"temporal_guidance is {config.temporal_guidance}: what it asks is taught by images "
+             "above 0; without, it must be 1")):
         if wrong:
             raise ValueError(sentence)
     noise_schedule(config)
