@@ -5,7 +5,7 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
     python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive)
-    python sample.py --context clip.mp4 --interpolate 4         put 3 new frames between each two of a clip
+    python sample.py --context clip.mp4 --interpolate 2 2       put 3 new frames between each two of a clip, in two passes
     python sample.py --context clip.mp4 --reconstruction 2      the same by a model that was never trained to go on
 
 A model of latents has its autoencoder in its checkpoint: what is given is encoded, what is made decoded. If its latents come
@@ -14,6 +14,7 @@ With a model trained with --task image, --context is the picture to animate, wit
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -79,9 +80,10 @@ def main(argv=None):
     p.add_argument("--length", type=int, help="frames of each (default: as many as the model was trained on)")
     p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
     p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
-    p.add_argument("--interpolate", type=int, help="how many times as many frames to make of --context (train with --task any)")
-    p.add_argument("--context-noise", type=float, help="sigma of noise on given frames, up to the one trained with (default: 0, "
-                   "or half of that with --task image and upsample)")
+    p.add_argument("--interpolate", type=int, nargs="+", help="how many times as many frames to make of --context (train with --task "
+                   "any), in one pass or, as 2 2, in several, from coarse to fine (train with --rates 1 2, too)")
+    p.add_argument("--context-noise", type=float, help="sigma of noise on given frames, up to the one trained with (default: 0; "
+                   "a tenth of it for a model with --anchor, half of it with --task image and upsample)")
     p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
     p.add_argument("--actions", help="one per frame: L, S, R, X for left, straight, right, stop; or an .npy file (T, A)")
     p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
@@ -142,23 +144,25 @@ def main(argv=None):
         trained = []                                                   # neither the first frames alone nor more of them
     hints = config.task in ("image", "upsample") and o.context and not (o.reconstruction or o.interpolate)
     goes_on = (o.context or length > T) and not (o.interpolate or o.reconstruction)
-    anchor = bool(config.anchored and overlap > 2 and goes_on)
-    level = config.context_noise / 2 if hints else config.anchor / 10 if anchor else 0
+    anchors = config.anchors if goes_on else 0
+    level = config.context_noise / 2 if hints else config.anchor / 10 if anchors else 0
     level = level if o.context_noise is None else o.context_noise
     if level and not goes_on:
         raise ValueError(f"--context-noise is for the frames that windows go on from: it needs --context or --length above {T}, "
                          "and neither --interpolate nor --reconstruction")
-    largest = config.sigma_max if config.independent else config.anchor if anchor else config.context_noise
-    if not 0 <= level <= largest or hints and not level:
-        raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints)}0 to the {largest:g} that "
+    largest = config.sigma_max if config.independent else config.anchor if anchors else config.context_noise
+    if not 0 <= level <= largest or (hints or anchors) and not level:
+        raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints or anchors)}0 to the {largest:g} that "
                          f"{o.checkpoint} was trained with")
+    if anchors and overlap < 4:
+        raise ValueError(f"--overlap is {overlap}, but {o.checkpoint} was trained with --anchor: expected 4 or more")
     context = None
     if o.interpolate is not None:
         if not o.context or o.length or o.actions or not anything:
             raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model "
                              f"trained with --task any ({o.checkpoint} has --task {config.task})")
         context = read_context(o.context, config, autoencoder)[-(o.context_frames or 0):]      # (K, C, H, W)
-        length = o.interpolate * (len(context) - 1) + 1
+        length = math.prod(o.interpolate) * (len(context) - 1) + 1
     elif hints:
         small = None if config.task == "image" else [n // 4 for n in config.size]
         context = read_context(o.context, config, autoencoder, small, config.stride)           # (n, C, h, w)
@@ -209,7 +213,10 @@ def main(argv=None):
             options["action"] = actions.expand(len(clips), *actions.shape)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
-                stream = [vdm.interpolate(denoiser, given.to(device), o.interpolate, T, sigmas, **which, **options)]
+                given = given.to(device)
+                for k, factor in enumerate(o.interpolate):             # each pass has noise of its own
+                    given = vdm.interpolate(denoiser, given, factor, T, sigmas, o.seed + k, clips, **options)
+                stream = [given]
             elif hints:
                 noise, given = vdm.clip_noise(o.seed, clips, device), given.to(device)
                 seen, mask = vdm.draw_context(given, (0, 1), config.task, vdm.constant(level, given), noise(*shape[1:]))
@@ -217,7 +224,7 @@ def main(argv=None):
                     options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length)).to(device)
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
-                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchor=anchor,
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchors=anchors,
                                      **which, **options)
             for piece in stream:
                 if config.factor:

@@ -8,6 +8,7 @@ installed), a number printed in a paper, or files whose pixels are known.
 
 import ast
 import builtins
+import collections
 import csv
 import dis
 import importlib.util
@@ -1067,24 +1068,25 @@ def test_rollout_shows_hints_but_keeps_the_video(overlap):
 
 
 @cases("start", [0, 3])
-def test_rollout_keeps_the_first_frame_of_all(start):
-    """With anchor each window is shown it, clean, then the last 3 frames, noisy, and told what each of these was told."""
+def test_rollout_keeps_the_first_frames_of_all(start):
+    """With anchors each window is shown them, clean, then the last 2 frames, noisy, and told what each of these was told."""
     wheel, action = Wheel(), torch.arange(30.0)[None, :, None].expand(2, 30, 1)
     told, forward = [], wheel.forward
     wheel.forward = lambda x, sigma, context=None, mask=None, action=None: told.append(action[0, :, 0]) or forward(
         x, sigma, context, mask)
     given = -torch.ones(2, start, 1, 16, 16) * torch.arange(1, start + 1)[:, None, None, None] if start else None
-    video = rolled(wheel, 20, (2, 8, 1, 16, 16), vdm.karras_sigmas(1), 4, given, context_noise=0.5, anchor=True, action=action)
+    video = rolled(wheel, 20, (2, 8, 1, 16, 16), vdm.karras_sigmas(1), 4, given, context_noise=0.5, anchors=2, action=action)
     assert torch.equal(video[:, :start], video[:, :0] if given is None else given) and video.shape[1] == 20
     done = start
     for (context, mask), at in zip(wheel.shown, told):
         n = min(done, start if done == start else 4)
-        frames = [0, *range(done - n + 1, done)][:n]                   # of the video
-        assert at.tolist() == [0, *range(done - n + 1, done - n + 8)]
+        frames = [0, 1, *range(done - n + 2, done)][:n]                # of the video
+        assert at.tolist() == [0, 1, *range(done - n + 2, done - n + 8)]
         if n:
-            close(mask[0], torch.tensor([1] + [1 / 1.5] * (n - 1) + [0] * (8 - n)))
-            assert torch.equal(context[:, 0], video[:, 0])
-            noise = (context[:, 1:n] - video[:, frames[1:]]) / 0.5
+            close(mask[0], torch.tensor(([1, 1] + [1 / 1.5] * (n - 2))[:n] + [0] * (8 - n)))
+            assert torch.equal(context[:, :min(n, 2)], video[:, frames[:2]])
+        if n > 2:
+            noise = (context[:, 2:n] - video[:, frames[2:]]) / 0.5
             assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
         done += 8 - n
 
@@ -1604,8 +1606,8 @@ def test_build_refuses_a_task_that_nothing_would_do():
     (dict(previous=True, give="per_frame"), "without single given frames"),
     (dict(previous=True, give="per_frame", independent=0.2), "without single given frames"),
     (dict(context_noise=-0.1), "expected 0 or more"),
-    (dict(anchor=-1.0), "anchor is -1.0: expected 0 or more"),
-    (dict(independent=1.5, give="per_frame"), "independent 1.5: expected 0 or more, more than 0, and 0 to 1")])
+    (dict(anchor=-1.0), "anchor -1.0, .*: expected 0 or more"),
+    (dict(independent=1.5, give="per_frame"), "independent 1.5: expected 0 or more, the same, more than 0, and 0 to 1")])
 def test_build_refuses_ways_to_give(wrong, words):
     with pytest.raises(ValueError, match=words):
         vdm.build(vdm.Config(**wrong))
@@ -2163,7 +2165,7 @@ def test_frames_before_an_item(tmp_path):
         assert vdm.to_uint8(more[i]["video"])[:, 0, 0, 0].tolist() == want
     np.save(tmp_path / "latents.npy", np.arange(6.0)[:, None, None, None] + np.zeros((6, 1, 4, 4), np.float32))
     config = vdm.Config(frames=4, size=(4, 4), channels=1)
-    assert config.anchored
+    assert config.anchors
     for i in range(20):
         shown = train.Latents(tmp_path / "latents.npy", config, 16)[i]["video"][:, 0, 0, 0]
         assert shown.tolist() == [max(shown[12].item() + t, 0) for t in range(-12, 4)]
@@ -2933,23 +2935,25 @@ def test_sample_takes_every_nth_frame_as_training_did(tmp_path):
     assert (video[:2] - vdm.from_uint8(clip[[8, 11]])).abs().mean() < 0.05 < (video[:2] - vdm.from_uint8(clip[10:])).abs().mean()
 
 
-def test_sample_keeps_the_first_frame_in_sight(tmp_path, monkeypatch):
+def test_sample_keeps_the_first_frames_in_sight(tmp_path, monkeypatch):
     """A model trained so goes on with an anchor and a tenth of its noise, but for what it was not trained to do."""
     data, step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda i, config, items, *more: data.append(items) or step(i, config, items, *more))
-    run_train(tmp_path / "run", "--steps", 1, "--context", 0.2, 0, 0.4, 0.4)
-    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))      # 4 frames are enough
-    run_train(tmp_path / "own", "--steps", 1, "--context", 0.2, 0, 0.4, 0.4, "--data", tmp_path / "clip.npy")
-    assert data[0][0]["video"].shape[0] == data[-1][0]["video"].shape[0] == 16                   # 12 of them before
+    run_train(tmp_path / "run", "--steps", 1, "--frames", 6, "--context", 0.2, 0, 0, 0.4, 0.4, "--overlap", 4)
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(6, (16, 16))[0]["video"]))      # 6 frames are enough
+    run_train(tmp_path / "own", "--steps", 1, "--frames", 6, "--context", 0.2, 0, 0, 0.4, 0.4, "--overlap", 4, "--data", tmp_path / "clip.npy")
+    assert data[0][0]["video"].shape[0] == data[-1][0]["video"].shape[0] == 24                   # 18 of them before
     told, rollout = [], vdm.rollout
     monkeypatch.setattr(vdm, "rollout", lambda *args, **options: told.append(options) or rollout(*args, **options))
     seen = lambda *flags: run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, *flags) and (
-        told[-1]["anchor"], told[-1]["context_noise"])
-    assert seen("--length", 6, "--overlap", 3) == (True, 0.1)
-    assert seen("--length", 6, "--overlap", 3, "--context-noise", 0.5) == (True, 0.5)
-    assert seen("--length", 6, "--overlap", 2) == seen("--length", 6, "--overlap", 3, "--reconstruction", 1) == (False, 0)
-    with pytest.raises(ValueError, match="context-noise is 0.1, expected 0 to the 0 that .* was trained with"):
-        seen("--length", 6, "--overlap", 2, "--context-noise", 0.1)
+        told[-1]["anchors"], told[-1]["context_noise"])
+    assert seen("--length", 8, "--overlap", 4) == (2, 0.1)
+    assert seen("--length", 8, "--overlap", 4, "--context-noise", 0.5) == (2, 0.5)
+    assert seen("--length", 8, "--overlap", 4, "--reconstruction", 1) == (0, 0)
+    with pytest.raises(ValueError, match="--overlap is 3, but .* was trained with --anchor: expected 4 or more"):
+        seen("--length", 8, "--overlap", 3)
+    with pytest.raises(ValueError, match="context-noise is 0, expected more than 0 to the 1 that .* was trained with"):
+        seen("--length", 8, "--overlap", 4, "--context-noise", 0)          # it has never been given the others clean
 
 
 def test_sample_guidance(trained, tmp_path, monkeypatch):
@@ -2963,14 +2967,19 @@ def test_sample_guidance(trained, tmp_path, monkeypatch):
         assert torch.as_tensor(told[-1]["guidance"]).tolist() == pytest.approx(want) and told[-1]["rescale"] == 0.6
 
 
-def test_sample_interpolates(tmp_path):
-    """Factor 3 makes 10 frames of 4; every third is a frame of the clip."""
+def test_sample_interpolates(tmp_path, monkeypatch):
+    """Factor 3 makes 10 frames of 4; every third is a frame of the clip. 2 and then 3 make 7 and then 19."""
     run_train(tmp_path / "run", "--steps", 1, "--task", "any")
     clip = vdm.MovingShapes(4, (16, 16))[0]["video"]
     np.save(tmp_path / "clip.npy", vdm.to_uint8(clip))
     video, = run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, "--context", tmp_path / "clip.npy",
                         "--interpolate", 3)
     assert len(video) == 10 and (video[::3] - clip).abs().mean() < 0.05
+    monkeypatch.setattr(vdm, "interpolate", lambda _, keys, factor, *more, **options: keys.repeat_interleave(factor, 1)[:, factor - 1:])
+    video, = run_sample(tmp_path / "run", tmp_path / "c.mp4", "--n", 1, "--context", tmp_path / "clip.npy", "--interpolate", 2, 3)
+    twice = clip[[0, 1, 1, 2, 2, 3, 3]]                                # what the stand-in makes of 4 frames, then of these 7
+    assert len(video) == 19 and (video - twice[[0, *(k for k in range(1, 7) for _ in range(3))]]).abs().mean() < 0.05
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="1 key frames and factor 3"):
         run_sample(tmp_path / "run", tmp_path / "b.mp4", "--context", tmp_path / "clip.npy",
                    "--interpolate", 3, "--context-frames", 1)
@@ -3056,10 +3065,31 @@ def test_training_levels_per_frame(tmp_path, monkeypatch):
         assert len(o["sigma"][~given].unique()) == (~given).sum()      # every frame has its own
 
 
-@cases("frames", [16, 5, 4])
-def test_training_with_the_first_frame_of_any_time_before(tmp_path, monkeypatch, frames):
-    """The loss gets frames in a row, but for the first where 3 are given: each from the start of the clip on is as likely. The
-    others that are given have noise."""
+@cases("previous", [False, True])
+def test_training_at_several_rates(monkeypatch, previous):
+    """A clip is every frame or every third from the item's start, either as often, with what these frames were told."""
+    frames, seen = 8 if previous else 4, []
+    name = "joint_loss" if previous else "diffusion_loss"
+    loss, ticks = getattr(vdm, name), torch.arange(3.0 * frames - 2) / 10
+    monkeypatch.setattr(vdm, name, lambda denoiser, clean, **o: seen.append((clean, o)) or loss(denoiser, clean, **o))
+    config = vdm.Config(size=(16, 16), frames=4, width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=256,
+                        context=(1.0,), rates=(1, 3), actions=(1,), drop=0.0, previous=previous)
+    item = dict(video=ticks[:, None, None, None].expand(-1, 3, 16, 16), action=ticks[:, None])
+    denoiser = vdm.build(config)
+    train.train_step(0, config, collections.defaultdict(lambda: item), denoiser, vdm.EMA(denoiser),
+                     train.make_optimizers(config, denoiser.net), torch.device("cpu"), torch.float32, 0)
+    (clean, o), = seen
+    whole = torch.cat([o["previous"], clean], 1) if previous else clean
+    shown = (10 * whole[:, :, 0, 0, 0]).round().int()                  # which frames of the item
+    assert torch.equal(shown[:, -4:], (10 * o["action"][..., 0]).round().int())
+    slow = (shown == torch.arange(frames)).all(1)
+    assert (shown[~slow] == 3 * torch.arange(frames)).all() and 0.4 < slow.float().mean() < 0.6
+
+
+@cases("frames, rate", [(16, 1), (7, 1), (6, 1), (24, 2)])
+def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch, frames, rate):
+    """The loss gets frames in a row, but for the first two where 4 are given: each from the start of the clip on is as likely.
+    The others that are given have noise."""
     class Clock:
         """Of its items frame t shows t / 10, and is told it."""
         def __init__(self, n, size, seed=0):
@@ -3072,23 +3102,24 @@ def test_training_with_the_first_frame_of_any_time_before(tmp_path, monkeypatch,
     calls, loss = [], vdm.diffusion_loss
     monkeypatch.setattr(vdm, "diffusion_loss", lambda denoiser, clean, **o: calls.append((clean, o)) or loss(
         denoiser, clean, **o))
-    config = vdm.Config(size=(16, 16), frames=4, width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=512,
-                        context=(0.25, 0, 0.25, 0.5), overlap=3, actions=(1,), drop=0.0)
-    assert config.anchored
+    config = vdm.Config(size=(16, 16), frames=6, width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=512,
+                        context=(0.25, 0, 0, 0.25, 0.5), actions=(1,), drop=0.0, rates=(rate,))
+    assert config.anchors == 2
     denoiser = vdm.build(config)
-    train.train_step(0, config, Clock(4, 16), denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net),
+    train.train_step(0, config, Clock(6, 16), denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net),
                      torch.device("cpu"), torch.float32, 0)
     (clean, o), = calls
     shown, given = (10 * clean[:, :, 0, 0, 0]).round().int(), (o["mask"] > 0).sum(1)
     assert torch.equal(shown, (10 * o["action"][..., 0]).round().int())
-    assert (shown[:, 1:] == torch.arange(frames - 3, frames)).all()
-    assert (shown[given < 3, 0] == frames - 4).all()
-    share = shown[given == 3, 0].bincount(minlength=frames - 3) / (given == 3).sum()
-    assert len(share) == frames - 3 and (share - 1 / len(share)).abs().max() < 0.08
-    assert (o["mask"][given > 0, 0] == 1).all() and torch.equal(o["context"][given > 0, 0], clean[given > 0, 0])
-    level = 1 / o["mask"][given == 3, 1] - 1
-    close(o["mask"][given == 3, 1], o["mask"][given == 3, 2])
-    close((o["context"] - clean)[given == 3, 1:3].std((1, 2, 3, 4)), level, rtol=0.15, atol=1e-3)
+    here = frames - 5 * rate - 1                                       # where the window of 6 starts
+    assert (shown[:, 2:] == here + rate * torch.arange(2, 6)).all() and (shown[:, 1] == shown[:, 0] + rate).all()
+    assert (shown[given < 4, 0] == here).all()
+    share = shown[given == 4, 0].bincount(minlength=here + 1) / (given == 4).sum()
+    assert len(share) == here + 1 and (share - 1 / len(share)).abs().max() < 0.08
+    assert (o["mask"][given > 0, :2] == 1).all() and torch.equal(o["context"][given > 0, :2], clean[given > 0, :2])
+    level = 1 / o["mask"][given == 4, 2] - 1
+    close(o["mask"][given == 4, 2], o["mask"][given == 4, 3])
+    close((o["context"] - clean)[given == 4, 2:4].std((1, 2, 3, 4)), level, rtol=0.15, atol=1e-3)
     assert 0 < level.min() < 0.05 < 0.95 < level.max() < 1             # tiny's anchor is 1
 
 
@@ -3165,21 +3196,21 @@ def test_stages_on_files(latent, tmp_path):
 
 @cases("flags, encoded", [(["--stage", "autoencoder"], False), (["--stage", "decoder"], False), ([], True)])
 def test_clips_for_latents_are_cut_once(latent, tmp_path, monkeypatch, flags, encoded):
-    """With an anchor a diffusion model gets an item's 4 frames and the 12 before, with their actions, as they were encoded;
+    """With an anchor a diffusion model gets an item's 6 frames and the 18 before, with their actions, as they were encoded;
     an autoencoder has no anchor, so it gets the 4 (or 1)."""
     items, which = [], "train_step" if encoded else "autoencoder_step"
     step = getattr(train, which)
     monkeypatch.setattr(train, which, lambda i, config, data, *more: items.append(data) or step(i, config, data, *more))
     path = [] if flags[-1:] == ["autoencoder"] else ["--latents", latent / "ae/last.pt"]
-    run_latent(tmp_path / "run", *flags, *path, "--data", "drive", *["--anchor", 1, "--context", 0.2, 0, 0.4, 0.4, "--overlap", 3] * encoded)
+    run_latent(tmp_path / "run", *flags, *path, "--data", "drive", *["--frames", 6, "--anchor", 1, "--context", 0.2, 0, 0, 0.4, 0.4, "--overlap", 4] * encoded)
     frames = {len(items[-1][i]["video"]) for i in range(5)}
     if not encoded:
         assert frames == {1 if "autoencoder" in flags else 4}
         return
-    world, pixels = [items[-1][i] for i in range(5)], [vdm.Drive(16, (16, 16))[i] for i in range(5)]
+    world, pixels = [items[-1][i] for i in range(5)], [vdm.Drive(24, (16, 16))[i] for i in range(5)]
     stored = torch.from_numpy(np.load(next((tmp_path).glob("latents-*/video.npy"))))
     rows = [next(k for k in range(5) if torch.equal(stored[k].float(), item["video"])) for item in world]
-    assert frames == {16} and sorted(rows) == list(range(5))
+    assert frames == {24} and sorted(rows) == list(range(5))
     assert all(torch.equal(item["action"], pixels[k]["action"]) for k, item in zip(rows, world))
 
 
@@ -3373,9 +3404,9 @@ def test_a_run_is_never_overwritten(trained):
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
     (["--steps", "0"], "--steps is 0, expected 1 or more"), (["--marks", "0"], "--marks is 0, expected 1 or more"),
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
-    (["--attention", "8", "16"], r"attention is \(8, 16\) and joint \(4,\): expected factors of the 3 levels"),
-    (["--attention", "4", "--joint", "2"], "and joint to be some of attention"),
-    (["--images", "0"], "temporal_guidance is 1.4: what it asks is taught by images above 0"),
+    (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
+    (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),
+    (["--images", "0"], "--temporal-guidance is 1.4, but what it asks .* taught by --images above 0"),
     (["--task", "any", "--anchor", "2"], "--anchor is 2, but does nothing"),
 ])
 def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):

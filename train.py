@@ -226,9 +226,9 @@ def pixels(config):
 
 
 def earlier(config):
-    """How many frames before those of an item may be its anchor: so many that the place of things then does not tell how they
+    """How many frames before those of an item may be its anchors: so many that the place of things then does not tell how they
     move now. A clip in a file need not have them."""
-    return 3 * config.frames * config.anchored
+    return 3 * config.frames * (config.anchors > 0)
 
 
 class Latents(vdm.VideoFolder):
@@ -341,10 +341,12 @@ def draw(step, config, seed):
         drawn["label"] = torch.rand(B) >= config.drop
     if config.actions:
         drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop)
-    if config.context_noise or config.anchored:
+    if config.context_noise or config.anchors:
         drawn |= dict(level=(config.context_noise or config.anchor) * torch.rand(B), unit=torch.randn(shape))
-    if config.anchored:
-        drawn["time"] = torch.rand(B)                                  # of the first frame: 0, long ago, to 1, where it is
+    if config.rates != (1,):
+        drawn["rate"] = torch.tensor(config.rates)[torch.randint(len(config.rates), (B,))]           # (B,)
+    if config.anchors:
+        drawn["time"] = torch.rand(B)                                  # of the first frames: 0, long ago, to 1, where they are
     if not config.previous:
         drawn["mask"] = vdm.draw_mask(B, T, config.context, config.task)                             # (B, T)
     if config.images:
@@ -381,10 +383,13 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         batch = {name: x.to(device) for name, x in batch.items()}
         waited += time.perf_counter() - began
         given = {name: x[part.start : part.stop].to(device) for name, x in drawn.items()}
-        if config.anchored:                                            # rollout shows each window the first frame of all
-            more = batch["video"].shape[1] - config.frames
-            at = torch.arange(more, more + config.frames, device=device).repeat(len(part), 1)                        # (B, T)
-            at[:, 0] = torch.where(given["mask"].sum(1) > 2, (given["time"] * (more + 1)).long(), more)
+        if config.anchors or "rate" in given:
+            n = config.frames * (1 + config.previous)
+            more = batch["video"].shape[1] - (n - 1) * max(config.rates) - 1                       # frames before
+            at = more + torch.arange(n, device=device) * given.get("rate", torch.ones(len(part), device=device).long())[:, None]
+            if config.anchors:                                         # rollout shows each window the first frames of all
+                back = torch.where(given["mask"].sum(1) > config.anchors + 1, (given["time"] * (more + 1)).long() - more, 0)
+                at[:, :config.anchors] += back[:, None]
             batch |= {name: batch[name][torch.arange(len(part))[:, None], at] for name in ("video", "action") if name in batch}
         clean, sigma = batch["video"], given["sigma"]                                  # (B, T, C, H, W), (B,) or (B, T)
         # what is given: frames, labels, actions
@@ -396,7 +401,7 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
             loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
         else:
             context, mask = vdm.draw_context(clean, config.context, config.task, given.get("level"), given.get("unit"),
-                                             given["mask"], config.anchored)
+                                             given["mask"], config.anchors)
             more = torch.where(mask.amax(1) > 0, config.given_noise, 1.0)                            # (B,)
             sigma = sigma * vdm.expand(more, sigma)
             if config.give == "per_frame":                             # then this is the level of what is given
@@ -492,8 +497,8 @@ def sampling(config):
 
 def rolling(config):
     """How vdm.rollout is to go on: its arguments for a config."""
-    anchor = config.anchored and config.overlap > 2
-    return dict(sampling(config), overlap=config.overlap, anchor=anchor, context_noise=config.anchor / 10 if anchor else 0.0)
+    noise = config.anchor / 10 if config.anchors else 0.0
+    return dict(sampling(config), overlap=config.overlap, anchors=config.anchors, context_noise=noise)
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
@@ -862,16 +867,24 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
 def main(argv=None):
     options, config = parse(argv)
     counts = {"--steps": config.steps, "--batch": config.batch, "--frames": config.frames, "--stride": config.stride,
-              "--width": config.width, "--patch": config.patch, "--head-dim": config.head_dim, "--rank": config.rank,
+              "--rates": min(config.rates), "--width": config.width, "--patch": config.patch, "--head-dim": config.head_dim, "--rank": config.rank,
               "--sampling-steps": config.sampling_steps, "--marks": options.marks, "--encode": options.encode}
     for flag, value in counts.items():
         if value < 1:
             raise ValueError(f"{flag} is {value}, expected 1 or more")
+    levels = [2 ** n for n in range(len(config.mults))]
+    if not set(config.joint) <= set(config.attention) <= set(levels):
+        raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which the "
+                         f"levels of this network are smaller, {levels}, and as --joint some of --attention")
+    if config.temporal_guidance != 1 and not config.images:
+        raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
+                         "above 0: without, it must be 1")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
         raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two numbers")
-    if options.given.get("anchor") and not config.anchored:
-        raise ValueError(f"--anchor is {config.anchor:g}, but does nothing here: it is for --task predict and --give concat, without "
-                         "--previous and --context-noise, where --context gives odds to 3 or more frames")
+    if options.given.get("anchor") and not config.anchors:
+        raise ValueError(f"--anchor is {config.anchor:g}, but does nothing here: it is for --task predict and --give concat, "
+                         "without --previous and --context-noise, where --context has odds of 4 or more frames and --overlap is 4 "
+                         "or more")
     config, state = resume(options, config)
     out, checkpoint, start = options.out, options.out / "last.pt", state["step"] if state else 0
     if options.dry_run:
@@ -883,8 +896,8 @@ def main(argv=None):
     if options.stage != "diffusion" and (processes > 1 or options.micro or options.workers or options.checkpoint_activations):
         raise ValueError(f"--stage {options.stage} is small: it runs in one process, without torchrun, --micro, --workers and "
                          "--checkpoint-activations")
-    if options.stage != "diffusion" and (options.init or config.train != ("all",)):
-        raise ValueError(f"--init and --train are for diffusion models; --stage {options.stage} goes on from --latents")
+    if options.stage != "diffusion" and (options.init or config.train != ("all",) or config.rates != (1,)):
+        raise ValueError(f"--init, --train and --rates are for diffusion models; --stage {options.stage} goes on from --latents")
     if options.shard and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
@@ -897,7 +910,7 @@ def main(argv=None):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
-    frames = config.frames * (2 if config.previous else 1) + earlier(config)
+    frames = earlier(config) + (config.frames * (1 + config.previous) - 1) * max(config.rates) + 1
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
     data, held_out, config = open_data(options, config, frames, autoencoder, local, processes)
     torch.manual_seed(options.seed)

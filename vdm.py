@@ -33,7 +33,7 @@ Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or 
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
 Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 2010.02502
-       VDM: Video Diffusion Models, Ho et al. 2022, 2204.03458
+       VDM: Ho et al. 2022, 2204.03458               StreamingT2V: Henschel et al. 2024, 2403.14773
        EDM: Karras et al. 2022, 2206.00364           DPM-Solver++: Lu et al. 2022, 2211.01095
        Make-A-Video: Singer et al. 2022, 2209.14792  Video LDM: Blattmann et al. 2023, 2304.08818
        SVD: Blattmann et al. 2023, 2311.15127        PVDM: Yu et al. 2023, 2302.07685
@@ -41,7 +41,6 @@ Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 201
        diffusion forcing: Chen et al. 2024, 2407.01392   JiT: Li and He 2025, 2511.13720
        FVDM: Liu et al. 2024, 2410.03160             GameNGen: Valevski et al. 2024, 2408.14837
        LoRA: Hu et al. 2021, 2106.09685              SimDA: Xing et al. 2023, 2308.09710
-       StreamingT2V: Henschel et al. 2024, 2403.14773
 """
 
 import copy
@@ -73,6 +72,7 @@ class Config:
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
     stride: int = 1                 # take every stride-th frame of a file
+    rates: tuple = (1,)             # of these, every one, second ...: drawn per clip (Video LDM)
     fps: float = 8.0                # frames per second of the videos written
     # latents
     factor: int = 0                 # pixels to a latent along each side (0: no latents, but pixels)
@@ -107,12 +107,12 @@ class Config:
     offset: float = 0.0             # offset noise: strength of the part constant over a frame
     offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
     # frames that are given
-    context: tuple = (0.56, 0.04, 0.04, 0.04, 0.32)  # odds that the first 0, 1, 2 ... are given
+    context: tuple = (0.48, 0.04, 0.04, 0.04, 0.40)  # odds that the first 0, 1, 2 ... are given
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # of 3 or more the first is of long before, others this noisy
+    anchor: float = 1.0             # first 2 of 4 or more: of long before; noise on others, to this
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
@@ -148,9 +148,10 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
     @property
-    def anchored(self):             # with other kinds of context anchor does nothing
+    def anchors(self):              # with other kinds of context there are none, and no noise
         usual = self.task == "predict" and self.give == "concat" and not self.previous
-        return self.anchor > 0 and usual and not self.context_noise and sum(self.context[3:]) > 0
+        enough = self.overlap > 3 and sum(self.context[4:]) > 0
+        return 2 * (self.anchor > 0 and usual and enough and not self.context_noise)
 
 
 # The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
@@ -532,10 +533,10 @@ def augment(context, mask, sigma, noise):
 
 
 def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, mask=None,
-                 anchor=False):
+                 anchors=0):
     """context (B, T, C, H, W) and mask (B, T) to train on clean (B, T, C, H, W), augmented where
     sigma (B,) and noise are passed. mask is one that draw_mask has drawn; without, it does so here
-    with these probabilities and this task. With anchor the first frame stays as it is. Two tasks
+    with these probabilities and this task. The first `anchors` frames stay as they are. Two tasks
     need sigma and noise:
 
     image     the first frame is given, and on every other frame it stands as a hint (SVD)
@@ -549,7 +550,7 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, m
         context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
     if sigma is None:
         return context, mask
-    hint = torch.arange(mask.shape[1], device=mask.device) >= (anchor or task == "image")     # (T,)
+    hint = torch.arange(mask.shape[1], device=mask.device) >= (anchors or task == "image")    # (T,)
     return augment(context, mask, sigma[:, None] * hint, noise)
 
 
@@ -772,7 +773,7 @@ def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
-            context_noise=0.0, anchor=False, action=None, **options):
+            context_noise=0.0, anchors=0, action=None, **options):
     """Yield a video of any length in pieces (B, n, C, H, W), window by window
     of shape (B, T, C, H, W), in constant memory; torch.cat(list(rollout(...)), 1) is all of it.
 
@@ -781,8 +782,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     are frames to start from, which come first. clips are clip numbers: they fix the noise.
     context_noise > 0 shows a window such frames only as hints, with noise of that level, so that
     it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
-    With anchor the first of the `overlap` frames, 3 or more, is always that of the whole video, and
-    never noisy: it tells what things look like (StreamingT2V), the others how they move.
+    The first `anchors` of the `overlap` frames are always those the whole video starts with, and
+    never noisy: they tell how things look and how fast they go (StreamingT2V), the others where.
     action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
@@ -794,6 +795,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     if not denoiser.takes_previous and not (0 < overlap < T and done < T):
         raise ValueError(f"overlap is {overlap} and context has {done} frames: both must leave "
                          f"room in a window of {T} (overlap 1 to {T - 1}, context 0 to {T - 1})")
+    if anchors and (overlap <= anchors or denoiser.takes_previous):
+        raise ValueError(f"overlap is {overlap}: {anchors} anchors need more, and no previous clip")
     if length < done:
         raise ValueError(f"length is {length}, but the context alone has {done} frames")
     if done:
@@ -807,21 +810,21 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             seen = torch.cat([tail, rest], 1)                                      # (B, T, C, H, W)
             mask = (torch.arange(T, device=tail.device) < given).float().expand(B, T)
             if context_noise:
-                hint = (torch.arange(T, device=device) >= anchor).expand(B, T)
+                hint = (torch.arange(T, device=device) >= anchors).expand(B, T)
                 seen, mask = augment(seen, mask, context_noise * hint, noise(*shape[1:]))
             cond = dict(context=seen, mask=mask)
         if action is not None:
             here = torch.arange(done - given, done - given + T)
-            if anchor:
-                here[0] = 0
+            if anchors:
+                here[:anchors] = torch.arange(anchors)
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
         window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
         tail = window if denoiser.takes_previous else window[:, -overlap:]
-        if anchor:                                      # each window starts with the first of all
-            tail = torch.cat([window[:, :1], tail[:, 1:]], 1)
+        if anchors:                                     # each window starts as the first one did
+            tail = torch.cat([window[:, :anchors], tail[:, anchors:]], 1)
         yield new
 
 
@@ -1103,8 +1106,7 @@ class VideoUNet(nn.Module):
         kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
         self.output = nn.Sequential(normalize(dim), nn.SiLU(), nn.Conv2d(
             dim, last * patch ** 2, kernel, padding=kernel // 2))
-        self.output_detail = nn.Sequential(
-            nn.Conv2d(2 * detail, detail, 3, padding=1), nn.SiLU(),
+        self.output_detail = nn.Sequential(nn.Conv2d(2 * detail, detail, 3, padding=1), nn.SiLU(),
             nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
@@ -1863,10 +1865,9 @@ def build(config):
             ((config.previous or not sum(p[1:])) and (noisy or not (concat or own)) or
              config.previous and own, "without single given frames (previous=True, or context 1.0) "
              "neither give nor context_noise does anything: leave them out"),
-            (noisy < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
-             f"context_noise is {noisy}, given_noise {config.given_noise} and independent {own}: "
-             "expected 0 or more, more than 0, and 0 to 1"),
-            (config.anchor < 0, f"anchor is {config.anchor}: expected 0 or more"),
+            (min(noisy, config.anchor) < 0 or config.given_noise <= 0 or not 0 <= own <= 1,
+             f"context_noise is {noisy}, anchor {config.anchor}, given_noise {config.given_noise}, "
+             f"independent {own}: expected 0 or more, the same, more than 0, and 0 to 1"),
             (config.feed_forward not in ("none", "time", "both"),
              f"feed_forward is {config.feed_forward!r}: expected none, time or both"),
             (not 0 <= config.images <= 1, f"images is {config.images}: expected a share, 0 to 1"),
@@ -1876,13 +1877,7 @@ def build(config):
              "negative, and dynamics_toy needs dynamics above 0"),
             (config.labels < 0 or min(config.actions, default=1) < 1 or not 0 <= config.drop <= 1,
              f"labels is {config.labels}, actions {config.actions} and drop {config.drop}: "
-             "expected a count, lengths of 1 or more, and odds"),
-            (not set(config.joint) <= set(config.attention) <= {2 ** n for n in range(len(config.mults))},
-             f"attention is {config.attention} and joint {config.joint}: expected factors of the "
-             f"{len(config.mults)} levels (1, 2, 4 ...), and joint to be some of attention"),
-            (config.temporal_guidance != 1 and not config.images,
-             f"temporal_guidance is {config.temporal_guidance}: what it asks is taught by images "
-             "above 0; without, it must be 1")):
+             "expected a count, lengths of 1 or more, and odds")):
         if wrong:
             raise ValueError(sentence)
     noise_schedule(config)
