@@ -116,6 +116,28 @@ def parse(argv):
     return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | given)
 
 
+def check(options, config):
+    """Refuse settings that nothing could run with, or that would do nothing: vdm.build sees to the others."""
+    for name in "steps batch frames stride rates width patch head_dim rank sampling_steps marks encode".split():
+        value = getattr(config, name, None) or getattr(options, name, 0)
+        if np.min(value) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+    levels = [2 ** n for n in range(len(config.mults))]
+    if not set(config.joint) <= set(config.attention) <= set(levels):
+        raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which the "
+                         f"levels of this network are smaller, {levels}, and as --joint some of --attention")
+    if config.temporal_guidance != 1 and not config.images:
+        raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
+                         "above 0: without, it must be 1")
+    if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
+        raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
+                         "numbers")
+    if options.given.get("anchor") and not config.anchors:
+        raise ValueError(f"--anchor is {config.anchor:g}, but does nothing here: it is for --task predict and --give concat, "
+                         "without --previous and --context-noise, where --context has odds of 4 or more frames and --overlap is 4 "
+                         "or more")
+
+
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -787,12 +809,12 @@ def resume(options, config):
             raise ValueError("--init starts a new run and --resume goes on with one: leave one of them out")
         state, saved = vdm.read_checkpoint(checkpoint)
         changed = [k for k, v in options.given.items() if v != getattr(saved, k) and k not in MAY_CHANGE]
-        same = dict(seed=options.seed, data=options.data, stage=options.stage)
-        changed += [k for k, v in same.items() if v != state.get(k, "diffusion")]
+        same = dict(seed=options.seed, data=options.data, stage=options.stage, encode=options.encode)
+        changed += [k for k, v in same.items() if v != (dict(stage="diffusion") | state)[k]]
         if changed:
             raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed)} "
                              f"differs from {checkpoint}: leave the flag out, or start anew with another --out. These may change: "
-                             f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed, data and stage")
+                             f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed, data, stage and encode")
         config = dataclasses.replace(saved, **options.given)
         if state["step"] >= config.steps:
             raise ValueError(f"{checkpoint} has done all its {config.steps} steps: raise --steps to go on")
@@ -866,25 +888,7 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
 
 def main(argv=None):
     options, config = parse(argv)
-    counts = {"--steps": config.steps, "--batch": config.batch, "--frames": config.frames, "--stride": config.stride,
-              "--rates": min(config.rates), "--width": config.width, "--patch": config.patch, "--head-dim": config.head_dim, "--rank": config.rank,
-              "--sampling-steps": config.sampling_steps, "--marks": options.marks, "--encode": options.encode}
-    for flag, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{flag} is {value}, expected 1 or more")
-    levels = [2 ** n for n in range(len(config.mults))]
-    if not set(config.joint) <= set(config.attention) <= set(levels):
-        raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which the "
-                         f"levels of this network are smaller, {levels}, and as --joint some of --attention")
-    if config.temporal_guidance != 1 and not config.images:
-        raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
-                         "above 0: without, it must be 1")
-    if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
-        raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two numbers")
-    if options.given.get("anchor") and not config.anchors:
-        raise ValueError(f"--anchor is {config.anchor:g}, but does nothing here: it is for --task predict and --give concat, "
-                         "without --previous and --context-noise, where --context has odds of 4 or more frames and --overlap is 4 "
-                         "or more")
+    check(options, config)
     config, state = resume(options, config)
     out, checkpoint, start = options.out, options.out / "last.pt", state["step"] if state else 0
     if options.dry_run:
@@ -981,7 +985,7 @@ def main(argv=None):
                           optimizers=[o.state_dict() for o in optimizers]), rank == 0)
         for path in paths if rank == 0 else ():
             vdm.save(path, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
-                     data=options.data, ema_updates=ema.updates, **held, **more)
+                     data=options.data, encode=options.encode, ema_updates=ema.updates, **held, **more)
 
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
