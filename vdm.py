@@ -72,7 +72,7 @@ class Config:
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
     stride: int = 1                 # take every stride-th frame of a file
-    rates: tuple = (1,)             # of these, every one, second ...: drawn per clip (Video LDM)
+    rates: tuple = (1,)             # (1, 2): by chance every frame or every second (Video LDM)
     fps: float = 8.0                # frames per second of the videos written
     # latents
     factor: int = 0                 # pixels to a latent along each side (0: no latents, but pixels)
@@ -112,7 +112,7 @@ class Config:
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # first 2 of 4 or more: of long before; noise on others, to this
+    anchor: float = 1.0             # largest sigma on given frames, but 2 of long before (0: off)
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
@@ -148,7 +148,7 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
 
     @property
-    def anchors(self):              # with other kinds of context there are none, and no noise
+    def anchors(self):              # given frames of long before; with other kinds of context: 0
         usual = self.task == "predict" and self.give == "concat" and not self.previous
         enough = self.overlap > 3 and sum(self.context[4:]) > 0
         return 2 * (self.anchor > 0 and usual and enough and not self.context_noise)
@@ -815,16 +815,14 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             cond = dict(context=seen, mask=mask)
         if action is not None:
             here = torch.arange(done - given, done - given + T)
-            if anchors:
-                here[:anchors] = torch.arange(anchors)
+            here[:anchors] = torch.arange(anchors)
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
         window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
         tail = window if denoiser.takes_previous else window[:, -overlap:]
-        if anchors:                                     # each window starts as the first one did
-            tail = torch.cat([window[:, :anchors], tail[:, anchors:]], 1)
+        tail = torch.cat([window[:, :anchors], tail[:, anchors:]], 1)   # starts as the first did
         yield new
 
 
@@ -1106,7 +1104,8 @@ class VideoUNet(nn.Module):
         kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
         self.output = nn.Sequential(normalize(dim), nn.SiLU(), nn.Conv2d(
             dim, last * patch ** 2, kernel, padding=kernel // 2))
-        self.output_detail = nn.Sequential(nn.Conv2d(2 * detail, detail, 3, padding=1), nn.SiLU(),
+        self.output_detail = nn.Sequential(
+            nn.Conv2d(2 * detail, detail, 3, padding=1), nn.SiLU(),
             nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 

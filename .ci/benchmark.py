@@ -330,8 +330,8 @@ def interpolation(denoiser, config, sigmas, dtype):
             made.append(clip)
         near = (centre(torch.cat(made).float()) - centre(real)).norm(dim=2) < 1                     # (64, 13)
         near = near[:, torch.arange(13) % factor > 0]
-        print(f"interpolation {' times '.join(map(str, passes))}: within a pixel {near.float().mean():.0%} of inserted frames, all of them in "
-              f"{near.all(1).float().mean():.0%} of clips")
+        print(f"interpolation {' times '.join(map(str, passes))}: within a pixel {near.float().mean():.0%} of inserted frames, "
+              f"all of them in {near.all(1).float().mean():.0%} of clips")
 
 
 def light(p, world, frames):
