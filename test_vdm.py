@@ -2063,8 +2063,8 @@ def folder(tmp_path):
 def test_folder_report_and_pixels(folder):
     data = vdm.VideoFolder(folder, frames=16, size=(24, 24))
     for line in (f"data: 19 files in {folder} -> 14 clips used, 7 skipped, 24x24 crop, 3 channels, 10 fps\n",
-                 f"skipped {folder / 'few'}: 1 frames are too few, it takes --stride 1 --frames 1\n",
-                 "nine.gif: 9 frames are too few, it takes --stride 1 --frames 9\n",
+                 f"skipped {folder / 'few'}: 1 frames are too few, an item takes 16: lower --frames or --stride\n",
+                 "nine.gif: 9 frames are too few, an item takes 16: lower --frames or --stride\n",
                  f"skipped {folder / 'notes.txt'}: cannot identify image file", "cut.mp4: ffmpeg ",
                  "cut.mkv: ffmpeg cannot read all: ", "bad.mp4: ffmpeg ", "zero.avi: ffmpeg "):
         assert line in data.report + "\n", data.report
@@ -2072,7 +2072,7 @@ def test_folder_report_and_pixels(folder):
     assert sorted(map(brightness, grey)) == sorted(
         [list(range(n)) for n in (16,) * 8 + (17, 20)] + [MERGED])
     strides = pytest.raises(ValueError, vdm.VideoFolder, folder / "grey.npy", 8, (24, 24), stride=3)
-    strides.match("grey.npy: 17 frames are too few, it takes --stride 1 --frames 8")
+    strides.match("grey.npy: 17 frames are too few, an item takes 22: lower --frames or --stride")
 
 
 def test_read(folder):
@@ -2175,7 +2175,7 @@ def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
     np.savez(tmp_path / "two.npz", a=np.zeros((5, 8, 8), np.uint8), b=np.full((9, 8, 8), 3, np.uint8))
     data = vdm.VideoFolder(tmp_path, 8, (8, 8))
     assert len(data) == 1 and (vdm.to_uint8(data[0]["video"]) == 3).all()
-    assert "two.npz: 5 frames are too few, it takes --stride 1 --frames 5" in data.report
+    assert "two.npz: 5 frames are too few, an item takes 8: lower --frames or --stride" in data.report
 
 
 def test_actions_beside_a_clip(tmp_path):

@@ -1773,8 +1773,8 @@ class VideoFolder:
                 self.clips += [clip for clip in clips if len(clip) >= self.span]
                 speeds.append(fps)
                 if short:
-                    flags = f"--stride 1 --frames {min(*short, frames)}"
-                    raise ValueError(f"{file}: {min(short)} frames are too few, it takes {flags}")
+                    raise ValueError(f"{file}: {min(short)} frames are too few, an item takes "
+                                     f"{self.span}: lower --frames or --stride")
             except ValueError as error:
                 skipped.append(f"skipped {error}")
         self.fps = float(np.median(speeds or [0])) / stride

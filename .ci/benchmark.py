@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -36,6 +37,11 @@ import train
 import vdm
 
 BATCH, FRAMES, SIZE = 8, 8, 32
+
+
+def peak(status=None):
+    """Peak memory of a process in MiB, by its /proc/self/status. (ru_maxrss of a child is at least its parent's size.)"""
+    return int(re.search(r"VmHWM:\s+(\d+)", status or Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def ours():
@@ -86,7 +92,7 @@ def measure(name):
         began = time.perf_counter()
         step(i)
         times.append(time.perf_counter() - began)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    memory = peak() / 2 ** 10
     began = time.perf_counter()
     draw()
     seconds = (time.perf_counter() - began) * needed / evaluations
@@ -120,13 +126,13 @@ def steps(name):
     small = dataclasses.replace(config, width=16, head_dim=16, size=(cell, cell), batch=1)
     need = train.rehearse(config, config.batch, torch.float32, gpu=False)
     for c in (small, config):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         clip = dict(video=torch.zeros(c.frames, c.channels, *c.size))
         denoiser = vdm.build(c)
         state = denoiser, vdm.EMA(denoiser), train.make_optimizers(c, denoiser.net)
         for i in range(2):
             train.train_step(i, c, [clip] * 2 * c.batch, *state, torch.device("cpu"), torch.float32, 0)
-    measured = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    measured = 2 ** 20 * (peak() - before)
     kinds = {key: need[key] for key in ("weights", "gradients", "optimiser", "EMA", "activations")}
     return dict(measured=measured, predicted=sum(kinds.values()), **kinds)
 
@@ -171,7 +177,7 @@ def cost(kind, frames, batch):
             video = autoencoder.decode(video) if autoencoder else video
         assert video.shape == (1, frames, 3, 64, 64)
     seconds = time.process_time() - began
-    return dict(memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20 - before, seconds=seconds)
+    return dict(memory=peak() / 2 ** 10 - before, seconds=seconds)
 
 
 def operations(kind):
@@ -238,7 +244,7 @@ def index(n):
             seen = {round(127.5 * (data[i]["video"].mean().item() + 1)) for i in range(10_000)}     # 256 shades of grey
             print(f"{len(data)} clips {run}: {took:.0f} s, {grown:.0f} MiB more ({2 ** 20 * grown / n:.0f} bytes a clip), "
                   f"{(time.perf_counter() - began) / 10:.2f} ms an item, {len(seen)} of {min(n, 256)} shades seen; "
-                  f"peak of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
+                  f"peak of the process {peak():.0f} MiB", flush=True)
             del data
 
 
@@ -290,10 +296,10 @@ def long(folder, n=32):
             last = inside[:, -config.frames:].mean()
             print(f"frames with the {name} of real ones: {inside.mean():.1%}; of the last {config.frames}: {last:.1%}")
         call = ["--n", "4", "--length", str(times * config.frames), "--device", "cpu", "--out", str(Path(folder) / "long.mp4")]
-        code = "import resource, sys, sample; sample.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        code = "import sys, sample; sample.main(sys.argv[1:]); print(open('/proc/self/status').read())"
         run = subprocess.run([sys.executable, "-c", code, str(checkpoint), *call], capture_output=True, text=True, check=True,
                              env=os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parent.parent)))
-        print(f"peak memory of sample.py, 4 videos of {times * config.frames} frames: {int(run.stdout.split()[-1]) / 1024:.0f} MiB")
+        print(f"peak memory of sample.py, 4 videos of {times * config.frames} frames: {peak(run.stdout):.0f} MiB")
 
 
 def drive(denoiser, config, device, dtype):
