@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import vdm
-from train import Parser, pick_device, pick_dtype, pixels, sampling
+from train import Parser, pick_device, pick_dtype, pixels, rolling, sampling
 
 
 def read_actions(text, config):
@@ -98,6 +98,8 @@ def main(argv=None):
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
+    p.add_argument("--jump", type=float, help="windows that are given two or more frames go from the first noise level straight to "
+                   "this one; 0: through all (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="another seed, other videos; video i depends on (seed, i) alone")
     p.add_argument("--batch", type=int, default=16, help="videos generated at a time; lower it if memory runs out (16)")
     p.add_argument("--fps", type=float, help="frames per second of the files (default: the checkpoint's)")
@@ -144,8 +146,8 @@ def main(argv=None):
         trained = []                                                   # neither the first frames alone nor more of them
     hints = config.task in ("image", "upsample") and o.context and not (o.reconstruction or o.interpolate)
     goes_on = (o.context or length > T) and not (o.interpolate or o.reconstruction)
-    anchors = config.anchors if goes_on else 0
-    level = config.context_noise / 2 if hints else config.anchor / 10 if anchors else 0
+    anchors = config.anchors * goes_on
+    level = config.context_noise / 2 if hints else rolling(config)["context_noise"] * goes_on
     level = level if o.context_noise is None else o.context_noise
     if level and not goes_on:
         raise ValueError(f"--context-noise is for the frames that windows go on from: it needs --context or --length above {T}, "
@@ -154,6 +156,11 @@ def main(argv=None):
     if not 0 <= level <= largest or (hints or anchors) and not level:
         raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints or anchors)}0 to the {largest:g} that "
                          f"{o.checkpoint} was trained with")
+    going_on = goes_on and not hints
+    jump = rolling(config)["jump"] * going_on if o.jump is None else o.jump
+    if jump < 0 or jump and not going_on:
+        raise ValueError(f"--jump is {jump:g}, expected 0 or more, and more only where windows go on from given frames: with "
+                         f"--context or --length above {T}, and neither --interpolate nor --reconstruction")
     if anchors and overlap < 4:
         raise ValueError(f"--overlap is {overlap}, but {o.checkpoint} was trained with --anchor: expected 4 or more")
     context = None
@@ -225,7 +232,7 @@ def main(argv=None):
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
                 stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchors=anchors,
-                                     **which, **options)
+                                     jump=jump, **which, **options)
             for piece in stream:
                 if config.factor:
                     latents.append(piece)

@@ -26,7 +26,7 @@ import types
 import weakref
 from fractions import Fraction
 from functools import partial
-from itertools import islice, product
+from itertools import groupby, islice, product
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -1089,6 +1089,44 @@ def test_rollout_keeps_the_first_frames_of_all(start):
             noise = (context[:, 2:n] - video[:, frames[2:]]) / 0.5
             assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
         done += 8 - n
+
+
+class Unsure(nn.Module):
+    """To this denoiser, every number is Normal(m, s^2), whatever is given. It notes noise levels, and how much is given."""
+
+    def __init__(self, m=0.3, s=1.0, takes_previous=False):
+        super().__init__()
+        self.p, self.takes_previous, self.m, self.s, self.seen = nn.Parameter(torch.ones(1)), takes_previous, m, s, []
+
+    def forward(self, x, sigma, context=None, mask=None, previous=None):
+        self.seen.append((sigma[0].item(), 8 if previous is not None else 0 if mask is None else int(mask[0].sum())))
+        return self.m + self.s ** 2 / (self.s ** 2 + sigma.view(-1, 1, 1, 1, 1) ** 2) * (x - self.m)
+
+
+@cases("previous, overlap, start", [(False, 4, 0), (False, 4, 1), (False, 3, 2), (False, 1, 3), (True, 4, 0)])
+def test_rollout_jumps_where_two_frames_tell_what_comes(previous, overlap, start):
+    """Where two or more frames are given, the noise levels between the first and 2.5 are left out, elsewhere none is."""
+    unsure, sigmas = Unsure(takes_previous=previous), torch.tensor([60, 20, 5, 2.5, 1, 0.0])
+    video = rolled(unsure, 20, (2, 8, 1, 4, 4), sigmas, overlap, torch.zeros(2, start, 1, 4, 4) if start else None, jump=2.5)
+    assert video.shape[1] == 20
+    windows = [list(window) for _, window in groupby(unsure.seen, lambda seen: seen[1])]
+    assert sum(seen[0] == 60 for seen in unsure.seen) == 1 + math.ceil((20 - 8) / (8 if previous else 8 - overlap))
+    for window in windows:
+        given = window[0][1]
+        levels = [60, 2.5, 1] if given > 1 else [60, 20, 5, 2.5, 1]
+        assert [level for level, _ in window] == levels * (len(window) // len(levels))
+    assert {given for _, given in unsure.seen} == {start, 8 if previous else overlap}
+
+
+@cases("jump", [0.25, 1.0])
+def test_a_jump_draws_less_of_what_the_model_is_unsure_of(double, jump):
+    """All levels draw m + s n from Normal(m, s^2). Small steps keep (x - m) / (s^2 + sigma^2)^(1/2), so from m + jump n it
+    comes to m + s jump n / (s^2 + jump^2)^(1/2): nearer to the mean."""
+    sigmas = torch.cat([torch.logspace(4, -4, 1601), torch.zeros(1)])
+    drawn = [rolled(Unsure(0.3, 0.5), 8, (2, 8, 1, 4, 4), sigmas, 4, torch.zeros(2, 2, 1, 4, 4), jump=j)[:, 2:] for j in (0, jump)]
+    whole, less = ((x - 0.3) / 0.5 for x in drawn)
+    close(less, whole * jump / math.hypot(0.5, jump), rtol=0.01, atol=1e-3)
+    assert 0.7 < whole.std() < 1.3
 
 
 @cases("overlap, given", [(1, 0), (4, 0), (7, 0), (2, 1), (4, 7), (6, 3)])
@@ -2952,7 +2990,7 @@ def test_sample_takes_every_nth_frame_as_training_did(tmp_path):
 
 
 def test_sample_keeps_the_first_frames_in_sight(tmp_path, monkeypatch):
-    """A model trained so goes on with an anchor and a tenth of its noise, but for what it was not trained to do."""
+    """A model trained so goes on with anchors, a tenth of its noise, and a jump, but for what it was not trained to do."""
     data, step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda i, config, items, *more: data.append(items) or step(i, config, items, *more))
     run_train(tmp_path / "run", "--steps", 1, "--frames", 6, "--context", 0.2, 0, 0, 0.4, 0.4, "--overlap", 4)
@@ -2963,10 +3001,11 @@ def test_sample_keeps_the_first_frames_in_sight(tmp_path, monkeypatch):
     told, rollout = [], vdm.rollout
     monkeypatch.setattr(vdm, "rollout", lambda *args, **options: told.append(options) or rollout(*args, **options))
     seen = lambda *flags: run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, *flags) and (
-        told[-1]["anchors"], told[-1]["context_noise"])
-    assert seen("--length", 8, "--overlap", 4) == (2, 0.1)
-    assert seen("--length", 8, "--overlap", 4, "--context-noise", 0.5) == (2, 0.5)
-    assert seen("--length", 8, "--overlap", 4, "--reconstruction", 1) == (0, 0)
+        told[-1]["anchors"], told[-1]["context_noise"], told[-1]["jump"])
+    assert seen("--length", 8, "--overlap", 4) == (2, 0.1, 2.5)
+    assert seen("--length", 8, "--overlap", 4, "--context-noise", 0.5, "--jump", 1) == (2, 0.5, 1)
+    assert seen("--length", 8, "--overlap", 4, "--reconstruction", 1) == (0, 0, 0)
+    assert vdm.load(tmp_path / "own/last.pt")[1].jump == 0             # there, what comes need not follow from what was
     with pytest.raises(ValueError, match="--overlap is 3, but .* was trained with --anchor: expected 4 or more"):
         seen("--length", 8, "--overlap", 3)
     with pytest.raises(ValueError, match="context-noise is 0, expected more than 0 to the 1 that .* was trained with"):
@@ -3151,6 +3190,8 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--reconstruction", "1"], "needs a weight above 0, frames to go on from"),
     (["--reconstruction", "1", "--length", "9", "--guidance", "2"], "no --guidance"),
     (["--reconstruction", "-1", "--length", "9"], "reconstruction is -1: it needs a weight above 0"),
+    (["--jump", "1"], "--jump is 1, .* with --context or --length above 4, and neither"),
+    (["--jump", "-1", "--length", "9"], "--jump is -1, expected 0 or more"),
     (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
     (["--rescale", "0.7"], "need a --guidance other than 1"),
     (["--guidance-shape", "ramp"], "--guidance-shape need a --guidance other than 1"),
@@ -3428,6 +3469,7 @@ def test_a_run_is_never_overwritten(trained):
                                                                        "name an autoencoder"),
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
     (["--steps", "0"], "--steps is 0, expected 1 or more"), (["--marks", "0"], "--marks is 0, expected 1 or more"),
+    (["--jump", "-1"], "--jump is -1, expected a noise level"),
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
     (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
     (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),

@@ -56,8 +56,8 @@ STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16, anchor=0.0), 
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MODEL = ("kind", "sigma_data", "head_dim", "give", "channels", "factor", "width", "mults", "blocks", "attention", "joint", "patch",
          "detail", "convs", "feed_forward", "ddpm_layout", "previous", "labels", "actions", "adapters", "rank")   # equal if models fit
-MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "guided_below", "sigma_min", "sigma_max", "rho", "overlap",
-              "fps"}                                                   # on --resume
+MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "guided_below", "sigma_min", "sigma_max", "rho", "jump",
+              "overlap", "fps"}                                                   # on --resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +113,8 @@ def parse(argv):
     name = options.preset if options.data == "shapes" else f"{options.preset}-{Path(options.data).stem}"
     name += f"-{options.stage}" * (options.stage != "diffusion")
     options.out = Path(options.out or f"out/{name}")
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | given)
+    tells = {} if options.data == "shapes" else dict(jump=0.0)         # elsewhere the past need not tell the future
+    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | tells | given)
 
 
 def check(options, config):
@@ -129,6 +130,8 @@ def check(options, config):
     if config.temporal_guidance != 1 and not config.images:
         raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
                          "above 0: without, it must be 1")
+    if config.jump < 0:
+        raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
         raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
                          "numbers")
@@ -520,7 +523,7 @@ def sampling(config):
 def rolling(config):
     """How vdm.rollout is to go on: its arguments for a config."""
     noise = config.anchor / 10 if config.anchors else 0.0
-    return dict(sampling(config), overlap=config.overlap, anchors=config.anchors, context_noise=noise)
+    return dict(sampling(config), overlap=config.overlap, anchors=config.anchors, context_noise=noise, jump=config.jump)
 
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):

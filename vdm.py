@@ -146,6 +146,7 @@ class Config:
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
+    jump: float = 0.0               # going on, from the first level straight to this one (0: off)
 
     @property
     def anchors(self):              # given frames of long before; with other kinds of context: 0
@@ -163,7 +164,7 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
-    "tiny": Config(),                   # the toy world on a laptop
+    "tiny": Config(jump=2.5),           # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
@@ -773,7 +774,7 @@ def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
 
 
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
-            context_noise=0.0, anchors=0, action=None, **options):
+            context_noise=0.0, anchors=0, jump=0.0, action=None, **options):
     """Yield a video of any length in pieces (B, n, C, H, W), window by window
     of shape (B, T, C, H, W), in constant memory; torch.cat(list(rollout(...)), 1) is all of it.
 
@@ -784,6 +785,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
     The first `anchors` of the `overlap` frames are always those the whole video starts with, and
     never noisy: they tell how things look and how fast they go (StreamingT2V), the others where.
+    jump > 0 leaves out the noise levels between the first and `jump` where two or more frames are
+    given: if these tell what comes, the first estimate, the mean of what the model, unsure, holds
+    possible, is the best there is; to draw one of that doubles the variance of the error.
     action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
@@ -817,7 +821,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             here = torch.arange(done - given, done - given + T)
             here[:anchors] = torch.arange(anchors)
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
-        window = generate(denoiser, shape, sigmas, noise=noise, **options, **cond)
+        leap = jump if tail.shape[1] > 1 and jump else math.inf
+        levels = torch.cat([sigmas[:1], sigmas[1:][sigmas[1:] <= leap]])
+        window = generate(denoiser, shape, levels, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
