@@ -164,7 +164,8 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
-    "tiny": Config(jump=2.5),           # the toy world on a laptop
+    # the toy world on a laptop. Its past tells its future: much is given, under much noise
+    "tiny": Config(context=(0.32, 0.03, 0.03, 0.03, 0.59), given_noise=7.0, jump=2.5),
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
