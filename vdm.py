@@ -146,7 +146,7 @@ class Config:
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
-    jump: float = 0.0               # going on, from the first level straight to this one (0: off)
+    jump: float = 2.5               # going on, from the first level straight to this one (0: off)
 
     @property
     def anchors(self):              # given frames of long before; with other kinds of context: 0
@@ -159,21 +159,21 @@ class Config:
 # "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0, anchor=0.0)
+                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
-    # the toy world on a laptop. Its past tells its future: much is given, under much noise
-    "tiny": Config(context=(0.32, 0.03, 0.03, 0.03, 0.59), given_noise=7.0, jump=2.5),
+    "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
-                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0),
+                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
+                     jump=0.0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999, anchor=0.0),
+                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
     "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
@@ -786,9 +786,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
     The first `anchors` of the `overlap` frames are always those the whole video starts with, and
     never noisy: they tell how things look and how fast they go (StreamingT2V), the others where.
-    jump > 0 leaves out the noise levels between the first and `jump` where two or more frames are
-    given: if these tell what comes, the first estimate, the mean of what the model, unsure, holds
-    possible, is the best there is; to draw one of that doubles the variance of the error.
+    jump > 0 skips the noise levels between the first and `jump` where two or more frames are given:
+    what is certain is best guessed at once, by the mean; drawing doubles its error's variance.
     action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
@@ -811,8 +810,7 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         if given and denoiser.takes_previous:
             given, cond = 0, dict(previous=tail)
         elif given:
-            rest = tail.new_zeros(B, T - given, *shape[2:])
-            seen = torch.cat([tail, rest], 1)                                      # (B, T, C, H, W)
+            seen = F.pad(tail, (0, 0, 0, 0, 0, 0, 0, T - given))                   # (B, T, C, H, W)
             mask = (torch.arange(T, device=tail.device) < given).float().expand(B, T)
             if context_noise:
                 hint = (torch.arange(T, device=device) >= anchors).expand(B, T)
@@ -823,7 +821,7 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             here[:anchors] = torch.arange(anchors)
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
         leap = jump if tail.shape[1] > 1 and jump else math.inf
-        levels = torch.cat([sigmas[:1], sigmas[1:][sigmas[1:] <= leap]])
+        levels = sigmas[(sigmas <= leap) | (sigmas == sigmas[0])]
         window = generate(denoiser, shape, levels, noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
@@ -1466,8 +1464,7 @@ class MovingShapes:
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos):
-        """Mark clips (B, T, 3, H, W) in [-1, 1]: a dict of arrays (B,), True where every shape
-        does,
+        """Mark clips (B, T, 3, H, W) in [-1, 1]: a dict of arrays (B,), True if every shape does,
 
         shape   in every frame, look like one shape of its kind alone (intersection / union > 0.75)
         color   stay within 0.25, of 0 ... 1, of one colour of the palette

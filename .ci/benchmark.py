@@ -260,13 +260,15 @@ def marks(folder):
     if autoencoder:
         print("real clips, made latents and back")
         print(world.report(train.reconstruct(autoencoder, torch.stack([world[i]["video"] for i in range(64)]), device)))
-    print(world.report(rolled(denoiser, config, 64, 4 * config.frames, autoencoder)))
+    for seed in (3, 1):
+        print(f"roll-outs, noise of seed {seed}", world.report(rolled(denoiser, config, 64, 4 * config.frames, autoencoder, seed)),
+              sep="\n", flush=True)
     if config.task == "any" and not autoencoder:
         sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
         interpolation(denoiser, config, sigmas, dtype)
 
 
-def rolled(denoiser, config, n, length, autoencoder=None):
+def rolled(denoiser, config, n, length, autoencoder=None, seed=3):
     """n videos (n, length, C, H, W) drawn window by window, 16 at a time."""
     sigmas, videos = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho), []
     dtype = train.pick_dtype("auto", torch.device("cpu"))
@@ -274,7 +276,7 @@ def rolled(denoiser, config, n, length, autoencoder=None):
         clips = range(i, min(i + 16, n))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             pieces = vdm.rollout(denoiser, length, (len(clips), config.frames, config.channels, *config.size), sigmas,
-                                 seed=3, clips=clips, **train.rolling(config))
+                                 seed=seed, clips=clips, **train.rolling(config))
             videos.append(torch.cat(list(pieces), 1))
         videos[-1] = autoencoder.decode(videos[-1]) if autoencoder else videos[-1]
     return torch.cat(videos)
