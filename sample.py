@@ -95,6 +95,8 @@ def main(argv=None):
                    "twice as long (default: the checkpoint's)")
     p.add_argument("--guided-below", type=float, help="noise level below which that acts; where frames are given it does at all "
                    "levels (default: the checkpoint's)")
+    p.add_argument("--s-noise", type=float, help="what samplers draw on the way, times this, unless frames are given; more is livelier "
+                   "(default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
@@ -131,6 +133,8 @@ def main(argv=None):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
+    if how["s_noise"] <= 0:
+        raise ValueError(f"--s-noise is {how['s_noise']:g}, expected more than 0")
     if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
         raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
     guidance = dict(constant=o.guidance, ramp=vdm.ramp(1, o.guidance, T), triangle=vdm.triangle(1, o.guidance, T))
@@ -156,9 +160,9 @@ def main(argv=None):
     if not 0 <= level <= largest or (hints or anchors) and not level:
         raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints or anchors)}0 to the {largest:g} that "
                          f"{o.checkpoint} was trained with")
-    going_on = goes_on and not hints
-    jump = rolling(config)["jump"] * going_on if o.jump is None else o.jump
-    if jump < 0 or jump and not going_on:
+    jumps = goes_on and not hints                                      # which tell too little to jump by
+    jump = rolling(config)["jump"] * jumps if o.jump is None else o.jump
+    if jump < 0 or jump and not jumps:
         raise ValueError(f"--jump is {jump:g}, expected 0 or more, and more only where windows go on from given frames: with "
                          f"--context or --length above {T}, and neither --interpolate nor --reconstruction")
     if anchors and overlap < 4:
@@ -252,8 +256,8 @@ def main(argv=None):
 
     spool.flush()
     stored, fps = np.memmap(spool, np.uint8, "r", shape=shape_of_all), o.fps or config.fps
-    # a film strip of more frames is too wide to look at, and a GIF needs all its frames in memory
-    strip = vdm.film_strip(vdm.from_uint8(stored[:8, :: -(-length // 64)]))
+    # a film strip of more frames is too wide to look at; pictures and GIFs need all of their pixels in memory
+    strip = vdm.film_strip(vdm.from_uint8(stored[:8, :: -(-length // 32)]))
     files = [vdm.write_video(name, Frames(stored), fps) for name in {out, out.with_suffix(".gif")} if length <= 64 or name == out]
     image = vdm.write_image(out.with_suffix(".png"), strip, 2)
     each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", Frames(stored, i), fps) for i in range(o.n)]

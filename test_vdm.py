@@ -1129,6 +1129,17 @@ def test_a_jump_draws_less_of_what_the_model_is_unsure_of(double, jump):
     assert 0.7 < whole.std() < 1.3
 
 
+@cases("sampler", ["ddpm", "dpmpp_2m_sde"])
+@cases("cond, wide", [({}, 1.3), (dict(context=torch.zeros(32, 8, 1, 4, 4), mask=torch.zeros(32, 8)), 1)])
+def test_larger_noise_spreads_what_is_drawn_from_nothing(double, sampler, cond, wide):
+    """In small steps the variance V of what is drawn from Normal(m, s^2) obeys dV / dt = 2 V / (s^2 + t) - s_noise^2, t = sigma^2:
+    at t = 0 it is (s_noise s)^2."""
+    sigmas = torch.cat([torch.logspace(3, -3, 601), torch.zeros(1)])
+    drawn = vdm.generate(Unsure(0.3, 0.5), (32, 8, 1, 4, 4), sigmas, sampler, s_noise=1.3, **cond)
+    close(drawn.mean().item(), 0.3, atol=0.03, rtol=0)
+    close(drawn.std().item(), 0.5 * wide, rtol=0.04, atol=0)           # chance: 1 %
+
+
 @cases("overlap, given", [(1, 0), (4, 0), (7, 0), (2, 1), (4, 7), (6, 3)])
 def test_rollout_windows(overlap, given):
     """Where a denoiser counts frames the video must count on without a gap, at any length."""
@@ -3005,7 +3016,8 @@ def test_sample_keeps_the_first_frames_in_sight(tmp_path, monkeypatch):
     assert seen("--length", 8, "--overlap", 4) == (2, 0.1, 2.5)
     assert seen("--length", 8, "--overlap", 4, "--context-noise", 0.5, "--jump", 1) == (2, 0.5, 1)
     assert seen("--length", 8, "--overlap", 4, "--reconstruction", 1) == (0, 0, 0)
-    assert vdm.load(tmp_path / "own/last.pt")[1].jump == 0             # there, what comes need not follow from what was
+    own = vdm.load(tmp_path / "own/last.pt")[1]
+    assert (own.jump, own.s_noise) == (0, 1)                           # there, what comes need not follow from what was
     with pytest.raises(ValueError, match="--overlap is 3, but .* was trained with --anchor: expected 4 or more"):
         seen("--length", 8, "--overlap", 3)
     with pytest.raises(ValueError, match="context-noise is 0, expected more than 0 to the 1 that .* was trained with"):
@@ -3192,6 +3204,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--reconstruction", "-1", "--length", "9"], "reconstruction is -1: it needs a weight above 0"),
     (["--jump", "1"], "--jump is 1, .* with --context or --length above 4, and neither"),
     (["--jump", "-1", "--length", "9"], "--jump is -1, expected 0 or more"),
+    (["--s-noise", "0"], "--s-noise is 0, expected more than 0"),
     (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
     (["--rescale", "0.7"], "need a --guidance other than 1"),
     (["--guidance-shape", "ramp"], "--guidance-shape need a --guidance other than 1"),
@@ -3469,7 +3482,7 @@ def test_a_run_is_never_overwritten(trained):
                                                                        "name an autoencoder"),
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
     (["--steps", "0"], "--steps is 0, expected 1 or more"), (["--marks", "0"], "--marks is 0, expected 1 or more"),
-    (["--jump", "-1"], "--jump is -1, expected a noise level"),
+    (["--jump", "-1"], "--jump is -1, expected a noise level"), (["--s-noise", "0"], "--s-noise is 0, expected more than 0"),
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
     (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
     (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),

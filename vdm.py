@@ -123,7 +123,7 @@ class Config:
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
-    steps: int = 1350               # optimiser steps
+    steps: int = 1500               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -143,6 +143,7 @@ class Config:
     sampling_steps: int = 25        # noise levels visited; heun evaluates twice at all but the last
     temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
     guided_below: float = 11.0      # at higher noise levels it does so only if frames are given
+    s_noise: float = 1.3            # unless frames are given, samplers draw so many times the noise
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -159,7 +160,7 @@ class Config:
 # "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
+                ema=0.9999, temporal_guidance=1.0, anchor=0.0, s_noise=1.0, jump=0.0)
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
@@ -169,11 +170,11 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     jump=0.0),
+                     s_noise=1.0, jump=0.0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
+                    steps=20_000, ema=0.999, anchor=0.0, s_noise=1.0, jump=0.0),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
     "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
@@ -744,24 +745,27 @@ def clip_noise(seed, clips, device="cpu"):
 
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             temporal_guidance=1.0, guided_below=math.inf, reconstruction=0.0, noise=None, seed=0,
-             **cond):
+             temporal_guidance=1.0, guided_below=math.inf, s_noise=1.0, reconstruction=0.0,
+             noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
     label, action. noise is a clip_noise; by default that of clips 0 ... B - 1. temporal_guidance
-    acts below the noise level guided_below or, where frames are given, at all levels."""
+    acts below the noise level guided_below, s_noise multiplies what samplers draw on the way (EDM
+    alg. 2), since a network that has not learnt all shrinks what it is unsure of, such as speed, to
+    its mean. Where frames are given, that holds at all levels, and this not at all."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
+    if "mask" in cond or "previous" in cond:
+        guided_below, s_noise = math.inf, 1.0
     if temporal_guidance != 1:
-        below = math.inf if "mask" in cond or "previous" in cond else guided_below
-        denoiser = temporally_guided(denoiser, temporal_guidance, below=below)
+        denoiser = temporally_guided(denoiser, temporal_guidance, below=guided_below)
     if reconstruction and "mask" in cond:
         given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
         denoise = reconstruction_guided(partial(denoiser, **cond), **given)
     else:
         denoise = partial(denoiser if unguided else guided(denoiser, guidance, rescale), **cond)
     x = sigmas[0].item() * noise(*shape[1:])
-    return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
+    return SAMPLERS[sampler](denoise, x, sigmas, lambda x: s_noise * noise(*x.shape[1:]))
 
 
 def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
@@ -820,9 +824,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             here = torch.arange(done - given, done - given + T)
             here[:anchors] = torch.arange(anchors)
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
-        leap = jump if tail.shape[1] > 1 and jump else math.inf
-        levels = sigmas[(sigmas <= leap) | (sigmas == sigmas[0])]
-        window = generate(denoiser, shape, levels, noise=noise, **options, **cond)
+        skipped = (sigmas < sigmas[0]) & (sigmas > jump) & (jump > 0 and tail.shape[1] > 1)
+        window = generate(denoiser, shape, sigmas[~skipped], noise=noise, **options, **cond)
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
@@ -891,9 +894,8 @@ def rotate(x, position):
     pairs, axes = x.shape[-1] // 2, position.shape[-1]
     j = torch.arange(pairs, device=x.device)
     angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / pairs)              # (L, d / 2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    return x * torch.cat([cos, cos], -1) + x.roll(pairs, -1) * torch.cat([-sin, sin], -1)
 
 
 def attend(q, k, v):
@@ -916,7 +918,7 @@ class TemporalConv(nn.Module):
     def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
         h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
-        return x + strength * self.gate * h
+        return x + (strength * self.gate).to(h) * h              # or x would become float32
 
 
 class ResBlock(nn.Module):
@@ -1021,7 +1023,7 @@ class TemporalAttention(nn.Module):
         h = h + seen if self.feed_forward else seen
         h = h + self.feed_forward(h) if self.feed_forward else h
         h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
-        return x + strength * self.gate * h
+        return x + (strength * self.gate).to(h) * h
 
 
 class Block(nn.Module):
