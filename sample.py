@@ -95,7 +95,7 @@ def main(argv=None):
                    "twice as long (default: the checkpoint's)")
     p.add_argument("--guided-below", type=float, help="noise level below which that acts; where frames are given it does at all "
                    "levels (default: the checkpoint's)")
-    p.add_argument("--s-noise", type=float, help="what samplers draw on the way, times this, unless frames are given; more is livelier "
+    p.add_argument("--s-noise", type=float, help="times what samplers draw on the way, unless frames are given; more is livelier "
                    "(default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")

@@ -3016,8 +3016,7 @@ def test_sample_keeps_the_first_frames_in_sight(tmp_path, monkeypatch):
     assert seen("--length", 8, "--overlap", 4) == (2, 0.1, 2.5)
     assert seen("--length", 8, "--overlap", 4, "--context-noise", 0.5, "--jump", 1) == (2, 0.5, 1)
     assert seen("--length", 8, "--overlap", 4, "--reconstruction", 1) == (0, 0, 0)
-    own = vdm.load(tmp_path / "own/last.pt")[1]
-    assert (own.jump, own.s_noise) == (0, 1)                           # there, what comes need not follow from what was
+    assert vdm.load(tmp_path / "own/last.pt")[1].jump == 0             # there, what comes need not follow from what was
     with pytest.raises(ValueError, match="--overlap is 3, but .* was trained with --anchor: expected 4 or more"):
         seen("--length", 8, "--overlap", 3)
     with pytest.raises(ValueError, match="context-noise is 0, expected more than 0 to the 1 that .* was trained with"):

@@ -114,8 +114,8 @@ def parse(argv):
     name = options.preset if options.data == "shapes" else f"{options.preset}-{Path(options.data).stem}"
     name += f"-{options.stage}" * (options.stage != "diffusion")
     options.out = Path(options.out or f"out/{name}")
-    other = {} if options.data == "shapes" else dict(s_noise=1.0, jump=0.0)       # these were measured on shapes alone
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | other | given)
+    tells = {} if options.data == "shapes" else dict(jump=0.0)         # elsewhere the past need not tell the future
+    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | tells | given)
 
 
 def check(options, config):
@@ -131,9 +131,10 @@ def check(options, config):
     if config.temporal_guidance != 1 and not config.images:
         raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
                          "above 0: without, it must be 1")
-    if config.jump < 0 or config.s_noise <= 0:
-        raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0; --s-noise is "
-                         f"{config.s_noise:g}, expected more than 0")
+    if config.jump < 0:
+        raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0")
+    if config.s_noise <= 0:
+        raise ValueError(f"--s-noise is {config.s_noise:g}, expected more than 0")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
         raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
                          "numbers")

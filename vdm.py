@@ -143,7 +143,7 @@ class Config:
     sampling_steps: int = 25        # noise levels visited; heun evaluates twice at all but the last
     temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
     guided_below: float = 11.0      # at higher noise levels it does so only if frames are given
-    s_noise: float = 1.3            # unless frames are given, samplers draw so many times the noise
+    s_noise: float = 1.0            # times what samplers draw, unless frames are given: livelier
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -160,7 +160,7 @@ class Config:
 # "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0, anchor=0.0, s_noise=1.0, jump=0.0)
+                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
@@ -170,11 +170,11 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     s_noise=1.0, jump=0.0),
+                     jump=0.0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999, anchor=0.0, s_noise=1.0, jump=0.0),
+                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
     # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
     "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
@@ -750,9 +750,8 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
     label, action. noise is a clip_noise; by default that of clips 0 ... B - 1. temporal_guidance
-    acts below the noise level guided_below, s_noise multiplies what samplers draw on the way (EDM
-    alg. 2), since a network that has not learnt all shrinks what it is unsure of, such as speed, to
-    its mean. Where frames are given, that holds at all levels, and this not at all."""
+    acts below the noise level guided_below or, where frames are given, at all levels. Unless they
+    are, samplers draw s_noise times the noise (EDM alg. 2): networks shrink what they doubt."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
     if "mask" in cond or "previous" in cond:
