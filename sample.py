@@ -133,8 +133,9 @@ def main(argv=None):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
-    if how["s_noise"] <= 0:
-        raise ValueError(f"--s-noise is {how['s_noise']:g}, expected more than 0")
+    if o.s_noise is not None and (o.s_noise <= 0 or o.context or how["sampler"] not in ("ddpm", "dpmpp_2m_sde")):
+        raise ValueError(f"--s-noise is {o.s_noise:g}, expected more than 0, no --context (it is for what is drawn from nothing), and "
+                         f"--sampler ddpm or dpmpp_2m_sde: {how['sampler']} draws no noise on the way")
     if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
         raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
     guidance = dict(constant=o.guidance, ramp=vdm.ramp(1, o.guidance, T), triangle=vdm.triangle(1, o.guidance, T))

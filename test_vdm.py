@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
@@ -1130,7 +1131,8 @@ def test_a_jump_draws_less_of_what_the_model_is_unsure_of(double, jump):
 
 
 @cases("sampler", ["ddpm", "dpmpp_2m_sde"])
-@cases("cond, wide", [({}, 1.3), (dict(context=torch.zeros(32, 8, 1, 4, 4), mask=torch.zeros(32, 8)), 1)])
+@cases("cond, wide", [({}, 1.3), (dict(context=torch.zeros(32, 8, 1, 4, 4), mask=torch.zeros(32, 8)), 1),
+                      (dict(previous=torch.zeros(32, 8, 1, 4, 4)), 1)])
 def test_larger_noise_spreads_what_is_drawn_from_nothing(double, sampler, cond, wide):
     """In small steps the variance V of what is drawn from Normal(m, s^2) obeys dV / dt = 2 V / (s^2 + t) - s_noise^2, t = sigma^2:
     at t = 0 it is (s_noise s)^2."""
@@ -2773,8 +2775,8 @@ def test_evaluations_are_those_that_happen(sampler, flags):
 
 def test_muon_steps_are_orthogonal():
     """By the SVD of the gradient: the step has its singular vectors, and singular values that are all
-    near 1 (0.7 to 1.2, Jordan et al. 2024) times the rate; matrices of one shape do not mix."""
-    shapes = (12, 30), (12, 30), (30, 12), (8, 4, 3, 3)
+    near 1 (0.7 to 1.2, Jordan et al. 2024) times the rate; matrices of as many rows do not mix."""
+    shapes = (12, 30), (12, 30), (30, 12), (12, 20), (8, 4, 3, 3)
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     for p in params:
         p.grad = torch.randn(p.shape)
@@ -2784,6 +2786,23 @@ def test_muon_steps_are_orthogonal():
         told = u.T @ -p.detach().flatten(1).numpy() @ v.T / 0.1 / max(1, p.shape[0] / p[0].numel()) ** 0.5
         assert np.abs(told - np.diag(np.diag(told))).max() < 1e-3
         assert 0.65 < np.diag(told).min() and np.diag(told).max() < 1.25 and s.max() / s.min() > 1.5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    """By the kernel's count of pages (4 KiB or, on some machines, 2 MiB) first touched: 16 blocks of 8 MiB filled, freed, filled."""
+    code = """if 1:
+        import resource, sys, torch, train
+        train.keep_memory() if sys.argv[1] == "keep" else None
+        faults = []
+        for _ in range(6):
+            blocks = [torch.ones(2 ** 21) for _ in range(16)]
+            del blocks
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[1])"""
+    pages = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True,
+                                     check=True).stdout) for how in ("keep", "not")}
+    assert pages["keep"] < 50 < pages["not"], pages
 
 
 def test_training_learns(tmp_path):
@@ -3204,6 +3223,8 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--jump", "1"], "--jump is 1, .* with --context or --length above 4, and neither"),
     (["--jump", "-1", "--length", "9"], "--jump is -1, expected 0 or more"),
     (["--s-noise", "0"], "--s-noise is 0, expected more than 0"),
+    (["--s-noise", "1.2", "--sampler", "heun"], "--s-noise is 1.2, .* heun draws no noise"),
+    (["--s-noise", "1.2", "--context", "clip.mp4"], "--s-noise is 1.2, .* no --context"),
     (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
     (["--rescale", "0.7"], "need a --guidance other than 1"),
     (["--guidance-shape", "ramp"], "--guidance-shape need a --guidance other than 1"),
@@ -3482,6 +3503,7 @@ def test_a_run_is_never_overwritten(trained):
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),
     (["--steps", "0"], "--steps is 0, expected 1 or more"), (["--marks", "0"], "--marks is 0, expected 1 or more"),
     (["--jump", "-1"], "--jump is -1, expected a noise level"), (["--s-noise", "0"], "--s-noise is 0, expected more than 0"),
+    (["--s-noise", "1.2", "--sampler", "ddim"], "--s-noise is 1.2, .* ddim draws no noise"),
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
     (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
     (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),

@@ -133,8 +133,9 @@ def check(options, config):
                          "above 0: without, it must be 1")
     if config.jump < 0:
         raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0")
-    if config.s_noise <= 0:
-        raise ValueError(f"--s-noise is {config.s_noise:g}, expected more than 0")
+    if config.s_noise <= 0 or config.s_noise != 1 and config.sampler not in ("ddpm", "dpmpp_2m_sde"):
+        raise ValueError(f"--s-noise is {config.s_noise:g}, expected more than 0, and other than 1 only with --sampler ddpm or "
+                         f"dpmpp_2m_sde: {config.sampler} draws no noise on the way")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
         raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
                          "numbers")
@@ -162,9 +163,10 @@ def pick_dtype(name, device):
 
 def keep_memory():
     """Have glibc keep what a step frees, for the next one: asking the system for it anew costs a CPU a twelfth of the time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for parameter, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 25)) if mallopt else ():       # M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(parameter, value)                                                                       # and M_MMAP_THRESHOLD
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2 ** 31 - 1)                                  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-2, 2 ** 26)                                      # M_TOP_PAD: ask for 64 MiB at a time
+        libc.mallopt(-3, 2 ** 25)                                      # M_MMAP_THRESHOLD: so keep all but blocks above 32 MiB
 
 
 class Muon(torch.optim.Optimizer):

@@ -143,7 +143,7 @@ class Config:
     sampling_steps: int = 25        # noise levels visited; heun evaluates twice at all but the last
     temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
     guided_below: float = 11.0      # at higher noise levels it does so only if frames are given
-    s_noise: float = 1.0            # times what samplers draw, unless frames are given: livelier
+    s_noise: float = 1.0            # times the noise drawn on the way, unless frames are given
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -893,7 +893,7 @@ def rotate(x, position):
     pairs, axes = x.shape[-1] // 2, position.shape[-1]
     j = torch.arange(pairs, device=x.device)
     angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / pairs)              # (L, d / 2)
-    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)  # x is (a, b), and x.roll(pairs) is (b, a)
     return x * torch.cat([cos, cos], -1) + x.roll(pairs, -1) * torch.cat([-sin, sin], -1)
 
 
