@@ -91,12 +91,8 @@ def main(argv=None):
     p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates all that is given (1)")
     p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
-    p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates what frames tell each other, and takes nearly "
+    p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates how frames tell each other to change, and takes "
                    "twice as long (default: the checkpoint's)")
-    p.add_argument("--guided-below", type=float, help="noise level below which that acts; where frames are given it does at all "
-                   "levels (default: the checkpoint's)")
-    p.add_argument("--s-noise", type=float, help="times what samplers draw on the way, unless frames are given; more is livelier "
-                   "(default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
@@ -133,9 +129,6 @@ def main(argv=None):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
-    if o.s_noise is not None and (o.s_noise <= 0 or o.context or how["sampler"] not in ("ddpm", "dpmpp_2m_sde")):
-        raise ValueError(f"--s-noise is {o.s_noise:g}, expected more than 0, no --context (it is for what is drawn from nothing), and "
-                         f"--sampler ddpm or dpmpp_2m_sde: {how['sampler']} draws no noise on the way")
     if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
         raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
     guidance = dict(constant=o.guidance, ramp=vdm.ramp(1, o.guidance, T), triangle=vdm.triangle(1, o.guidance, T))

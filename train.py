@@ -57,8 +57,8 @@ STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16, anchor=0.0), 
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 MODEL = ("kind", "sigma_data", "head_dim", "give", "channels", "factor", "width", "mults", "blocks", "attention", "joint", "patch",
          "detail", "convs", "feed_forward", "ddpm_layout", "previous", "labels", "actions", "adapters", "rank")   # equal if models fit
-MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "guided_below", "s_noise", "sigma_min", "sigma_max", "rho",
-              "jump", "overlap", "fps"}                                                   # on --resume
+MAY_CHANGE = {"steps", "sampler", "sampling_steps", "temporal_guidance", "sigma_min", "sigma_max", "rho", "jump", "overlap",
+              "fps"}                                                                       # on --resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,9 +133,6 @@ def check(options, config):
                          "above 0: without, it must be 1")
     if config.jump < 0:
         raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0")
-    if config.s_noise <= 0 or config.s_noise != 1 and config.sampler not in ("ddpm", "dpmpp_2m_sde"):
-        raise ValueError(f"--s-noise is {config.s_noise:g}, expected more than 0, and other than 1 only with --sampler ddpm or "
-                         f"dpmpp_2m_sde: {config.sampler} draws no noise on the way")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
         raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
                          "numbers")
@@ -528,8 +525,7 @@ def write_samples(path, clips, config, autoencoder):
 
 def sampling(config):
     """The sampler of a config and its guidance, as arguments of vdm.generate."""
-    return dict(sampler=config.sampler, temporal_guidance=config.temporal_guidance, guided_below=config.guided_below,
-                s_noise=config.s_noise)
+    return dict(sampler=config.sampler, temporal_guidance=config.temporal_guidance)
 
 
 def rolling(config):
@@ -554,9 +550,8 @@ def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told)
 
 def evaluations(config):
     """How often the network is evaluated to generate a clip."""
-    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
-    visited = torch.cat([sigmas[:-1], sigmas[1:-1]]) if config.sampler == "heun" else sigmas[:-1]
-    return len(visited) + int((visited <= config.guided_below).sum()) * (config.temporal_guidance != 1)
+    visited = 2 * config.sampling_steps - 1 if config.sampler == "heun" else config.sampling_steps
+    return visited * (1 + (config.temporal_guidance != 1))
 
 
 # ---- --dry-run: what a run would need --------------------------------------------------------------------------------

@@ -140,10 +140,8 @@ class Config:
     rank: int = 4                   # channels of their bottlenecks
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
-    sampling_steps: int = 25        # noise levels visited; heun evaluates twice at all but the last
-    temporal_guidance: float = 1.4  # more than 1 exaggerates what frames tell each other
-    guided_below: float = 11.0      # at higher noise levels it does so only if frames are given
-    s_noise: float = 1.0            # times the noise drawn on the way, unless frames are given
+    sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
+    temporal_guidance: float = 1.6  # more than 1 exaggerates how frames tell each other to change
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -696,18 +694,20 @@ def guided(denoise, scale, rescale=0.0):
     return guided_denoise
 
 
-def temporally_guided(denoise, scale, temporal=0.0, below=math.inf):
-    """Guidance by what frames tell each other: alone + scale * (together - alone), where alone is
-    the estimate by the same model whose temporal layers are heeded at `temporal` only, 0: not at
-    all. denoise must take that, as VideoUNet does and --images teaches it (related: skip guidance,
-    Hyung et al. 2024, 2411.18664). Above the noise level `below` there is none: there it favours
-    some kinds of clips (guidance in an interval, Kynkäänniemi et al. 2024, 2404.07724)."""
+def temporally_guided(denoise, scale, temporal=0.0):
+    """Guidance by what frames tell each other: together + (scale - 1) * change, where change is the
+    part that varies over time of (together - alone), and alone is the estimate by the same model
+    whose temporal layers are heeded at `temporal` only, 0: not at all. denoise must take that, as
+    VideoUNet does and --images teaches it. Exaggerating the mean over time as well, as plain
+    guidance would, makes things larger and slower (ours; related: skip guidance, 2411.18664)."""
 
     def guided_denoise(x, sigma, **cond):
-        if sigma.max() > below:
-            return denoise(x, sigma, **cond)
-        alone = denoise(x, sigma, temporal=temporal, **cond)
-        return alone + scale * (denoise(x, sigma, **cond) - alone)
+        together = denoise(x, sigma, **cond)
+        told = together - denoise(x, sigma, temporal=temporal, **cond)             # (B, T, C, H, W)
+        out = together + (scale - 1) * (told - told.mean(1, keepdim=True))
+        if cond.get("mask") is None:
+            return out
+        return torch.where(expand(cond["mask"], x) == 1, together, out)      # given frames stay
 
     return guided_denoise
 
@@ -745,26 +745,21 @@ def clip_noise(seed, clips, device="cpu"):
 
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             temporal_guidance=1.0, guided_below=math.inf, s_noise=1.0, reconstruction=0.0,
-             noise=None, seed=0, **cond):
+             temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
-    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1. temporal_guidance
-    acts below the noise level guided_below or, where frames are given, at all levels. Unless they
-    are, samplers draw s_noise times the noise (EDM alg. 2): networks shrink what they doubt."""
+    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
-    if "mask" in cond or "previous" in cond:
-        guided_below, s_noise = math.inf, 1.0
     if temporal_guidance != 1:
-        denoiser = temporally_guided(denoiser, temporal_guidance, below=guided_below)
+        denoiser = temporally_guided(denoiser, temporal_guidance)
     if reconstruction and "mask" in cond:
         given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
         denoise = reconstruction_guided(partial(denoiser, **cond), **given)
     else:
         denoise = partial(denoiser if unguided else guided(denoiser, guidance, rescale), **cond)
     x = sigmas[0].item() * noise(*shape[1:])
-    return SAMPLERS[sampler](denoise, x, sigmas, lambda x: s_noise * noise(*x.shape[1:]))
+    return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
 
 
 def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
@@ -790,7 +785,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     The first `anchors` of the `overlap` frames are always those the whole video starts with, and
     never noisy: they tell how things look and how fast they go (StreamingT2V), the others where.
     jump > 0 skips the noise levels between the first and `jump` where two or more frames are given:
-    what is certain is best guessed at once, by the mean; drawing doubles its error's variance.
+    what is certain is best guessed at once, by the mean; drawing doubles its error's variance. Nor
+    is there anything for temporal guidance to exaggerate then.
     action is (B, length, A), with those of context's frames; after its end a window is told 0."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
@@ -823,8 +819,10 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             here = torch.arange(done - given, done - given + T)
             here[:anchors] = torch.arange(anchors)
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
-        skipped = (sigmas < sigmas[0]) & (sigmas > jump) & (jump > 0 and tail.shape[1] > 1)
-        window = generate(denoiser, shape, sigmas[~skipped], noise=noise, **options, **cond)
+        levels = sigmas
+        if jump > 0 and tail.shape[1] > 1:
+            levels, cond["temporal_guidance"] = sigmas[(sigmas == sigmas[0]) | (sigmas <= jump)], 1.0
+        window = generate(denoiser, shape, levels, noise=noise, **(options | cond))
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
