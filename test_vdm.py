@@ -3492,7 +3492,7 @@ def test_a_run_is_never_overwritten(trained):
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
     (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
     (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),
-    (["--images", "0"], "--temporal-guidance is 1.4, but what it asks .* taught by --images above 0"),
+    (["--images", "0"], "--temporal-guidance is 1.6, but what it asks .* taught by --images above 0"),
     (["--task", "any", "--anchor", "2"], "--anchor is 2, but does nothing"),
 ])
 def test_the_command_line_answers_in_one_sentence(tmp_path, flags, words):

@@ -821,7 +821,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
         levels = sigmas
         if jump > 0 and tail.shape[1] > 1:
-            levels, cond["temporal_guidance"] = sigmas[(sigmas == sigmas[0]) | (sigmas <= jump)], 1.0
+            levels = sigmas[(sigmas == sigmas[0]) | (sigmas <= jump)]
+            cond["temporal_guidance"] = 1.0
         window = generate(denoiser, shape, levels, noise=noise, **(options | cond))
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
