@@ -2891,6 +2891,14 @@ def test_sample_drives(driver, tmp_path, capsys):
     sample.main([*command, "--device", "cpu", "--out", str(tmp_path / "next.mp4")])
 
 
+@cases("data, jump, guidance", [("shapes", 2.5, 1.6), ("drive", 0, 1), ("a.mp4", 0, 1.6)])
+def test_how_to_sample_depends_on_the_data(data, jump, guidance):
+    """A shape's past tells its future; a car that is guided hardly stops. A flag wins over both, and a clip costs the same."""
+    config, same = (train.parse(["--data", data, *flags])[1] for flags in ([], ["--jump", "3", "--temporal-guidance", "1.2"]))
+    assert (config.jump, config.temporal_guidance, train.evaluations(config)) == (jump, guidance, 40)
+    assert (same.jump, same.temporal_guidance) == (3, 1.2)
+
+
 def test_sample_by_temporal_guidance(driver, tmp_path):
     """The checkpoint's own is 1, none, for Drive; any other makes another video."""
     a, same, more = (run_sample(driver, tmp_path / f"{i}.mp4", "--n", 1, *flags)[0] for i, flags in enumerate((

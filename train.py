@@ -115,7 +115,8 @@ def parse(argv):
     name += f"-{options.stage}" * (options.stage != "diffusion")
     options.out = Path(options.out or f"out/{name}")
     tells = {} if options.data == "shapes" else dict(jump=0.0)         # elsewhere the past need not tell the future
-    tells |= dict(temporal_guidance=1.0) if options.data == "drive" else {}                  # or the car hardly stops
+    if options.data == "drive":                                        # guided, the car hardly ever stops
+        tells |= dict(temporal_guidance=1.0, sampling_steps=40)
     return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | tells | given)
 
 
