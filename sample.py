@@ -92,7 +92,7 @@ def main(argv=None):
     p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
                    help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
     p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates how frames tell each other to change, and takes "
-                   "twice as long (default: the checkpoint's)")
+                   "twice as long; windows that jump go without (default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
     p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
     p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")

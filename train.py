@@ -114,10 +114,10 @@ def parse(argv):
     name = options.preset if options.data == "shapes" else f"{options.preset}-{Path(options.data).stem}"
     name += f"-{options.stage}" * (options.stage != "diffusion")
     options.out = Path(options.out or f"out/{name}")
-    tells = {} if options.data == "shapes" else dict(jump=0.0)         # elsewhere the past need not tell the future
+    usual = {} if options.data == "shapes" else dict(jump=0.0)         # elsewhere the past need not tell the future
     if options.data == "drive":                                        # guided, the car hardly ever stops
-        tells |= dict(temporal_guidance=1.0, sampling_steps=40)
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | tells | given)
+        usual |= dict(temporal_guidance=1.0, sampling_steps=40)
+    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | usual | given)
 
 
 def check(options, config):

@@ -699,7 +699,7 @@ def temporally_guided(denoise, scale, temporal=0.0):
     part that varies over time of (together - alone), and alone is the estimate by the same model
     whose temporal layers are heeded at `temporal` only, 0: not at all. denoise must take that, as
     VideoUNet does and --images teaches it. Exaggerating the mean over time as well, as plain
-    guidance would, makes things larger and slower (ours; related: skip guidance, 2411.18664)."""
+    guidance would, makes things larger, slower (our form; related: skip guidance, 2411.18664)."""
 
     def guided_denoise(x, sigma, **cond):
         together = denoise(x, sigma, **cond)
