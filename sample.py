@@ -188,6 +188,9 @@ def main(argv=None):
         if not config.previous and len(context) not in trained:
             raise ValueError(f"--context gives {len(context)} frames, but the model was trained on {trained} given frames: "
                              "choose one with --context-frames")
+    if jump and o.temporal_guidance not in (None, 1) and o.context and len(context) > 1 and (length <= T or overlap > 1):
+        raise ValueError(f"--temporal-guidance is {o.temporal_guidance:g}, but here every window is given two or more frames, and "
+                         "those jump, which goes without guidance: add --jump 0")
     if length > T and not o.interpolate and not config.previous and overlap not in trained:
         raise ValueError(f"--length {length} is more than the {T} frames of a window, so each window must be given the end of "
                          f"the one before: the model was trained on {trained or 'no'} given frames, not on overlap {overlap}")

@@ -3220,6 +3220,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--reconstruction", "-1", "--length", "9"], "reconstruction is -1: it needs a weight above 0"),
     (["--jump", "1"], "--jump is 1, .* with --context or --length above 4, and neither"),
     (["--jump", "-1", "--length", "9"], "--jump is -1, expected 0 or more"),
+    (["--context", "CLIP", "--jump", "1", "--temporal-guidance", "2"], "temporal-guidance is 2, but here every .* add --jump 0"),
     (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
     (["--rescale", "0.7"], "need a --guidance other than 1"),
     (["--guidance-shape", "ramp"], "--guidance-shape need a --guidance other than 1"),
