@@ -168,7 +168,7 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     jump=0.0),
+                     jump=0.0, temporal_guidance=2.0),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
