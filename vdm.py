@@ -1431,12 +1431,12 @@ class MovingShapes:
 
     def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
         self.frames, self.size, self.objects, self.seed = frames, tuple(size), objects, seed
-        self.palette = np.array(list(self.COLORS.values()))[: 6 if objects == 1 else 3]
+        self.palette = np.float32(list(self.COLORS.values()))[: 6 if objects == 1 else 3]
         self.labels, self.actions = 18 * (objects == 1), ()
 
     def __getitem__(self, i):
         rng, unit = np.random.default_rng([self.seed, i]), min(self.size)
-        video = np.zeros((self.frames, 3, *self.size))
+        video = np.zeros((self.frames, 3, *self.size), np.float32)
         for shade in rng.permutation(len(self.palette))[: self.objects]:
             color = self.palette[shade]
             kind, r = rng.integers(3), rng.uniform(*self.RADIUS) * unit
@@ -1444,9 +1444,9 @@ class MovingShapes:
             walls, way = np.array(self.size) - r, np.array([np.sin(angle), np.cos(angle)])
             path = rng.uniform(r, walls) + speed * way * np.arange(self.frames)[:, None]    # (T, 2)
             y, x = self.bounce(path, r, walls).T
-            video += self.draw(kind, r, y, x, self.size)[:, None] * color[:, None, None]
+            video += np.float32(self.draw(kind, r, y, x, self.size))[:, None] * color[:, None, None]
         label = dict(label=6 * int(kind) + int(shade)) if self.labels else {}
-        return dict(video=torch.from_numpy(video).float() * 2 - 1, **label)    # (T, 3, H, W)
+        return dict(video=torch.from_numpy(video) * 2 - 1, **label)            # (T, 3, H, W)
 
     @staticmethod
     def bounce(x, low, high):
@@ -1455,12 +1455,12 @@ class MovingShapes:
 
     @staticmethod
     def draw(kind, r, y, x, size):
-        """The share of each pixel that a shape covers: arrays (...) of shapes -> (..., H, W)."""
-        kind, r, y, x = (np.asarray(a)[..., None, None] for a in (kind, r, y, x))
+        """The share of each pixel that shapes of one kind cover: arrays (...) -> (..., H, W)."""
+        r, y, x = (np.asarray(a)[..., None, None] for a in (r, y, x))
         down, side = np.arange(size[0])[:, None] + 0.5 - y, np.abs(np.arange(size[1]) + 0.5 - x)
-        outside = np.select([kind == 0, kind == 1],                    # distance to the edge
-                            [np.hypot(side, down) - r, np.maximum(side, np.abs(down)) - r],
-                            np.maximum(down - r, (2 * side - down - r) / 5 ** 0.5))
+        outside = (np.hypot(side, down) - r if kind == 0 else          # distance to the edge
+                   np.maximum(side, np.abs(down)) - r if kind == 1 else
+                   np.maximum(down - r, (2 * side - down - r) / 5 ** 0.5))
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos):
