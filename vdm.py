@@ -123,7 +123,7 @@ class Config:
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     drop: float = 0.15              # odds that label, action, each of its modes is withheld
     # training
-    steps: int = 1500               # optimiser steps
+    steps: int = 1800               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
