@@ -112,7 +112,7 @@ class Config:
     given_noise: float = 3.5        # clips with given frames see so many times more noise
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # largest sigma on given frames, but 2 of long before (0: off)
+    anchor: float = 1.0             # given frames have noise up to this; 2 anchors none (0: off)
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
@@ -145,7 +145,7 @@ class Config:
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
-    jump: float = 2.5               # going on, from the first level straight to this one (0: off)
+    jump: float = 2.5               # roll-outs skip levels between the first and this (0: off)
 
     @property
     def anchors(self):              # given frames of long before; with other kinds of context: 0
