@@ -1029,6 +1029,26 @@ def test_generate_keeps_the_context_bit_for_bit(sampler):
             assert torch.equal(x[:, 0], context[:, 0]) and x.isfinite().all()
 
 
+class Labelled(nn.Module):
+    """An estimate that is 0.2 everywhere if a label is told, else 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, sigma, label=None):
+        return 0 * x + (0 if label is None else 0.2)
+
+
+def test_reconstruction_leaves_guidance_by_the_label():
+    """Frames are given by reconstruction, the label by guidance: 0 + 3 (0.2 - 0) where no frame is given."""
+    context, mask = torch.randn(1, 4, 1, 2, 2), torch.tensor([[1.0, 1, 0, 0]])
+    x = vdm.generate(Labelled(), context.shape, vdm.karras_sigmas(4), guidance=3.0, reconstruction=1.0, context=context, mask=mask,
+                     label=torch.zeros(1))
+    assert torch.equal(x[:, :2], context[:, :2])
+    close(x[:, 2:], torch.full((1, 2, 1, 2, 2), 0.6))
+
+
 @cases("give", GIVES)
 def test_every_way_to_give_rolls_out_and_interpolates(give):
     """Frames that are given come back bit for bit, and other ones give another video."""
@@ -1145,6 +1165,7 @@ def test_rollout_windows(overlap, given):
             n = given if done == given else overlap
             assert seen == list(range(done - n + 1, done + 1))
             done += 8 - n
+    assert torch.equal(rolled(Spy(), 8, (2, 8, 1, 2, 2), sigmas, 8, start), count(8))        # one window takes nothing over
     spy = Spy()
     next(iter(vdm.rollout(spy, 10 ** 9, (2, 8, 1, 2, 2), sigmas, overlap)))
     assert len(spy.given) == 1                                         # and no more than was asked
@@ -1167,6 +1188,8 @@ def test_rollout_tells_each_window_its_own_actions(previous, overlap, given):
     assert torch.equal(video, count(12))
     first = int(spy.told[0])
     assert spy.told == [n if n <= 12 else 0 for n in range(first, first + 5)] and 0 in spy.told
+    long = rolled(spy, 40, (2, 5, 1, 2, 2), torch.tensor([1.0, 0.0]), overlap, count(given) if given else None, action=action)
+    assert torch.equal(long[:, :12], count(12)) and not long[:, 12:].any()           # and much longer than the actions are
 
 
 def test_rollout_in_whole_clips():
@@ -1421,6 +1444,8 @@ def test_simdas_adapters():
     want = 2 * tokens + torch.einsum("cr,bthwr->bthwc", B, want) + b
     close(time(x, None).movedim(2, -1), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(time(x, None, 0.0), 2 * x)
+    with torch.autocast("cpu", torch.bfloat16):                                       # what goes on stays as narrow
+        assert time(x.bfloat16(), None, torch.ones(2, 1, 1, 1, 1)).dtype == torch.bfloat16
 
 
 def test_alpha_mix():
@@ -2194,6 +2219,9 @@ def test_arrays_and_train_folder(tmp_path):
     assert (vdm.to_uint8(vdm.read_video(tmp_path / "two.npz")) == np.full((17, 8, 9, 3), 7)).all()
     np.save(tmp_path / "rgba.npy", np.zeros((16, 32, 31, 4), np.uint8))
     assert vdm.read_video(tmp_path / "rgba.npy").shape == (16, 3, 32, 31)
+    for shape in ((1, 32, 31, 3), (3, 32, 31, 4), (2, 3, 32, 31, 3)):                 # a picture and three, not channels
+        np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
+        assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
     pytest.raises(ValueError, vdm.VideoFolder, tmp_path / "missing", 16, (8, 8)).match("not exist")
 
 
@@ -3525,6 +3553,14 @@ def test_every_preset_has_the_parameters_of_its_paper(preset):
     with torch.device("meta"):
         count = sum(p.numel() for p in vdm.build(vdm.PRESETS[preset]).parameters())
     assert count == pytest.approx(COUNTS[preset], rel=0.001 if preset == "ucf101" else 0.1)
+
+
+def test_heads_must_fit_where_there_is_attention():
+    """16, 32 and 64 channels, of which 16 go without attention unless the coarsest level has them."""
+    vdm.build(vdm.Config(width=16, mults=(1, 2, 4), attention=(2, 4), joint=(4,), head_dim=32))
+    for broken in (dict(attention=(1, 2), mults=(1, 2)), dict(attention=(2,), mults=(2, 2, 1), ddpm_layout=True)):
+        with pytest.raises(ValueError, match="head_dim is 32"):
+            vdm.build(vdm.Config(width=16, head_dim=32, **broken))
 
 
 def test_parts_of_svd():

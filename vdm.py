@@ -28,7 +28,7 @@ Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, 
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
 Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
-       context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
+       context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, 1/(1+s) a hint
        label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; 0: withheld
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
@@ -99,7 +99,7 @@ class Config:
     mean: float = 1.5               # lognormal: mean of log sigma
     std: float = 1.2                # lognormal: standard deviation of log sigma
     base: int = 0                   # resolution shift: noise as seen at this resolution (0: none)
-    weighting: str = "balance"      # of the error: eps, v, x0, edm, min_snr, sqrt_snr or balance
+    weighting: str = "balance"      # of the error: eps, v, x0, edm, min_snr or balance
     gamma: float = 5.0              # min_snr: the largest weight
     dynamics: float = 0.0           # more weight where the motion is wrong (Vista: 1)
     dynamics_toy: bool = False      # dynamics: with mean 1, which small frames need to feel it
@@ -182,7 +182,7 @@ PRESETS = {                             # a preset is a set of defaults; any fla
                     weight_decay=0.0, sampler="ddpm", sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
     # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
-    # planes in place of frames; ours has 459 M and 115 M. Unverified: fps, clip_norm, steps
+    # planes for frames, samples evenly in u; ours: 459, 115 M. Unverified: fps, clip_norm, steps
     "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  convs=False, feed_forward="none", kind="eps", schedule="scaled_linear", lr=1e-4,
                  weighting="eps", context=(1.0,), previous=True, joint_weight=0.2, gate_lr=1e-4,
@@ -200,9 +200,9 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
     # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
-                    offset_per_frame=True, context=(0.25, 0.25, 0.25, 0.25), give="replace",
+                    offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
                     overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
-                    warmup=1000, clip_norm=0.3, sampling_steps=50),
+                    spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
 }
 
 # ==================================================================================================
@@ -271,9 +271,8 @@ def resolution_shift(sigma, size, base=64):
 
 def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """(n + 1,) falling levels for a sampler, even in sigma^(1 / rho); the last is 0 (EDM eq. 5)."""
-    ramp = np.linspace(0, 1, n) if n > 1 else np.zeros(1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.tensor([*(high + ramp * (low - high)) ** rho, 0.0], dtype=torch.float32)
+    roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n)
+    return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
 
 def stratified(n):
@@ -390,11 +389,10 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     """Weight of the squared error of the clean estimate, of sigma's shape. With SNR = 1 / sigma^2:
 
     x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: unit weight on the error of that output
-    min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)
-    sqrt_snr  1 / (1 + sigma): about the inverse of the error on the toy world"""
+    min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)"""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
     weights = dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
-                   min_snr=snr.clamp(max=gamma), sqrt_snr=1 / (1 + sigma))
+                   min_snr=snr.clamp(max=gamma))
     if weighting not in weights:
         raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}, or a "
                          "Balance")
@@ -402,11 +400,11 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
 
 
 class Balance(nn.Module):
-    """Weights by which all cases pull equally: 1 / a running mean of the squared error at a noise
-    level, with given frames and without, and of a frequency in time: discrete cosines, from what
-    stands still to what flickers. At high noise nearly all of the error is where things are, which
-    nothing can tell, and how they move would drown in it. Any weights have the same optimum; EDM2
-    learns these per noise level (Karras et al. 2023).
+    """Weights by which all cases pull equally: every squared error is divided by a running mean of
+    its kind. A kind is one of 16 octaves of sigma, frames given or none, one frequency in time (of
+    discrete cosines, from what stands still to what flickers). At high noise nearly all of the
+    error is where things are, which nothing can tell, and how they move would drown in it. EDM2
+    learns such weights per noise level (Karras et al. 2023).
 
     sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
     (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames. With hold
@@ -426,9 +424,9 @@ class Balance(nn.Module):
                 error = (self.waves @ error.float().flatten(2)).view_as(error)
         squares = error ** 2                                                       # (B, T, C, H, W)
         with torch.no_grad():
-            row = (sigma.log2().round() + 4).clamp(0, 15).long() + 16 * expand(given, sigma).long()
-            column = torch.arange(error.shape[1], device=sigma.device)
-            cell = expand(row, squares[:, :, 0, 0, 0]) * len(column) + column               # (B, T)
+            octave = (sigma.log2().round() + 4).clamp(0, 15).long()                # (B,) or (B, T)
+            row = expand(octave + 16 * expand(given, sigma).long(), squares[:, :, 0, 0, 0])
+            cell = row * error.shape[1] + torch.arange(error.shape[1], device=row.device)   # (B, T)
             weight = 1 / self.mean.flatten().clamp(min=1e-6)[cell]
             learns = expand(sigma > 0, cell).expand_as(cell)        # what is given has no error
             size = squares.float().mean((2, 3, 4))[learns]
@@ -551,7 +549,7 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, m
         context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
     if sigma is None:
         return context, mask
-    hint = torch.arange(mask.shape[1], device=mask.device) >= (anchors or task == "image")    # (T,)
+    hint = torch.arange(mask.shape[1], device=mask.device) >= max(anchors, int(task == "image"))
     return augment(context, mask, sigma[:, None] * hint, noise)
 
 
@@ -687,9 +685,8 @@ def guided(denoise, scale, rescale=0.0):
         out = free + scale.to(x) * (given - free)                                  # (B, T, C, H, W)
         want, std = (e.std((1, 2, 3, 4), keepdim=True) for e in (given, out))      # (B, 1, 1, 1, 1)
         out = out * (1 + rescale * torch.where(std > 1e-6, want / std - 1, 0))
-        if cond.get("mask") is None:
-            return out
-        return torch.where(expand(cond["mask"], x) == 1, given, out)    # given frames stay the same
+        mask = cond.get("mask")                                     # given frames stay as they are
+        return out if mask is None else torch.where(expand(mask, x) == 1, given, out)
 
     return guided_denoise
 
@@ -705,9 +702,8 @@ def temporally_guided(denoise, scale, temporal=0.0):
         together = denoise(x, sigma, **cond)
         told = together - denoise(x, sigma, temporal=temporal, **cond)             # (B, T, C, H, W)
         out = together + (scale - 1) * (told - told.mean(1, keepdim=True))
-        if cond.get("mask") is None:
-            return out
-        return torch.where(expand(cond["mask"], x) == 1, together, out)      # given frames stay
+        mask = cond.get("mask")                                     # given frames stay as they are
+        return out if mask is None else torch.where(expand(mask, x) == 1, together, out)
 
     return guided_denoise
 
@@ -750,14 +746,14 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
     label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
-    unguided = not cond or bool((torch.as_tensor(guidance) == 1).all())
+    given = (cond.pop("context"), cond.pop("mask")) if reconstruction and "mask" in cond else ()
     if temporal_guidance != 1:
         denoiser = temporally_guided(denoiser, temporal_guidance)
-    if reconstruction and "mask" in cond:
-        given = dict(context=cond.pop("context"), mask=cond.pop("mask"), weight=reconstruction)
-        denoise = reconstruction_guided(partial(denoiser, **cond), **given)
-    else:
-        denoise = partial(denoiser if unguided else guided(denoiser, guidance, rescale), **cond)
+    if cond and (torch.as_tensor(guidance) != 1).any():
+        denoiser = guided(denoiser, guidance, rescale)
+    denoise = partial(denoiser, **cond)
+    if given:
+        denoise = reconstruction_guided(denoise, *given, reconstruction)
     x = sigmas[0].item() * noise(*shape[1:])
     return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
 
@@ -795,7 +791,7 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     done = tail.shape[1]
     if denoiser.takes_previous and done not in (0, T):
         raise ValueError(f"context has {done} frames; this model continues whole clips of {T}")
-    if not denoiser.takes_previous and not (0 < overlap < T and done < T):
+    if not (denoiser.takes_previous or done < T and (0 < overlap < T or length <= T)):
         raise ValueError(f"overlap is {overlap} and context has {done} frames: both must leave "
                          f"room in a window of {T} (overlap 1 to {T - 1}, context 0 to {T - 1})")
     if anchors and (overlap <= anchors or denoiser.takes_previous):
@@ -818,7 +814,7 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         if action is not None:
             here = torch.arange(done - given, done - given + T)
             here[:anchors] = torch.arange(anchors)
-            cond["action"] = F.pad(action, (0, 0, 0, T))[:, here].to(tail)              # (B, T, A)
+            cond["action"] = F.pad(action, (0, 0, 0, length + T))[:, here].to(tail)     # (B, T, A)
         levels = sigmas
         if jump > 0 and tail.shape[1] > 1:
             levels = sigmas[(sigmas == sigmas[0]) | (sigmas <= jump)]
@@ -888,7 +884,7 @@ def fourier(t, dim, max_period=1e4):
 def rotate(x, position):
     """Rotary positions (Su et al. 2021): turn pairs of features of x (N, heads, L, d) by angles in
     proportion to position (L, axes), so that products of tokens depend on their distance alone. The
-    axes share the d / 2 pairs in turn; periods go from 6 to about 600 frames or places."""
+    axes share the d / 2 pairs in turn; periods go from 6 to at most 628 frames or places."""
     pairs, axes = x.shape[-1] // 2, position.shape[-1]
     j = torch.arange(pairs, device=x.device)
     angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / pairs)              # (L, d / 2)
@@ -1168,11 +1164,12 @@ class LoRA(nn.Module):
 
     def __init__(self, layer, rank=4):
         super().__init__()
-        self.layer, wide, conv = layer, layer.weight.shape, type(layer)
-        like = {} if conv is nn.Linear else dict(
-            kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding)
-        self.lora_down = conv(wide[1], rank, bias=False, **like)
-        self.lora_up = zero(conv(rank, wide[0], bias=False, **(like and dict(kernel_size=1))))
+        self.layer, (dim, dim_in), Layer = layer, layer.weight.shape[:2], type(layer)
+        like, single = ({}, {}) if Layer is nn.Linear else (dict(
+            kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding),
+            dict(kernel_size=1))
+        self.lora_down = Layer(dim_in, rank, bias=False, **like)
+        self.lora_up = zero(Layer(rank, dim, bias=False, **single))
         nn.init.normal_(self.lora_down.weight, std=1 / rank)
 
     def forward(self, x):
@@ -1219,7 +1216,7 @@ class TemporalAdapter(nn.Module):
     def forward(self, x, emb, strength=1.0):
         h = self.layer(x, emb, strength)
         more = self.adapter_up(self.adapter_conv(self.adapter_down(h.transpose(1, 2))))
-        return h + strength * more.transpose(1, 2)
+        return h + (strength * more.transpose(1, 2)).to(h)            # or h would become float32
 
 
 def alpha_mix(spatial, temporal, alpha):
@@ -1680,8 +1677,8 @@ def decode(path, size=None, channels=3, keep=list):
                 if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
                     x = x.swapaxes(0, 1)                        # Moving MNIST alone is (T, N, H, W)
                 x = x if x.shape[-1:] in [(1,), (3,), (4,)] else x[..., None]    # grey has no axis
-                x = x if x.ndim == 5 else x[None]                                 # (N, T, H, W, C)
-                if x.dtype == np.uint8 and x.ndim == 5 and x.shape[1] not in (1, 3):  # (N, C, H, W)
+                x = x if x.ndim == 5 else x[None]     # (N, T, H, W, C); below: not (N, C, H, W)
+                if x.dtype == np.uint8 and x.ndim == 5 and x.shape[1::3] not in ((1, 1), (3, 1)):
                     found += list(x)
             if not found:
                 raise ValueError(f"no uint8 ([N,] T, H, W [, C]), last was {x.dtype} {x.shape}")
@@ -1841,10 +1838,11 @@ def build(config):
         raise ValueError(f"size is {config.size}, but patch {config.patch} and {len(config.mults)} "
                          f"levels need multiples of {multiple}: the nearest that works is "
                          f"--size {near}")
-    uneven = [m * config.width for m in config.mults if m * config.width % config.head_dim]
-    if config.attention and (uneven or config.head_dim % 2):
+    wide = [m * config.width for i, m in enumerate(config.mults) if 2 ** i in config.attention]
+    wide += [config.mults[-1] * config.width] * (config.ddpm_layout and bool(config.attention))
+    if any(n % config.head_dim for n in wide) or wide and config.head_dim % 2:
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
-                         f"of every level, {[m * config.width for m in config.mults]}")
+                         f"of every level that has attention, {wide}")
     p = config.context
     if not 0 < len(p) <= config.frames or min(p) < 0 or not sum(p):
         raise ValueError(f"context is {p}: expected probabilities of 0, 1, 2 ... given frames, of "
