@@ -10,7 +10,7 @@ pure noise and let it guess, step by step, a clip that was never there. That is 
     loss  = weight(sigma) * (guess - clean)^2        training: a good estimate at every sigma
     x     = x + (sigma' - sigma) * (x - guess) / sigma         sampling: from large sigma to 0
 
-Map    1 Config        every number of a run, and the presets
+Map    1 Config        every number of a run
        2 Noise         schedules sigma(u), offset noise, and what the network is asked to predict
        3 Denoiser      network + scalings + frames that are given -> an estimate of the clean clip
        4 Losses        the weighted denoising error; Vista's two more; PVDM's joint objective
@@ -22,7 +22,7 @@ Map    1 Config        every number of a run, and the presets
       10 Autoencoder   frames as latents, far fewer numbers, and back; flicker
       11 World         MovingShapes and Drive, toy worlds that can mark their own videos
       12 Video files   read and write them; a dataset from a folder of them
-      13 Models        build, save, load
+      13 Models        the presets: tiny and the papers' models; build, save, load
 
 Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), -1 to 1.
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
@@ -63,7 +63,8 @@ from einops import rearrange, repeat
 # ==================================================================================================
 # One dataclass holds every number of a run; train.py makes a flag of each field, with its comment
 # as help. No class below reads it: they take plain arguments, and build(config), at the very end,
-# hands them over. The defaults are those of the toy world, the preset `tiny`.
+# hands them over. The defaults are those of the toy world, the preset `tiny`: skim them now, and
+# come back. The presets of the papers' models are in section 13.
 
 @dataclasses.dataclass
 class Config:
@@ -152,58 +153,6 @@ class Config:
         usual = self.task == "predict" and self.give == "concat" and not self.previous
         enough = self.overlap > 3 and sum(self.context[4:]) > 0
         return 2 * (self.anchor > 0 and usual and enough and not self.context_noise)
-
-
-# The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
-# "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
-paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
-                patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
-stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
-                 feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
-                 std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
-PRESETS = {                             # a preset is a set of defaults; any flag after it wins
-    "tiny": Config(),                   # the toy world on a laptop
-    # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
-    # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
-    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
-                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     jump=0.0, temporal_guidance=2.0),
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
-    "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
-                    attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
-    # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
-    # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
-    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
-                    mults=(1, 2, 4, 8), attention=(2, 4, 8), convs=False, feed_forward="none",
-                    dropout=0.1, lr=3e-4, kind="eps", schedule="cosine", weighting="eps",
-                    context=(1.0,), images=1 / 3, steps=60_000, batch=128, gate_lr=3e-4,
-                    weight_decay=0.0, sampler="ddpm", sampling_steps=256,
-                    sigma_min=4.54e-5, sigma_max=22026.0),
-    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
-    # planes for frames, samples evenly in u; ours: 459, 115 M. Unverified: fps, clip_norm, steps
-    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), attention=(1, 2, 4),
-                 convs=False, feed_forward="none", kind="eps", schedule="scaled_linear", lr=1e-4,
-                 weighting="eps", context=(1.0,), previous=True, joint_weight=0.2, gate_lr=1e-4,
-                 steps=850_000, batch=64, sampler="ddpm", sampling_steps=200, sigma_min=0.0388,
-                 sigma_max=83.8),
-    # Video LDM, key frames, 128 x 256 pixels, without labels. Unverified: frames, betas, context,
-    # clip_norm, ema, sampling and widths (these: its text model's, 860 M, kept fixed, + 649 M)
-    "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
-                  context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
-                  lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
-    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B. Ours lacks CLIP, fps, motion, and keeps
-    # frame 0; there the noise on it is log-normal. Unverified: odds of context, clip_norm
-    "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
-                  overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
-    # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
-    # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
-    "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
-                    offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
-                    overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
-                    spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
-}
 
 # ==================================================================================================
 # 2. Noise: how much, and of which kind
@@ -1818,8 +1767,60 @@ class VideoFolder:
 
 
 # ==================================================================================================
-# 13. Models: build, save, load
+# 13. Models: presets, build, save, load
 # ==================================================================================================
+
+# The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
+# "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
+paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
+                patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
+                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
+stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
+                 feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
+                 std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
+PRESETS = {                             # a preset is a set of defaults; any flag after it wins
+    "tiny": Config(),                   # the toy world on a laptop
+    # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
+    # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
+    "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
+                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
+                     jump=0.0, temporal_guidance=2.0),
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
+    "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
+                    attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
+                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
+    # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
+    # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
+    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
+                    mults=(1, 2, 4, 8), attention=(2, 4, 8), convs=False, feed_forward="none",
+                    dropout=0.1, lr=3e-4, kind="eps", schedule="cosine", weighting="eps",
+                    context=(1.0,), images=1 / 3, steps=60_000, batch=128, gate_lr=3e-4,
+                    weight_decay=0.0, sampler="ddpm", sampling_steps=256,
+                    sigma_min=4.54e-5, sigma_max=22026.0),
+    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
+    # planes for frames, samples evenly in u; ours: 459, 115 M. Unverified: fps, clip_norm, steps
+    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), attention=(1, 2, 4),
+                 convs=False, feed_forward="none", kind="eps", schedule="scaled_linear", lr=1e-4,
+                 weighting="eps", context=(1.0,), previous=True, joint_weight=0.2, gate_lr=1e-4,
+                 steps=850_000, batch=64, sampler="ddpm", sampling_steps=200, sigma_min=0.0388,
+                 sigma_max=83.8),
+    # Video LDM, key frames, 128 x 256 pixels, without labels. Unverified: frames, betas, context,
+    # clip_norm, ema, sampling and widths (these: its text model's, 860 M, kept fixed, + 649 M)
+    "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
+                  context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
+                  lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
+    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B. Ours lacks CLIP, fps, motion, and keeps
+    # frame 0; there the noise on it is log-normal. Unverified: odds of context, clip_norm
+    "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
+                  overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
+    # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
+    # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
+    "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
+                    offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
+                    overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
+                    spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
+}
+
 
 def noise_schedule(config):
     """The training noise schedule of a config: a function u -> sigma."""
