@@ -3555,6 +3555,19 @@ def test_every_preset_has_the_parameters_of_its_paper(preset):
     assert count == pytest.approx(COUNTS[preset], rel=0.001 if preset == "ucf101" else 0.1)
 
 
+def test_vista_as_published():
+    """Given frames [], [0], [0, 1], [0, 1, 2] are drawn 1 : 2 : 4 : 8, and spatial layers learn at a tenth of the rate (phase 1)."""
+    config = vdm.PRESETS["vista"]
+    drawn = vdm.draw_mask(30_000, 25, config.context, config.task).sum(1).long().bincount(minlength=4) / 2000
+    close(drawn, torch.tensor([1.0, 2, 4, 8]), rtol=0.1, atol=0)
+    with torch.device("meta"):
+        net = vdm.build(config).net
+    rates = {id(p): group["peak"] for optimizer in train.make_optimizers(config, net) for group in optimizer.param_groups
+             for p in group["params"]}
+    for name, p in net.named_parameters():
+        assert rates[id(p)] == pytest.approx(1e-6 if vdm.part_of(name) == "spatial" else 1e-5), name
+
+
 def test_heads_must_fit_where_there_is_attention():
     """16, 32 and 64 channels, of which 16 go without attention unless the coarsest level has them."""
     vdm.build(vdm.Config(width=16, mults=(1, 2, 4), attention=(2, 4), joint=(4,), head_dim=32))

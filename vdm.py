@@ -28,7 +28,7 @@ Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, 
        Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
 Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
-       context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, 1/(1+s) a hint
+       context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
        label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; 0: withheld
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
@@ -498,7 +498,8 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, m
         context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
     if sigma is None:
         return context, mask
-    hint = torch.arange(mask.shape[1], device=mask.device) >= max(anchors, int(task == "image"))
+    clear = max(anchors, int(task == "image"))                        # frames shown without noise
+    hint = torch.arange(mask.shape[1], device=mask.device) >= clear                          # (T,)
     return augment(context, mask, sigma[:, None] * hint, noise)
 
 
@@ -1114,11 +1115,10 @@ class LoRA(nn.Module):
     def __init__(self, layer, rank=4):
         super().__init__()
         self.layer, (dim, dim_in), Layer = layer, layer.weight.shape[:2], type(layer)
-        like, single = ({}, {}) if Layer is nn.Linear else (dict(
-            kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding),
-            dict(kernel_size=1))
-        self.lora_down = Layer(dim_in, rank, bias=False, **like)
-        self.lora_up = zero(Layer(rank, dim, bias=False, **single))
+        linear = isinstance(layer, nn.Linear)
+        window = () if linear else (layer.kernel_size, layer.stride, layer.padding)
+        self.lora_down = Layer(dim_in, rank, *window, bias=False)
+        self.lora_up = zero(Layer(rank, dim, *(() if linear else (1,)), bias=False))
         nn.init.normal_(self.lora_down.weight, std=1 / rank)
 
     def forward(self, x):
@@ -1626,7 +1626,8 @@ def decode(path, size=None, channels=3, keep=list):
                 if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
                     x = x.swapaxes(0, 1)                        # Moving MNIST alone is (T, N, H, W)
                 x = x if x.shape[-1:] in [(1,), (3,), (4,)] else x[..., None]    # grey has no axis
-                x = x if x.ndim == 5 else x[None]     # (N, T, H, W, C); below: not (N, C, H, W)
+                x = x if x.ndim == 5 else x[None]                                 # (N, T, H, W, C)
+                # 1 or 3 frames without colour are rather the channels of a (N, C, H, W): not found
                 if x.dtype == np.uint8 and x.ndim == 5 and x.shape[1::3] not in ((1, 1), (3, 1)):
                     found += list(x)
             if not found:
