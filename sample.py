@@ -4,7 +4,8 @@ sample.py: generate videos from a checkpoint; it takes no model settings, they a
     python sample.py                                            16 clips from the newest run under out/
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
-    python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive)
+    python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive); prints
+                                                                Vista's reward: how sure the model is of what they lead to
     python sample.py --context clip.mp4 --interpolate 2 2       put 3 new frames between each two of a clip, in two passes
     python sample.py --context clip.mp4 --reconstruction 2      the same by a model that was never trained to go on
 
@@ -58,6 +59,7 @@ def read_context(path, config, autoencoder, size=None, stride=1):
     whole, channels = pixels(config)
     clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
     clip = clip[(len(clip) - 1) % stride :: stride]
+    print(f"context {path}: {len(clip)} frames, cut and scaled to {clip.shape[2]}x{clip.shape[3]}, {'colour' if channels == 3 else 'grey'}")
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 
 
@@ -85,12 +87,15 @@ def main(argv=None):
     p.add_argument("--context-noise", type=float, help="sigma of noise on given frames, up to the one trained with (default: 0; "
                    "a tenth of it for a model with --anchor, half of it with --task image and upsample)")
     p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
-    p.add_argument("--actions", help="one per frame: L, S, R, X for left, straight, right, stop; or an .npy file (T, A)")
+    p.add_argument("--actions", help="one per frame, those of --context too: L, S, R, X for left, straight, right, stop; "
+                   "or an .npy file (T, A), NaN where nothing is told")
     p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
-    p.add_argument("--guidance", type=float, default=1.0, help="1: as trained; more exaggerates all that is given (1)")
-    p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant",
-                   help="over the frames of a window: constant, or from 1 up to --guidance (ramp), and down again (triangle)")
+    p.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1: as trained; more exaggerates all that is given (1)")
+    p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant", help="over the frames of a "
+                   "window: constant, or from 1 up to --guidance (ramp), and down again (triangle); --guidance 1.5 3: from 1.5")
+    p.add_argument("--keep-frames", action="store_true", help="guidance exaggerates label and actions alone, since given frames "
+                   "stay in both estimates (Vista)")
     p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates how frames tell each other to change, and takes "
                    "twice as long; windows that jump go without (default: the checkpoint's)")
     p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast guidance adds (0)")
@@ -129,15 +134,26 @@ def main(argv=None):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1")
-    if not 0 <= o.rescale <= 1 or o.guidance == 1 and (o.rescale or o.guidance_shape != "constant"):
-        raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it and --guidance-shape need a --guidance other than 1")
-    guidance = dict(constant=o.guidance, ramp=vdm.ramp(1, o.guidance, T), triangle=vdm.triangle(1, o.guidance, T))
+    low, guidance, guides = o.guidance[0] if len(o.guidance) > 1 else 1.0, o.guidance[-1], o.guidance != [1.0]
+    if len(o.guidance) > 1 + (o.guidance_shape != "constant"):
+        raise ValueError(f"--guidance is {o.guidance}, expected one number or, with --guidance-shape ramp or triangle, two")
+    if not 0 <= o.rescale <= 1 or not guides and (o.rescale or o.keep_frames or o.guidance_shape != "constant"):
+        raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it, --keep-frames and --guidance-shape need a --guidance other "
+                         "than 1")
+    told, frames = o.label is not None or actions is not None, not o.reconstruction and bool(o.context or length > T)
+    if guides and not (told or frames and not o.keep_frames):
+        raise ValueError(f"--guidance is {guidance:g}, but it would exaggerate nothing: it needs --label, --actions or, without "
+                         f"--reconstruction and --keep-frames, --context or --length above {T}")
+    if o.keep_frames and not frames:
+        raise ValueError(f"--keep-frames needs frames that are given: --context or --length above {T}, without --reconstruction")
+    guidance = dict(constant=guidance, ramp=torch.linspace(low, guidance, T), triangle=vdm.triangle(low, guidance, T))
 
-    if o.reconstruction and (o.reconstruction < 0 or o.guidance != 1 or config.previous or not o.context and length <= T):
+    if o.reconstruction and (o.reconstruction < 0 or config.previous or not o.context and length <= T):
         raise ValueError(f"--reconstruction is {o.reconstruction:g}: it needs a weight above 0, frames to go on from "
-                         f"(--context, or --length above {T}), no --guidance, and a model trained without --previous")
+                         f"(--context, or --length above {T}), and a model trained without --previous")
     trained = [n for n, share in enumerate(config.context) if n and share]                     # e.g. [1, 2, 3, 4]
     anything = config.task == "any" or config.independent > 0 or o.reconstruction > 0
+    fills = anything or config.task == "ends" and o.interpolate == [T - 1]
     if anything:
         trained = list(range(1, T))
     elif config.task != "predict":
@@ -163,9 +179,9 @@ def main(argv=None):
         raise ValueError(f"--overlap is {overlap}, but {o.checkpoint} was trained with --anchor: expected 4 or more")
     context = None
     if o.interpolate is not None:
-        if not o.context or o.length or o.actions or not anything:
-            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model "
-                             f"trained with --task any ({o.checkpoint} has --task {config.task})")
+        if not o.context or o.length or o.actions or not fills:
+            raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model trained with "
+                             f"--task any or, to be {T - 1}, with --task ends ({o.checkpoint} has --task {config.task})")
         context = read_context(o.context, config, autoencoder)[-(o.context_frames or 0):]      # (K, C, H, W)
         length = math.prod(o.interpolate) * (len(context) - 1) + 1
     elif hints:
@@ -180,8 +196,9 @@ def main(argv=None):
         context = context.repeat_interleave(k, -1).repeat_interleave(k, -2)                    # (T, C, H, W)
     elif o.context:
         if not trained and not config.previous:
-            raise ValueError(f"{o.checkpoint} was trained without given frames (--context 1.0), so it can use --context only "
-                             "with --reconstruction 1")
+            way = f"--task ends: it fills in between two frames or more, by --interpolate {T - 1}" if config.task == "ends" else \
+                "--context 1.0, so without given frames: it can use --context only with --reconstruction 1"
+            raise ValueError(f"{o.checkpoint} was trained with {way}")
         context = read_context(o.context, config, autoencoder, stride=config.stride)           # (n, C, H, W)
         most = T if config.previous else trained[-1]
         context = context[-min(o.context_frames or most, len(context)):]
@@ -214,7 +231,8 @@ def main(argv=None):
         given = None if context is None else context.expand(len(clips), *context.shape)
         shape, latents, done = (len(clips), T, config.channels, *config.size), [], 0
         which = dict(seed=o.seed, clips=clips)
-        options = dict(how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction)
+        options = dict(how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
+                       keep=("context", "mask", "previous") if o.keep_frames else ())
         if o.label is not None:
             options["label"] = torch.full((len(clips),), o.label, device=device)
         if actions is not None:
@@ -227,23 +245,22 @@ def main(argv=None):
                 stream = [given]
             elif hints:
                 noise, given = vdm.clip_noise(o.seed, clips, device), given.to(device)
-                seen, mask = vdm.draw_context(given, (0, 1), config.task, vdm.constant(level, given), noise(*shape[1:]))
+                seen, mask = vdm.draw_context(given, torch.ones(given.shape[:2]), config.task, vdm.constant(level, given),
+                                              noise(*shape[1:]))
                 if actions is not None:                                # after the last, none
-                    options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length)).to(device)
+                    options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length), value=math.nan).to(device)
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
                 stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchors=anchors,
                                      jump=jump, **which, **options)
-            for piece in stream:
-                if config.factor:
+            for piece in autoencoder.to(device).stream(stream) if autoencoder else stream:
+                if config.factor and not autoencoder:
                     latents.append(piece)
                 else:
                     keep(piece, i, done)
                 done += piece.shape[1]
                 bar.update(piece.shape[0] * piece.shape[1])
-        if autoencoder:
-            keep(autoencoder.to(device).decode(torch.cat(latents, 1)), i, 0)
-        elif latents:
+        if latents:
             out.with_suffix("").mkdir(exist_ok=True)
             for j, video in zip(clips, torch.cat(latents, 1).cpu()):
                 np.save(out.with_suffix("") / f"{j:03d}.npy", video.numpy() / config.latent_scale)
@@ -253,10 +270,13 @@ def main(argv=None):
 
     spool.flush()
     stored, fps = np.memmap(spool, np.uint8, "r", shape=shape_of_all), o.fps or config.fps
+    if actions is not None and o.n > 1:                                # as vdm.reward, frame by frame
+        variance = np.mean([(stored[:, t] / 127.5).var(0, ddof=1).mean() for t in range(length)])
+        print(f"reward  {math.exp(-variance):.3f} of these actions: exp(-variance among the {o.n} videos), 1 if they are all the same")
     # a film strip of more frames is too wide to look at; pictures and GIFs need all of their pixels in memory
     strip = vdm.film_strip(vdm.from_uint8(stored[:8, :: -(-length // 32)]))
     files = [vdm.write_video(name, Frames(stored), fps) for name in {out, out.with_suffix(".gif")} if length <= 64 or name == out]
-    image = vdm.write_image(out.with_suffix(".png"), strip, 2)
+    image = vdm.write_video(out.with_suffix(".png"), strip[None], scale=2)
     each = [vdm.write_video(out.with_suffix("") / f"{i:03d}{out.suffix}", Frames(stored, i), fps) for i in range(o.n)]
     print(f"{time.time() - began:.0f} s; all videos: {' and '.join(map(str, sorted(files)))}; the first as a film strip: {image}; "
           f"each: {each[0]} ... {each[-1].name}")

@@ -133,6 +133,10 @@ def check(options, config):
     if config.temporal_guidance != 1 and not config.images:
         raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
                          "above 0: without, it must be 1")
+    if config.stills < 0 or config.stills and (config.previous or config.give == "per_frame"
+                                               or config.weighting == "balance"):
+        raise ValueError(f"--stills is {config.stills}: expected 0 or, with a --weighting other than balance and without --previous "
+                         "and --give per_frame, a number of pictures")
     if config.jump < 0:
         raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
@@ -306,9 +310,21 @@ class Latents(vdm.VideoFolder):
         cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
         more = {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
         if self.actions:
-            moves = np.zeros((len(self.clips[j]), *self.actions), np.float32) if self.moves[j] is None else self.moves[j]
+            moves = np.full((len(self.clips[j]), *self.actions), np.nan, np.float32) if self.moves[j] is None else self.moves[j]
             more["action"] = torch.from_numpy(moves[cut])
         return dict(video=torch.from_numpy(self.clips[j][cut].astype(np.float32)) * self.scale, **more)
+
+
+class WithStills:
+    """A dataset whose items have, besides, `stills` (n, C, H, W): frames of n other items, which chance picks by (seed, i)."""
+
+    def __init__(self, data, n, seed):
+        self.data, self.n, self.seed = data, n, seed
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng([self.seed, 2, i])
+        videos = [self.data[j]["video"] for j in (i + rng.integers(1, 1000, self.n)).tolist()]
+        return dict(self.data[i], stills=torch.stack([video[rng.integers(len(video))] for video in videos]))
 
 
 def encode_once(data, n, autoencoder, parent, device):
@@ -375,7 +391,7 @@ def draw(step, config, seed):
     if config.labels:
         drawn["label"] = torch.rand(B) >= config.drop
     if config.actions:
-        drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop)
+        drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop, config.mode_drop)
     if config.context_noise or config.anchors:
         drawn |= dict(level=(config.context_noise or config.anchor) * torch.rand(B), unit=torch.randn(shape))
     if config.rates != (1,):
@@ -387,6 +403,8 @@ def draw(step, config, seed):
     if config.images:
         drawn["temporal"] = (torch.rand(B) >= config.images).float()                                 # (B,)
     drawn["noise"] = vdm.offset_noise(torch.randn(shape), config.offset, config.offset_per_frame)
+    if config.stills:
+        drawn["noise"] = torch.cat([drawn["noise"], torch.randn(B, config.stills, *shape[2:])], 1)
     return drawn
 
 
@@ -435,13 +453,15 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
             previous, clean = clean.chunk(2, 1)
             loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
         else:
-            context, mask = vdm.draw_context(clean, config.context, config.task, given.get("level"), given.get("unit"),
-                                             given["mask"], config.anchors)
+            context, mask = vdm.draw_context(clean, given["mask"], config.task, given.get("level"), given.get("unit"),
+                                             config.anchors)
             more = torch.where(mask.amax(1) > 0, config.given_noise, 1.0)                            # (B,)
             sigma = sigma * vdm.expand(more, sigma)
             if config.give == "per_frame":                             # then this is the level of what is given
                 sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                 # (B, T)
             loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
+        if config.stills:
+            loss_fn, options = vdm.joint_image_loss, dict(options, images=batch["stills"])
         if config.images:
             options["temporal"] = given["temporal"]
         # PyTorch 2.13 dies on a CPU where a GroupNorm learns but what comes before it is frozen: give noise a gradient, too
@@ -512,7 +532,7 @@ def report_reconstruction(config, options, autoencoder, held_out, device):
         print("real clips, made latents and back, where no model of them can do better:", held_out.report(made), sep="\n")
     both = torch.cat([real, made], 3)[:8]                                                      # real above
     return [vdm.write_video(options.out / "recon.mp4", vdm.grid(both), config.fps),
-            vdm.write_image(options.out / "recon.png", vdm.film_strip(both[:4]), 1)]
+            vdm.write_video(options.out / "recon.png", vdm.film_strip(both[:4])[None], scale=1)]
 
 
 def write_samples(path, clips, config, autoencoder):
@@ -521,7 +541,7 @@ def write_samples(path, clips, config, autoencoder):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.with_suffix(".npy"), clips.numpy() / config.latent_scale)
         return [path.with_suffix(".npy")]
-    return [vdm.write_image(path.with_suffix(".png"), vdm.film_strip(clips[:8]), 2),
+    return [vdm.write_video(path.with_suffix(".png"), vdm.film_strip(clips[:8])[None], scale=2),
             vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
 
 
@@ -611,6 +631,10 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
         for first in [True, False][:1 + config.previous]:              # joint_loss holds both its terms until backward
             with flops if first and not light else nullcontext(), torch.autocast("cpu", dtype, dtype != torch.float32):
                 loss = loss + net(x, torch.empty(clips, T), **told).float().square().mean()
+        if config.stills:                                              # and so does joint_image_loss
+            n = clips * config.stills
+            with torch.autocast("cpu", dtype, dtype != torch.float32):
+                loss = loss + net(torch.empty(n, 1, *x.shape[2:]), torch.empty(n, 1)).float().square().mean()
         loss.backward()
     weights = size(net.parameters())
     return dict(weights=weights, gradients=weights, optimiser=moments, EMA=weights, activations=meter.most - before,
@@ -628,7 +652,7 @@ def dry_run(options, config):
     print(f"model   {sum(parts.values()):,.2f} M parameters: {', '.join(f'{part} {n:,.2f} M' for part, n in parts.items())}")
     say = lambda x: f"{x / 1000 ** (i := int(math.log10(x) // 3)):.3g} {' kMGTPEZ'[i]}FLOP"
     once = need["operations"]
-    step = 3 * once * config.batch * (1 + config.previous)             # a backward pass is worth two forward
+    step = 3 * once * config.batch * (1 + config.previous + config.stills / config.frames)         # a backward pass is worth two forward
     print(f"work    {say(once)} to estimate one clip once; {say(step)} a step of {config.batch} clips ({say(step * 4 / 3)} with "
           f"--checkpoint-activations); {say(once * evaluations(config))} to generate a clip in {evaluations(config)} evaluations")
     unit, G = ("GiB", 2 ** 30) if need["weights"] > 1e8 else ("MiB", 2 ** 20)
@@ -893,6 +917,7 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
     goes_on = config.task == "any" or config.task == "predict" and sum(config.context[config.overlap : config.overlap + 1])
     longer = config.previous or config.independent or sum(config.context[1:]) and goes_on
     flags = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
+    flags += f" --interpolate {config.frames - 1}" if config.task == "ends" else ""
     if options.data == "drive":
         flags = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
     print(f"next    python sample.py {checkpoint} --n 16{flags}")
@@ -912,8 +937,8 @@ def main(argv=None):
     if options.stage != "diffusion" and (processes > 1 or options.micro or options.workers or options.checkpoint_activations):
         raise ValueError(f"--stage {options.stage} is small: it runs in one process, without torchrun, --micro, --workers and "
                          "--checkpoint-activations")
-    if options.stage != "diffusion" and (options.init or config.train != ("all",) or config.rates != (1,)):
-        raise ValueError(f"--init, --train and --rates are for diffusion models; --stage {options.stage} goes on from --latents")
+    if options.stage != "diffusion" and (options.init or config.train != ("all",) or config.rates != (1,) or config.stills):
+        raise ValueError(f"--init, --train, --rates and --stills are for diffusion models; --stage {options.stage} goes on from --latents")
     if options.shard and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
@@ -946,6 +971,7 @@ def main(argv=None):
         whole_items = dataclasses.replace(config, stride=1, anchor=0.0)          # they were cut before they were encoded
         data = Latents(folder / "video.npy", whole_items, frames, seed=options.seed, **more)
         print(f"latents {n} clips in {folder}")
+    data = WithStills(data, config.stills, options.seed) if config.stills else data
     if options.init:
         start_from(options.init, denoiser, config)
     if diffusion:

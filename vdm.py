@@ -29,7 +29,7 @@ Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, 
 Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
        context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
-       label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; 0: withheld
+       label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; NaN: untold
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
 Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 2010.02502
@@ -73,7 +73,7 @@ class Config:
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
     stride: int = 1                 # take every stride-th frame of a file
-    rates: tuple = (1,)             # (1, 2): by chance every frame or every second (Video LDM)
+    rates: tuple = (1,)             # (1, 2): by chance every frame or every second (untold)
     fps: float = 8.0                # frames per second of the videos written
     # latents
     factor: int = 0                 # pixels to a latent along each side (0: no latents, but pixels)
@@ -110,19 +110,21 @@ class Config:
     # frames that are given
     context: tuple = (0.48, 0.04, 0.04, 0.04, 0.40)  # odds that the first 0, 1, 2 ... are given
     task: str = "predict"           # which, if any: predict, ends, any, image or upsample
-    given_noise: float = 3.5        # clips with given frames see so many times more noise
+    given_noise: float = 3.5        # factor of sigma where frames are given: they make it easy
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # given frames have noise up to this; 2 anchors none (0: off)
+    anchor: float = 1.0             # largest noise on given frames but 2, the anchors (0: off)
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
     images: float = 0.08            # share of clips trained as pictures, without temporal layers
+    stills: int = 0                 # pictures from elsewhere trained beside every clip (VDM: 8)
     # labels and actions
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    drop: float = 0.15              # odds that label, action, each of its modes is withheld
+    drop: float = 0.15              # odds that the label is withheld, and the whole action
+    mode_drop: tuple = (0.15,)      # odds that a mode of the action is: one for all, or one each
     # training
     steps: int = 1800               # optimiser steps
     batch: int = 16                 # clips per step
@@ -146,10 +148,10 @@ class Config:
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
-    jump: float = 2.5               # roll-outs skip levels between the first and this (0: off)
+    jump: float = 2.5               # roll-outs skip noise levels from sigma_max to this (0: off)
 
     @property
-    def anchors(self):              # given frames of long before; with other kinds of context: 0
+    def anchors(self):              # how many given frames are the start of the whole video: 2 or 0
         usual = self.task == "predict" and self.give == "concat" and not self.previous
         enough = self.overlap > 3 and sum(self.context[4:]) > 0
         return 2 * (self.anchor > 0 and usual and enough and not self.context_noise)
@@ -193,13 +195,11 @@ def cosine(u, logsnr_max=20.0):
     return torch.tan((math.pi / 2 - 2 * b) * u.double() + b).float()
 
 
-def sigmoid(u, start=-3.0, end=3.0, tau=1.0, logsnr_max=20.0):
+def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
     """abar(u) falls from 1 to 0 along a piece of a logistic curve (Jabri et al. 2022)."""
-    def s(t):
-        return torch.sigmoid(torch.as_tensor(t, dtype=torch.float64) / tau)
-
-    here = s(u.double() * (end - start) + start)
-    sigma = ((here - s(start)) / (s(end) - here)).sqrt()               # sqrt((1 - abar) / abar)
+    first, last = torch.tensor([start, end], dtype=torch.float64).sigmoid()
+    here = torch.sigmoid(u.double() * (end - start) + start)
+    sigma = ((here - first) / (last - here)).sqrt()                    # sqrt((1 - abar) / abar)
     return sigma.clamp(math.exp(-logsnr_max / 2), math.exp(logsnr_max / 2)).float()
 
 
@@ -241,8 +241,9 @@ def offset_noise(noise, strength, per_frame=False):
     """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn once per clip and
     channel or, with per_frame, per frame and channel (the Vista code, strength 0.02).
 
-    White noise hardly moves the mean of a picture, so a network never learns to; this does. Only
-    for training. Small frames need more: the mean of white noise already has std 1 / sqrt(H W)."""
+    White noise hardly moves the mean of a picture, so a network never learns to move it; this
+    teaches it. For training alone. Small frames need more: there white noise already moves the mean
+    by 1 / sqrt(H W)."""
     B, T, C = noise.shape[:3]
     part = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
     return noise + strength * part
@@ -286,13 +287,14 @@ class Denoiser(nn.Module):
 
     give says how net(inputs, c_noise), with c_noise (B, T), is shown the context:
 
-    concat     as more channels, context and mask (Video LDM sec. 3.2), with c_noise of clean frames
+    concat     as more channels, context and mask (Video LDM sec. 3.2: of the temporal layers; SVD:
+               of the input), with the c_noise of clean frames
     replace    in the place of the noisy frames and scaled like them, so that at large sigma little
                is left of it; net(inputs, c_noise, given (B, T)) tells them apart; no hints (Vista)
     per_frame  in their place, each frame with its own sigma: 0, or a hint's (FVDM)
 
     inputs are (B, T, C, H, W), with concat C + 1 channels more, with previous=True C more. Zeros
-    stand for a condition that is not there, as in both papers."""
+    stand for a condition that is not there (Video LDM, PVDM)."""
 
     def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat"):
         super().__init__()
@@ -304,6 +306,10 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, context=None, mask=None, previous=None, **cond):
         if previous is not None and not self.takes_previous:
             raise ValueError("previous was given, but this model was built with previous=False")
+        if (context is None) != (mask is None) or \
+                any(given is not None and given.shape != x.shape for given in (context, previous)):
+            raise ValueError(f"expected context and mask or neither, and context and previous of "
+                             f"the shape of x, {tuple(x.shape)}")
         if sigma.ndim == 1:
             sigma = sigma[:, None].expand(x.shape[:2])                                      # (B, T)
         mask = torch.zeros_like(sigma) if mask is None else mask.to(x)                      # (B, T)
@@ -337,7 +343,7 @@ class Denoiser(nn.Module):
 def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     """Weight of the squared error of the clean estimate, of sigma's shape. With SNR = 1 / sigma^2:
 
-    x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: unit weight on the error of that output
+    x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: the plain squared error of that output
     min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)"""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
     weights = dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
@@ -352,12 +358,12 @@ class Balance(nn.Module):
     """Weights by which all cases pull equally: every squared error is divided by a running mean of
     its kind. A kind is one of 16 octaves of sigma, frames given or none, one frequency in time (of
     discrete cosines, from what stands still to what flickers). At high noise nearly all of the
-    error is where things are, which nothing can tell, and how they move would drown in it. EDM2
-    learns such weights per noise level (Karras et al. 2023).
+    error is about where things are, which cannot be known; it would drown the error about how they
+    move. EDM2 learns such weights per noise level (Karras et al. 2023).
 
     sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
     (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames. With hold
-    what is seen waits for fold(): once per step, though a batch may come in several parts."""
+    the mean waits for fold(), called once per step when a batch comes in parts."""
 
     def __init__(self, frames, rate=0.1):
         super().__init__()
@@ -435,7 +441,8 @@ def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.
         given = cond["mask"].amax(1) > 0 if "mask" in cond else \
             torch.full((len(clean),), "previous" in cond, device=sigma.device)                # (B,)
         squares, weight = weighting(sigma, error, given)  # their sum over frames is that of error
-        more = (total - parts["error"]) / expand((1 / weight).mean(1), clean)
+        usual = (1 / weight).mean(1) if sigma.ndim == 1 else 1 / weight        # error at this level
+        more = (total - parts["error"]) / expand(usual, clean)
         loss = expand(weight, clean) * squares + more
     return loss.mean(), {name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
 
@@ -443,10 +450,24 @@ def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     """PVDM eq. 9: share * (loss given the clip before) + (1 - share) * (loss given nothing), so
     that one network both starts a video and continues it. Arguments as in diffusion_loss."""
-    given, parts = diffusion_loss(denoiser, clean, sigma, noise, previous=previous, **options)
+    goes_on, parts = diffusion_loss(denoiser, clean, sigma, noise, previous=previous, **options)
     free, parts_free = diffusion_loss(denoiser, clean, sigma, noise, **options)
     parts_free |= {f"{name}_given": part for name, part in parts.items()}
-    return share * given + (1 - share) * free, parts_free
+    return share * goes_on + (1 - share) * free, parts_free
+
+
+def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
+    """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) from elsewhere (VDM sec.
+    3.1), the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
+    attention, so that each sees itself alone. That is a clip of one frame, which is what we make of
+    it, at the noise level of its clip; it is told nothing. sigma is (B,), noise (B, T + N, C, H, W)
+    and weighting a name; other arguments as in diffusion_loss."""
+    (B, T), N = clean.shape[:2], images.shape[1]
+    plain = {k: v for k, v in options.items() if k in ("weighting", "sigma_data", "gamma")}
+    video, parts = diffusion_loss(denoiser, clean, sigma, noise[:, :T], **options)
+    alone, noise = images.flatten(0, 1)[:, None], noise[:, T:].flatten(0, 1)[:, None]
+    image, _ = diffusion_loss(denoiser, alone, sigma.repeat_interleave(N), noise, **plain)
+    return (T * video + N * image) / (T + N), parts
 
 
 def draw_mask(batch, frames, probabilities, task="predict"):
@@ -480,19 +501,17 @@ def augment(context, mask, sigma, noise):
     return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
 
 
-def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, mask=None,
-                 anchors=0):
-    """context (B, T, C, H, W) and mask (B, T) to train on clean (B, T, C, H, W), augmented where
-    sigma (B,) and noise are passed. mask is one that draw_mask has drawn; without, it does so here
-    with these probabilities and this task. The first `anchors` frames stay as they are. Two tasks
-    need sigma and noise:
+def draw_context(clean, mask, task="predict", sigma=None, noise=None, anchors=0):
+    """context (B, T, C, H, W) to train on clean (B, T, C, H, W), and the mask (B, T) of draw_mask:
+    as augment gives both where sigma (B,) and noise are passed, but for the first `anchors` frames.
+    Two tasks need them:
 
-    image     the first frame is given, and on every other frame it stands as a hint (SVD)
+    image     the first frame is given; on every other it stands, noised once, as a hint (SVD)
     upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
-    mask = draw_mask(*clean.shape[:2], probabilities, task) if mask is None else mask       # (B, T)
     mask, context = mask.to(clean), clean
     if task == "image":
         context = clean[:, :1].expand_as(clean)
+        noise = noise if noise is None else noise[:, :1].expand_as(clean)
     elif task == "upsample":
         small = F.interpolate(clean.flatten(0, 1), scale_factor=1 / 4, mode="area")
         context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
@@ -503,13 +522,14 @@ def draw_context(clean, probabilities, task="predict", sigma=None, noise=None, m
     return augment(context, mask, sigma[:, None] * hint, noise)
 
 
-def drop_modes(action, sizes, rates):
-    """Withhold (set to 0) parts of action (B, T, A), A = sum(sizes), for whole clips, with odds
-    `rates` (one, or one for all of it and one per mode): all of it, so that guidance has an
-    estimate without, and each mode on its own, so that any may be left out (Vista sec. 3.2)."""
-    keep = torch.rand(len(action), 1 + len(sizes)) >= torch.as_tensor(rates)       # (B, 1 + modes)
-    keep = keep[:, :1] & keep[:, 1:]                                                   # (B, modes)
-    return action * keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action)   # (B, T, A)
+def drop_modes(action, sizes, rate, mode_rates):
+    """Withhold (set to NaN) parts of action (B, T, A), A = sum(sizes), for whole clips: all of it
+    with odds `rate`, so that guidance has an estimate without, and each mode on its own with odds
+    mode_rates, one or one each, so that any may be left out (Vista sec. 3.2: 0 and 0.15)."""
+    u = torch.rand(len(action), 1 + len(sizes))                                    # (B, 1 + modes)
+    keep = (u[:, :1] >= rate) & (u[:, 1:] >= torch.as_tensor(mode_rates))              # (B, modes)
+    keep = keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action.device)    # (B, 1, A)
+    return action.where(keep, math.nan)                                                # (B, T, A)
 
 
 # ==================================================================================================
@@ -611,27 +631,25 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 # 6. Generation
 # ==================================================================================================
 
-def ramp(low, high, frames):
-    """Guidance scales (T,) that rise from the first frame to the last in a straight line (SVD)."""
-    return torch.linspace(low, high, frames)
-
-
 def triangle(low, high, frames):
     """Guidance scales (T,) that rise towards the middle and fall again, so that the windows of long
-    videos do not over-saturate more and more (Vista eq. 9). With an even T none quite is high."""
+    videos do not over-saturate more and more (Vista, by its code; eq. 9 falls to 1 a frame later).
+    With an even T none quite is high. (SVD's just rise: torch.linspace(low, high, T).)"""
     return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
 
 
-def guided(denoise, scale, rescale=0.0):
+def guided(denoise, scale, rescale=0.0, keep=()):
     """Context guidance: free + scale * (given - free), where free is the estimate without condition
     (Video LDM eq. 4; classifier-free guidance). scale is a number, or one per frame (T,) as in SVD
     and Vista; 1 is the plain conditional estimate, 0 the unconditional one. Guidance raises
     contrast; rescale, from 0 to 1, takes that share of the way back to the standard deviation of
-    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7)."""
+    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7). The conditions that
+    `keep` names stay in free: Vista keeps given frames, ("context", "mask")."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
 
     def guided_denoise(x, sigma, **cond):
-        given, free = denoise(x, sigma, **cond), denoise(x, sigma)
+        free = denoise(x, sigma, **{name: cond[name] for name in cond if name in keep})
+        given = denoise(x, sigma, **cond)
         out = free + scale.to(x) * (given - free)                                  # (B, T, C, H, W)
         want, std = (e.std((1, 2, 3, 4), keepdim=True) for e in (given, out))      # (B, 1, 1, 1, 1)
         out = out * (1 + rescale * torch.where(std > 1e-6, want / std - 1, 0))
@@ -641,17 +659,17 @@ def guided(denoise, scale, rescale=0.0):
     return guided_denoise
 
 
-def temporally_guided(denoise, scale, temporal=0.0):
+def temporally_guided(denoise, scale):
     """Guidance by what frames tell each other: together + (scale - 1) * change, where change is the
     part that varies over time of (together - alone), and alone is the estimate by the same model
-    whose temporal layers are heeded at `temporal` only, 0: not at all. denoise must take that, as
-    VideoUNet does and --images teaches it. Exaggerating the mean over time as well, as plain
-    guidance would, makes things larger, slower (our form; related: skip guidance, 2411.18664)."""
+    without its temporal layers: denoise must take temporal=0, as VideoUNet does and --images
+    teaches it. Exaggerating the mean over time as well, as plain guidance would, makes things
+    larger, slower (our form; related: skip guidance, 2411.18664)."""
 
     def guided_denoise(x, sigma, **cond):
         together = denoise(x, sigma, **cond)
-        told = together - denoise(x, sigma, temporal=temporal, **cond)             # (B, T, C, H, W)
-        out = together + (scale - 1) * (told - told.mean(1, keepdim=True))
+        change = together - denoise(x, sigma, temporal=0.0, **cond)                # (B, T, C, H, W)
+        out = together + (scale - 1) * (change - change.mean(1, keepdim=True))
         mask = cond.get("mask")                                     # given frames stay as they are
         return out if mask is None else torch.where(expand(mask, x) == 1, together, out)
 
@@ -691,7 +709,7 @@ def clip_noise(seed, clips, device="cpu"):
 
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
+             keep=(), temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
     label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
@@ -700,7 +718,7 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
     if temporal_guidance != 1:
         denoiser = temporally_guided(denoiser, temporal_guidance)
     if cond and (torch.as_tensor(guidance) != 1).any():
-        denoiser = guided(denoiser, guidance, rescale)
+        denoiser = guided(denoiser, guidance, rescale, keep)
     denoise = partial(denoiser, **cond)
     if given:
         denoise = reconstruction_guided(denoise, *given, reconstruction)
@@ -731,9 +749,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     The first `anchors` of the `overlap` frames are always those the whole video starts with, and
     never noisy: they tell how things look and how fast they go (StreamingT2V), the others where.
     jump > 0 skips the noise levels between the first and `jump` where two or more frames are given:
-    what is certain is best guessed at once, by the mean; drawing doubles its error's variance. Nor
-    is there anything for temporal guidance to exaggerate then.
-    action is (B, length, A), with those of context's frames; after its end a window is told 0."""
+    where the future is certain one estimate, the mean, is best: a random draw has twice its squared
+    error. Temporal guidance is off there, as there is nothing to exaggerate.
+    action is (B, length, A), with those of context's frames; after its end none is told."""
     B, T = shape[:2]
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
@@ -746,6 +764,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
                          f"room in a window of {T} (overlap 1 to {T - 1}, context 0 to {T - 1})")
     if anchors and (overlap <= anchors or denoiser.takes_previous):
         raise ValueError(f"overlap is {overlap}: {anchors} anchors need more, and no previous clip")
+    if tail.shape[2:] != tuple(shape[2:]):
+        raise ValueError(f"context is of shape {tuple(tail.shape)}, expected (B, n, *{shape[2:]})")
     if length < done:
         raise ValueError(f"length is {length}, but the context alone has {done} frames")
     if done:
@@ -764,7 +784,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         if action is not None:
             here = torch.arange(done - given, done - given + T)
             here[:anchors] = torch.arange(anchors)
-            cond["action"] = F.pad(action, (0, 0, 0, length + T))[:, here].to(tail)     # (B, T, A)
+            told = F.pad(action, (0, 0, 0, length + T), value=math.nan)
+            cond["action"] = told[:, here].to(tail)                                    # (B, T, A)
         levels = sigmas
         if jump > 0 and tail.shape[1] > 1:
             levels = sigmas[(sigmas == sigmas[0]) | (sigmas <= jump)]
@@ -822,6 +843,11 @@ def zero(layer):
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
+
+
+def each_frame(layer, x):
+    """Apply a layer of pictures to every frame of x (B, T, C, H, W)."""
+    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def fourier(t, dim, max_period=1e4):
@@ -990,26 +1016,26 @@ class Block(nn.Module):
     def forward(self, x, emb, strength=1.0, told=None):              # (B, T, C, H, W), (B, T, E)
         x = self.space(x, emb, strength)
         x = self.time(x, strength) if self.time else x
-        h = self.enter(x.flatten(0, 1)).view_as(x) if self.enter else x
+        h = each_frame(self.enter, x) if self.enter else x
         h = self.space_attention(h, told) if self.space_attention else h
         h = self.time_attention(h, strength, told) if self.time_attention else h
-        return x + self.leave(h.flatten(0, 1)).view_as(x) if self.leave else h
+        return x + each_frame(self.leave, h) if self.leave else h
 
 
 class VideoUNet(nn.Module):
     """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
     the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
-    `labels` or -1, none; action (B, T, `actions`) a vector per frame, 0 if withheld. Each is added
+    `labels` or -1, none; action (B, T, `actions`), numbers per frame, NaN if untold. Each is added
     to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
     temporal, a number or (B,), tells how far temporal layers are heeded: at 0 it is an image model.
 
     width x mults are the channels of the levels; blocks the residual blocks of a level on each way
     (ddpm_layout: one more on the way up and in the middle, and skips from all layers); attention
     the downsampling factors with attention, joint those where it is joint over space and time.
-    feed_forward is none, time, or both: SVD's transformers, each told the action anew, 128 waves a
-    number (Vista). Frames are cut into patch x patch tiles; around large ones a path of `detail`
-    channels at full resolution keeps edges sharp. convs: whether there are temporal ones. With
-    second_embedding given (B, T) is True where another MLP is to embed c_noise (Vista)."""
+    feed_forward is none, time, or both: SVD's transformers, each told the action again, as 128
+    waves per number (Vista). Frames are cut into patch x patch tiles; around large ones a path of
+    `detail` channels at full resolution keeps edges sharp. convs: whether there are temporal ones.
+    With second_embedding, another MLP embeds c_noise wherever given (B, T) is True (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
@@ -1022,7 +1048,7 @@ class VideoUNet(nn.Module):
                                    nn.Linear(dim_emb, dim_emb), nn.SiLU())
         self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
         self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
-        self.embed_action = zero(nn.Linear(actions, dim_emb, bias=False)) if actions else None
+        self.embed_action = zero(nn.Linear(2 * actions, dim_emb, False)) if actions else None
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
@@ -1052,7 +1078,7 @@ class VideoUNet(nn.Module):
                 dim = finer
         self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
         last = detail or out_channels
-        kernel = 1 if detail else 3                      # of two in a row, the finer one smooths
+        kernel = 1 if detail else 3                      # after it, the detail path smooths
         self.output = nn.Sequential(normalize(dim), nn.SiLU(), nn.Conv2d(
             dim, last * patch ** 2, kernel, padding=kernel // 2))
         self.output_detail = nn.Sequential(
@@ -1064,6 +1090,7 @@ class VideoUNet(nn.Module):
         B, T = x.shape[:2]
         strength = expand(torch.as_tensor(temporal).to(x), x)               # (B or 1, 1, 1, 1, 1)
         c_noise = c_noise if c_noise.ndim == 2 else c_noise[:, None].expand(B, T)       # (B, T)
+        # 1000: fourier is made for the numbers of DDPM's steps, log(sigma) / 4 spans about 2
         waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, waves)
         emb = self.embed(waves)                                                        # (B, T, E)
         if given is not None:
@@ -1074,28 +1101,25 @@ class VideoUNet(nn.Module):
         if label is not None:
             emb = emb + self.embed_label(label + 1)[:, None]              # row 0, for none, stays 0
         if action is not None:
-            emb = emb + self.embed_action(action)
-            action = (fourier(action, 128) * (action != 0)[..., None]).flatten(2)    # (B, T, 128 A)
+            told, action = ~action.isnan(), action.nan_to_num()
+            emb = emb + self.embed_action(torch.cat([action, told.to(action)], -1))
+            action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
         skips = [x] if self.ddpm_layout else []
         for layer in self.down:
-            if isinstance(layer, Block):
-                x = layer(x, emb, strength, action)
-            else:                                              # to half the height and width
-                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
-            if isinstance(layer, Block) or self.ddpm_layout:
+            step = isinstance(layer, Block)                    # or to half the height and width
+            x = layer(x, emb, strength, action) if step else each_frame(layer, x)
+            if step or self.ddpm_layout:
                 skips.append(x)
         x = self.middle(x, emb, strength, action)
         x = self.middle_again(x, emb, strength, action) if self.ddpm_layout else x
         for layer in self.up:
-            if isinstance(layer, Block):
-                # joined as pictures, (B T, C, H, W): channels stay last in memory
+            step = isinstance(layer, Block)                    # or to twice the height and width
+            if step:           # joined as pictures, (B T, C, H, W): channels stay last in memory
                 x = torch.cat([y.flatten(0, 1) for y in (x, skips.pop())], 1).unflatten(0, (B, T))
-                x = layer(x, emb, strength, action)
-            else:                                              # to twice the height and width
-                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))
+            x = layer(x, emb, strength, action) if step else each_frame(layer, x)
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
             x = self.output_detail(torch.cat([self.detail(frames), x], 1))
@@ -1302,20 +1326,17 @@ class Autoencoder(nn.Module):
 
     def posterior(self, clip):
         """mean and log variance of the latents, as the encoder gives them."""
-        latents = self.encoder(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
-        mean, log_var = latents.chunk(2, 2)                                        # (B, T, c, h, w)
+        mean, log_var = each_frame(self.encoder, clip).chunk(2, 2)                 # (B, T, c, h, w)
         return mean, log_var.clamp(-30, 20)
 
     def render(self, latents, temporal=1.0):
         """Decode latents as the encoder gives them; with temporal 0 each frame on its own."""
-        x = self.input(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        x = each_frame(self.input, latents)
         none = x.new_zeros(*x.shape[:2], 1)                    # where a denoiser's noise level goes
         for layer in self.decoder:
-            if isinstance(layer, ResBlock):
-                x = layer(x, none, temporal)
-            else:
-                x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return self.output(x.flatten(0, 1)).unflatten(0, x.shape[:2])              # (B, T, C, H, W)
+            block = isinstance(layer, ResBlock)
+            x = layer(x, none, temporal) if block else each_frame(layer, x)
+        return each_frame(self.output, x)                                          # (B, T, C, H, W)
 
     @torch.no_grad()
     def measure(self, clips):
@@ -1327,15 +1348,23 @@ class Autoencoder(nn.Module):
     def encode(self, clip):
         return (self.posterior(clip)[0] - self.mean) / self.std
 
+    def stream(self, pieces, temporal=1.0):
+        """Decode latents that come in pieces (B, n, c, h, w), each frame once all that its temporal
+        layers reach has come: the clip of decode, in memory that does not grow with its length."""
+        pieces = iter(pieces)
+        z, done, more = next(pieces), 0, True               # latents at hand, how many are decoded
+        while more is not None:
+            more = next(pieces, None)
+            ready = z.shape[1] - self.reach * (more is not None)
+            if ready > done:
+                with torch.autocast(z.device.type, enabled=False):
+                    clip = self.render(z * self.std + self.mean, temporal)
+                yield clip[:, done:ready]
+                z, done = z[:, max(0, ready - self.reach) :], min(ready, self.reach)
+            z = z if more is None else torch.cat([z, more], 1)
+
     def decode(self, latents, chunk=16, temporal=1.0):
-        """chunk frames at a time, each chunk with as many more frames on both sides as its temporal
-        layers reach: the same clip as all at once, in memory that does not grow with its length."""
-        pieces, z = [], latents * self.std + self.mean
-        for start in range(0, z.shape[1], chunk):
-            first = max(0, start - self.reach)
-            piece = self.render(z[:, first : start + chunk + self.reach], temporal)
-            pieces.append(piece[:, start - first :][:, :chunk])
-        return torch.cat(pieces, 1)
+        return torch.cat(list(self.stream(latents.split(chunk, 1), temporal)), 1)
 
 
 def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
@@ -1487,11 +1516,8 @@ class MovingShapes:
                   for law in made if made[law].dtype == bool]
         edges = np.array([-np.inf, *np.linspace(*self.SPEED, 7)[1:-1], np.inf])
         bins = dict(colors=np.arange(len(self.palette) + 1), kinds=np.arange(4), speeds=edges)
+        distance = lambda n: np.abs(n / n.sum(-1, keepdims=True) - 1 / n.shape[-1]).sum(-1) / 2
         for name, edges in bins.items():
-            def distance(counts):
-                share = counts / counts.sum(-1, keepdims=True)
-                return np.abs(share - 1 / share.shape[-1]).sum(-1) / 2
-
             m, t = (np.histogram(marks[name], edges)[0] for marks in (made, real))
             chance = np.random.default_rng(0).multinomial(t.sum(), [1 / len(t)] * len(t), 1000)
             lines.append(f"{'mismatch of ' + name:>25} {distance(m):7.2f} {distance(t):6.2f}   "
@@ -1504,7 +1530,7 @@ class Drive:
     right (all at one speed; left and right are 45 degrees off, nothing turns) or stop. A command
     lasts for another frame with a chance of 0.7. action[t] is what moved the view from frame t - 1
     to t, in two modes: the command, one-hot (4), and the motion (2), down and right as shares of
-    the speed. (A stop's motion is 0, which is also how a withheld one looks.)"""
+    the speed."""
 
     KEYS, SPEED = "LSRX", 1 / 16              # left, straight, right, stop; share of the short side
     MOVES = np.array([(-0.5 ** 0.5, -0.5 ** 0.5), (-1, 0), (-0.5 ** 0.5, 0.5 ** 0.5), (0, 0)])
@@ -1673,11 +1699,6 @@ def write_video(path, clip, fps=8.0, scale=None):
         part.unlink(missing_ok=True)
 
 
-def write_image(path, picture, scale=1):
-    """Write picture, float (C, H, W) in [-1, 1] with C 1 or 3, as .png; return the path."""
-    return write_video(path, picture[None], scale=scale)
-
-
 def film_strip(clips, line=-0.6):
     """(B, T, C, H, W) -> picture (C, B * (H + 1) + 1, T * (W + 1) + 1): row b is clip b, column t
     is frame t, with dark lines between. Any axes may stand in the place of C."""
@@ -1699,7 +1720,7 @@ class VideoFolder:
     alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
     .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
     Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
-    of a clip without are 0, withheld. read may be another decode, one that keeps clips on disk. An
+    of a clip without are NaN, untold. read may be another decode, one that keeps clips on disk. An
     item has `before` frames more, those before it; where its clip has none, the clip's first."""
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None,
@@ -1743,9 +1764,9 @@ class VideoFolder:
             x = np.load(path).astype(np.float32)
             x = x if x.ndim == 3 else x[None]                                          # (N, T, A)
             A = self.actions or x.shape[-1:]
-            if [a.shape for a in x] != [(len(c), *A) for c in clips] or not np.isfinite(x).all():
+            if [a.shape for a in x] != [(len(c), *A) for c in clips] or np.isinf(x).any():
                 raise ValueError(f"{x.shape} is not {len(clips)} clips x {len(clips[0])} frames x "
-                                 f"{A[0]} finite numbers")
+                                 f"{A[0]} finite numbers, or NaN where none is told")
         except Exception as error:
             raise ValueError(f"{path}: {error}") from error
         self.actions = A
@@ -1762,7 +1783,7 @@ class VideoFolder:
         clip, moves = self.clips[order[i % len(self)]], self.moves[order[i % len(self)]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
         cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
-        moves = np.zeros((len(clip), *self.actions), np.float32) if moves is None else moves
+        moves = np.full((len(clip), *self.actions), np.nan, np.float32) if moves is None else moves
         action = dict(action=torch.from_numpy(moves[cut])) if self.actions else {}
         return dict(video=from_uint8(clip[cut]), **action)
 
@@ -1790,12 +1811,12 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
                     steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
-    # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). There 8 loose pictures join a
-    # clip, and sampling goes evenly in u, with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
+    # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). Theirs samples evenly in u,
+    # with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
     "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
                     mults=(1, 2, 4, 8), attention=(2, 4, 8), convs=False, feed_forward="none",
                     dropout=0.1, lr=3e-4, kind="eps", schedule="cosine", weighting="eps",
-                    context=(1.0,), images=1 / 3, steps=60_000, batch=128, gate_lr=3e-4,
+                    context=(1.0,), stills=8, steps=60_000, batch=128, gate_lr=3e-4,
                     weight_decay=0.0, sampler="ddpm", sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
     # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
@@ -1815,10 +1836,12 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
                   overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
     # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
-    # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
+    # angle, goal; a clip has one, or speed and angle): 1.65 B, 111 M without gradient. Ours lacks
+    # CLIP, SVD's weights, frame 0 as input
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
                     offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
                     overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
+                    drop=0.0,
                     spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
 }
 
@@ -1857,8 +1880,9 @@ def build(config):
     draw_mask(1, 2, p, config.task)
     concat, noisy, own = config.give == "concat", config.context_noise, config.independent
     for wrong, sentence in (
-            (config.task != "predict" and (config.previous or config.frames < 3),
-             f"task is {config.task!r}: it needs 3 frames or more, and previous=False"),
+            (config.task != "predict" and (config.previous or config.frames < 3 or not sum(p[1:])),
+             f"task is {config.task!r}: it needs 3 frames or more, odds in context, {p}, that some "
+             "are given, and previous=False"),
             (config.task in ("image", "upsample") and not (concat and noisy),
              f"task is {config.task!r}: it needs give 'concat', and context_noise above 0"),
             (config.task == "upsample" and (config.factor or any(n % 4 for n in config.size)),
@@ -1878,9 +1902,12 @@ def build(config):
              or config.dynamics_toy and not config.dynamics,
              f"dynamics is {config.dynamics} and structure {config.structure}: neither may be "
              "negative, and dynamics_toy needs dynamics above 0"),
-            (config.labels < 0 or min(config.actions, default=1) < 1 or not 0 <= config.drop <= 1,
-             f"labels is {config.labels}, actions {config.actions} and drop {config.drop}: "
-             "expected a count, lengths of 1 or more, and odds")):
+            (config.labels < 0 or min(config.actions, default=1) < 1
+             or not all(0 <= odds <= 1 for odds in (config.drop, *config.mode_drop))
+             or len(config.mode_drop) not in (1, len(config.actions)),
+             f"labels is {config.labels}, actions {config.actions}, drop {config.drop} and "
+             f"mode_drop {config.mode_drop}: expected a count, lengths of 1 or more, and odds, of "
+             "modes one or one each")):
         if wrong:
             raise ValueError(sentence)
     noise_schedule(config)
