@@ -468,7 +468,7 @@ def test_train_appends_pictures_of_other_items(tmp_path, monkeypatch, data):
     monkeypatch.setattr(vdm, "joint_image_loss", keep)
     for name, flags in dict(a=(), b=("--micro", 1)).items():
         run_train(tmp_path / name, "--data", data, "--steps", 1, "--stills", 3, "--weighting", "edm", *flags)
-    (clean, images), b = seen[2], seen[-2:]                            # two rehearsals come first
+    (_, images), b = seen[2], seen[-2:]                            # two rehearsals come first
     assert images.shape == (2, 3, 3, 16, 16) and torch.equal(images, torch.cat([x for _, x in b]))
     world = train.WORLDS[data](4, (16, 16))
     frames = torch.stack([world[i]["video"] for i in range(1100)]).flatten(0, 1)                # (1100 * 4, C, H, W)

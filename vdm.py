@@ -462,7 +462,7 @@ def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
     attention, so that each sees itself alone. That is a clip of one frame, which is what we make of
     it, at the noise level of its clip; it is told nothing. sigma is (B,), noise (B, T + N, C, H, W)
     and weighting a name; other arguments as in diffusion_loss."""
-    (B, T), N = clean.shape[:2], images.shape[1]
+    T, N = clean.shape[1], images.shape[1]
     plain = {k: v for k, v in options.items() if k in ("weighting", "sigma_data", "gamma")}
     video, parts = diffusion_loss(denoiser, clean, sigma, noise[:, :T], **options)
     alone, noise = images.flatten(0, 1)[:, None], noise[:, T:].flatten(0, 1)[:, None]
@@ -1841,8 +1841,7 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
                     offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
                     overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
-                    drop=0.0,
-                    spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
+                    drop=0.0, spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
 }
 
 
