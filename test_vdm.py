@@ -2994,6 +2994,25 @@ def test_how_to_sample_depends_on_the_data(data, jump, guidance):
     assert (same.jump, same.temporal_guidance) == (3, 1.2)
 
 
+def test_sample_rewards_and_guides_actions(driver, tmp_path, monkeypatch, capsys):
+    """The reward is exp(-variance) of what generate made; with --keep-frames the free estimate is told the frames, and no action."""
+    made, generate, free = [], vdm.generate, []
+    monkeypatch.setattr(vdm, "generate", lambda *args, **options: made.append(generate(*args, **options)) or made[-1])
+    run_sample(driver, tmp_path / "a.mp4", "--n", 3, "--actions", "LSRX")
+    said = float(re.search(r"reward  (\S+) of these actions", capsys.readouterr().out)[1])
+    assert said == pytest.approx(np.exp(-made[0].clamp(-1, 1).numpy().var(0, ddof=1).mean()), abs=0.002) and 0.05 < said < 0.999
+    heard = vdm.VideoUNet.forward
+    listen = lambda self, x, c_noise, **told: free.append("action" in told) or heard(self, x, c_noise, **told)
+    monkeypatch.setattr(vdm.VideoUNet, "forward", listen)
+    shown, ask = [], vdm.Denoiser.forward
+    monkeypatch.setattr(vdm.Denoiser, "forward", lambda self, x, sigma, **told: shown.append("mask" in told) or ask(self, x, sigma, **told))
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.Drive(2, (16, 16))[0]["video"]))
+    for flags, frames in (([], {False, True}), (["--keep-frames"], {True})):
+        free.clear(), shown.clear()
+        run_sample(driver, tmp_path / "b.mp4", "--n", 1, "--actions", "LSRX", "--context", tmp_path / "clip.npy", "--guidance", 2, *flags)
+        assert set(free) == {False, True} and set(shown) == frames
+
+
 def test_sample_by_temporal_guidance(driver, tmp_path):
     """The checkpoint's own is 1, none, for Drive; any other makes another video."""
     a, same, more = (run_sample(driver, tmp_path / f"{i}.mp4", "--n", 1, *flags)[0] for i, flags in enumerate((
