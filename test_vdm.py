@@ -1382,6 +1382,23 @@ def test_transformers_are_told_the_action_and_where_each_frame_is():
     assert not randomize(vdm.TemporalAttention(8, 8), gates=True)(same).diff(dim=1).abs().max() > 1e-5
 
 
+def test_residuals_in_float32():
+    """Under bf16 autocast 64 layers that add 1 / 1024 to 1 come to 1 + 64 / 1024 if what they are given is float32; bf16, whose
+    next number is 1 + 1 / 128, stays at 1. fp32_residuals makes what every block is given, and gives, float32."""
+    layer = vdm.TemporalConv(4)
+    nn.init.zeros_(layer.conv.weight), nn.init.ones_(layer.conv.bias), nn.init.constant_(layer.gate, 1 / 1024)
+    for exact, want in ((False, 1), (True, 1 + 64 / 1024)):
+        net, x = vdm.VideoUNet(1, 1, 16, (1, 2), head_dim=8, fp32_residuals=exact), torch.ones(1, 3, 4, 2, 2)
+        seen, x = [], x if exact else x.bfloat16()
+        for block in (module for module in net.modules() if isinstance(module, vdm.Block)):
+            block.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(64):
+                x = layer(x)
+            net(torch.randn(1, 3, 1, 4, 4), torch.ones(1))
+        assert (x == want).all() and set(seen) == {torch.float32 if exact else torch.bfloat16} and len(seen) == 5
+
+
 def test_a_gated_feed_forward_layer():
     """norm, a * b * Phi(b), and back, in numpy-like steps; in space it is one more residual branch."""
     layer, x = randomize(vdm.feed_forward(6, gated=True)), torch.randn(4, 6)
