@@ -785,7 +785,8 @@ def test_label_and_action_change_the_answer():
     nn.init.normal_(denoiser.net.embed_action.weight)
     nn.init.normal_(denoiser.net.embed_label.weight[1:])
     free, action = denoiser(x, one), torch.randn(2, 4, 2)
-    assert torch.equal(free, denoiser(x, one, label=torch.tensor([-1, -1]), action=0 * action))
+    assert torch.equal(free, denoiser(x, one, label=torch.tensor([-1, -1]), action=action * torch.nan))
+    assert (free - denoiser(x, one, action=0 * action)).abs().amax() > 1e-3           # 0 is told
     moved = denoiser(x, one, action=action) - free
     assert (moved.abs().amax((2, 3, 4)) > 1e-3).all()
     action[:, 2] = 0                                   # gates are closed: frames are on their own
