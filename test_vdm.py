@@ -780,7 +780,7 @@ def test_label_and_action_start_as_nothing_and_learn_at_once():
 
 
 def test_label_and_action_change_the_answer():
-    """Each frame heeds its own action; -1 and 0 are none; a network built without either says so."""
+    """Each frame heeds its own action; -1 and NaN are none; a network built without either says so."""
     denoiser, x, one = told(), torch.randn(2, 4, 1, 4, 4), torch.ones(2)
     nn.init.normal_(denoiser.net.embed_action.weight)
     nn.init.normal_(denoiser.net.embed_label.weight[1:])
@@ -789,7 +789,7 @@ def test_label_and_action_change_the_answer():
     assert (free - denoiser(x, one, action=0 * action)).abs().amax() > 1e-3           # 0 is told
     moved = denoiser(x, one, action=action) - free
     assert (moved.abs().amax((2, 3, 4)) > 1e-3).all()
-    action[:, 2] = 0                                   # gates are closed: frames are on their own
+    action[:, 2] = torch.nan                              # gates are closed: frames are on their own
     less = denoiser(x, one, action=action) - free
     assert (less[:, 2] == 0).all() and torch.equal(less[:, [0, 1, 3]], moved[:, [0, 1, 3]])
     labels = torch.stack([denoiser(x[:1], one[:1], label=torch.tensor([k])) for k in (-1, 0, 1, 2)])
