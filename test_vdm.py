@@ -3295,7 +3295,7 @@ def test_training_at_several_rates(monkeypatch, previous):
     loss, ticks = getattr(vdm, name), torch.arange(3.0 * frames - 2) / 10
     monkeypatch.setattr(vdm, name, lambda denoiser, clean, **o: seen.append((clean, o)) or loss(denoiser, clean, **o))
     config = vdm.Config(size=(16, 16), frames=4, width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=256,
-                        context=(1.0,), rates=(1, 3), actions=(1,), drop=0.0, previous=previous)
+                        context=(1.0,), rates=(1, 3), actions=(1,), drop=0.0, mode_drop=(0.0,), previous=previous)
     item = dict(video=ticks[:, None, None, None].expand(-1, 3, 16, 16), action=ticks[:, None])
     denoiser = vdm.build(config)
     train.train_step(0, config, collections.defaultdict(lambda: item), denoiser, vdm.EMA(denoiser),
@@ -3325,7 +3325,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     monkeypatch.setattr(vdm, "diffusion_loss", lambda denoiser, clean, **o: calls.append((clean, o)) or loss(
         denoiser, clean, **o))
     config = vdm.Config(size=(16, 16), frames=6, width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=512,
-                        context=(0.25, 0, 0, 0.25, 0.5), actions=(1,), drop=0.0, rates=(rate,))
+                        context=(0.25, 0, 0, 0.25, 0.5), actions=(1,), drop=0.0, mode_drop=(0.0,), rates=(rate,))
     assert config.anchors == 2
     denoiser = vdm.build(config)
     train.train_step(0, config, Clock(6, 16), denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net),
