@@ -117,6 +117,14 @@ def main(argv=None):
         o.checkpoint = found[-1]
     if Path(o.out).suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out is {o.out}, expected a name that ends in .mp4 or .gif")
+    for name in ("context", "actions"):
+        path, target = Path(getattr(o, name) or "."), Path(o.out).resolve().with_suffix("")
+        if getattr(o, name) == "":
+            raise ValueError(f"--{name} is empty: expected a value, or leave the flag out")
+        if path.is_file() and target in (path.resolve().with_suffix(""), path.resolve().parent):
+            raise ValueError(f"--{name} {path} might be overwritten by what is written to {o.out}: name another --out")
+    if o.fps is not None and not 0.1 <= o.fps <= 1000:
+        raise ValueError(f"--fps is {o.fps}, expected 0.1 to 1000")
     (denoiser, config), (autoencoder, _) = vdm.load(o.checkpoint), vdm.load_autoencoder(o.checkpoint)
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)

@@ -3039,7 +3039,7 @@ def test_sample_by_temporal_guidance(driver, tmp_path):
 
 
 @cases("flags, words", [
-    (["--actions", "LSRQ"], "--actions is 'LSRQ', expected letters of LSRX"), (["--actions", ""], "is '', expected letters"),
+    (["--actions", "LSRQ"], "--actions is 'LSRQ', expected letters of LSRX"), (["--actions", ""], "--actions is empty"),
     (["--actions", "LSR", "--length", "4"], "--actions has 3 frames, but --length is 4"),
     (["--actions", "bad.npy"], r"bad.npy is of shape \(3, 5\), but .* on 6 numbers per frame"),
     (["--actions", "empty.npy"], "--actions empty.npy cannot be read"), (["--actions", "no.npy"], "no.npy cannot be read"),
@@ -3356,6 +3356,8 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--reconstruction", "1"], "needs a weight above 0, frames to go on from"),
     (["--reconstruction", "1", "--length", "9", "--guidance", "2"], "it would exaggerate nothing: it needs --label, --actions or"),
     (["--guidance", "2"], "it would exaggerate nothing: it needs .* --context or --length above 4"),
+    (["--context", ""], "--context is empty"), (["--fps", "0"], "--fps is 0.0, expected 0.1 to 1000"), (["--fps", "nan"], "--fps is nan"),
+    (["--context", "CLIP", "--out", "OUT"], "clip.npy might be overwritten by what is written to .*clip.mp4: name another --out"),
     (["--guidance", "2", "--length", "9", "--keep-frames"], "it would exaggerate nothing"),
     (["--guidance", "1", "2", "--length", "9"], r"\[1.0, 2.0\], expected one number or, with --guidance-shape ramp or triangle, two"),
     (["--keep-frames", "--length", "9"], "--keep-frames and --guidance-shape need a --guidance other than 1"),
@@ -3371,7 +3373,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
 ])
 def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):
     np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))
-    flags = [str(tmp_path / "clip.npy") if f == "CLIP" else f for f in flags]
+    flags = [str(tmp_path / "clip.npy") if f == "CLIP" else str(tmp_path / "clip.mp4") if f == "OUT" else f for f in flags]
     with pytest.raises(ValueError, match=words):
         sample.main([str(trained / "last.pt"), "--out", str(tmp_path / "a.mp4"), *flags])
 
@@ -3637,7 +3639,8 @@ def test_a_run_is_never_overwritten(trained):
     (["--kind", "z"], "expected one of eps, v, x0, edm"), (["--weighting", "z"], "expected one of x0, eps"),
     (["--schedule", "z"], "expected one of linear"), (["--sampler", "z"], "expected one of ddpm"),
     (["--head-dim", "20"], "head_dim is 20"), (["--data", "no/such/folder"], "no/such/folder does not exist"),
-    (["--context", "0"], "context is"), (["--drop", "2"], "drop 2.0 and mode_drop .*: expected"), (["--actions", "0"], r"actions \(0,\)"),
+    (["--init", ""], "--init is empty: expected a path"), (["--save-every", "0"], "--save-every is 0, expected 1 or more"),
+    (["--micro", "-1"], "--micro is -1, expected 1 or more"), (["--context", "0"], "context is"), (["--drop", "2"], "drop 2.0 and mode_drop .*: expected"), (["--actions", "0"], r"actions \(0,\)"),
     (["--preset", "latent"], "this run needs latents of 4 channels"), (["--preset", "latent", "--size", "20", "--stage", "decoder"],
                                                                        "name an autoencoder"),
     (["--labels", "3"], "labels is 3 .* the data has 18"), (["--data", "drive", "--channels", "1"], "toy world is in colour"),

@@ -102,6 +102,9 @@ def parse(argv):
             dict(nargs="+", type=type((*default, 0)[0])) if f.type is tuple else dict(type=f.type)
         fields.add_argument(flag, default=argparse.SUPPRESS, help=f"{comments[f.name]} ({default})", **kind)
     options = p.parse_args(argv)
+    for flag in ("data", "out", "init", "latents"):
+        if getattr(options, flag) == "":
+            raise ValueError(f"--{flag} is empty: expected a path, or leave the flag out")
     for flag in ("gpu_memory", "speed"):
         value, name = getattr(options, flag), "--" + flag.replace("_", "-")
         if value is not None and not (options.dry_run and value > 0):
@@ -122,8 +125,10 @@ def parse(argv):
 
 def check(options, config):
     """Refuse settings that nothing could run with, or that would do nothing: vdm.build sees to the others."""
-    for name in "steps batch frames stride rates width patch head_dim rank sampling_steps marks encode".split():
-        value = getattr(config, name, None) or getattr(options, name, 0)
+    for name in ("steps batch frames stride rates width patch head_dim rank sampling_steps marks encode "
+                 "save_every sample_every keep_every micro").split():
+        value = getattr(config, name) if hasattr(config, name) else getattr(options, name)
+        value = 1 if value is None else value
         if np.min(value) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     levels = [2 ** n for n in range(len(config.mults))]
@@ -900,6 +905,7 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
         print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes")
         print("files  ", *report_reconstruction(config, options, model, held_out, device), checkpoint, sep="\n        ")
         following = f"--stage decoder --latents {checkpoint}" if options.stage == "autoencoder" else f"--latents {checkpoint}"
+        following += f" --data {options.data}" * (options.data != "shapes")
         return print(f"next    python train.py --preset {options.preset} {following}")
     clips = sample(config, model, options.marks, device, dtype, seed=1, autoencoder=autoencoder, **told)
     if rank:                                                           # all took part: a sharded model needs them
@@ -915,6 +921,7 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
         print(held_out.report(clips, told["action"][:len(clips)]))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
     goes_on = config.task == "any" or config.task == "predict" and sum(config.context[config.overlap : config.overlap + 1])
+    goes_on = goes_on and 0 < config.overlap < config.frames
     longer = config.previous or config.independent or sum(config.context[1:]) and goes_on
     flags = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
     flags += f" --interpolate {config.frames - 1}" if config.task == "ends" else ""
