@@ -1630,6 +1630,8 @@ def decode(path, size=None, channels=3, keep=list):
     from PIL import Image, ImageOps, ImageSequence
 
     def pixels(image):           # modes La, RGBa: times alpha, so that what is transparent is black
+        if image.mode.startswith("I;16"):              # convert would cut 16 bits at 255
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         mode = ("L" if channels == 1 else "RGB") + "a" * image.has_transparency_data
         image = ImageOps.exif_transpose(image).convert(mode.upper()).convert(mode)
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR) if size else image
