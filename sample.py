@@ -121,7 +121,8 @@ def main(argv=None):
         path, target = Path(getattr(o, name) or "."), Path(o.out).resolve().with_suffix("")
         if getattr(o, name) == "":
             raise ValueError(f"--{name} is empty: expected a value, or leave the flag out")
-        if path.is_file() and target in (path.resolve().with_suffix(""), path.resolve().parent):
+        same = target == path.resolve().with_suffix("") and path.suffix in (".mp4", ".gif", ".png")
+        if path.is_file() and (same or target == path.resolve().parent):
             raise ValueError(f"--{name} {path} might be overwritten by what is written to {o.out}: name another --out")
     if o.fps is not None and not 0.1 <= o.fps <= 1000:
         raise ValueError(f"--fps is {o.fps}, expected 0.1 to 1000")

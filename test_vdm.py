@@ -3363,7 +3363,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--reconstruction", "1", "--length", "9", "--guidance", "2"], "it would exaggerate nothing: it needs --label, --actions or"),
     (["--guidance", "2"], "it would exaggerate nothing: it needs .* --context or --length above 4"),
     (["--context", ""], "--context is empty"), (["--fps", "0"], "--fps is 0.0, expected 0.1 to 1000"), (["--fps", "nan"], "--fps is nan"),
-    (["--context", "CLIP", "--out", "OUT"], "clip.npy might be overwritten by what is written to .*clip.mp4: name another --out"),
+    (["--context", "OUT", "--out", "OUT"], "clip.mp4 might be overwritten by what is written to .*clip.mp4: name another --out"),
     (["--guidance", "2", "--length", "9", "--keep-frames"], "it would exaggerate nothing"),
     (["--guidance", "1", "2", "--length", "9"], r"\[1.0, 2.0\], expected one number or, with --guidance-shape ramp or triangle, two"),
     (["--keep-frames", "--length", "9"], "--keep-frames and --guidance-shape need a --guidance other than 1"),
@@ -3379,6 +3379,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
 ])
 def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):
     np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16))[0]["video"]))
+    (tmp_path / "clip.mp4").touch()
     flags = [str(tmp_path / "clip.npy") if f == "CLIP" else str(tmp_path / "clip.mp4") if f == "OUT" else f for f in flags]
     with pytest.raises(ValueError, match=words):
         sample.main([str(trained / "last.pt"), "--out", str(tmp_path / "a.mp4"), *flags])
