@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import vdm
-from train import Parser, pick_device, pick_dtype, pixels, rolling, sampling
+from train import MOST, Parser, limit, pick_device, pick_dtype, pixels, rolling, sampling
 
 
 def read_actions(text, config):
@@ -40,14 +40,17 @@ def read_actions(text, config):
         if not text or set(text) - set(vdm.Drive.KEYS):
             raise ValueError(f"--actions is {text!r}, expected letters of {vdm.Drive.KEYS}, or the name of an .npy file")
         actions = vdm.Drive.ACTIONS[[vdm.Drive.KEYS.index(letter) for letter in text]]
+    if np.isinf(actions).any():
+        raise ValueError(f"--actions {text} holds infinite numbers: expected finite ones, or NaN where nothing is told")
     if actions.ndim != 2 or actions.shape[1] != sum(config.actions):
         raise ValueError(f"--actions {text} is of shape {actions.shape}, but the model was trained on "
                          f"{sum(config.actions)} numbers per frame")
     return torch.from_numpy(actions)
 
 
-def read_context(path, config, autoencoder, size=None, stride=1):
-    """The frames that are given (T, C, H, W), every stride-th up to the last, in pixels or as the latents that the model knows."""
+def read_context(path, config, autoencoder, size=None, stride=1, least=1):
+    """The frames that are given (T, C, H, W), T >= least, every stride-th up to the last, in pixels or as the latents that the
+    model knows."""
     if config.factor and not autoencoder:
         try:
             latents = torch.from_numpy(np.load(path).astype(np.float32)) * config.latent_scale
@@ -59,6 +62,8 @@ def read_context(path, config, autoencoder, size=None, stride=1):
     whole, channels = pixels(config)
     clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
     clip = clip[(len(clip) - 1) % stride :: stride]
+    if len(clip) < least:
+        raise ValueError(f"--context-frames is {least}, but {path} has {len(clip)} frames: expected at most as many")
     print(f"context {path}: {len(clip)} frames, cut and scaled to {clip.shape[2]}x{clip.shape[3]}, {'colour' if channels == 3 else 'grey'}")
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 
@@ -124,8 +129,14 @@ def main(argv=None):
         same = target == path.resolve().with_suffix("") and path.suffix in (".mp4", ".gif", ".png")
         if path.is_file() and (same or target == path.resolve().parent):
             raise ValueError(f"--{name} {path} might be overwritten by what is written to {o.out}: name another --out")
-    if o.fps is not None and not 0.1 <= o.fps <= 1000:
-        raise ValueError(f"--fps is {o.fps}, expected 0.1 to 1000")
+    for path, taken in ((Path(o.out), Path.is_dir), (Path(o.out).with_suffix(""), Path.is_file)):
+        if taken(path):
+            raise ValueError(f"--out is {o.out}, for a file and a folder, {path.with_suffix('')}, but {path} is "
+                             f"{'a folder' if path.is_dir() else 'a file'}: name another")
+    limit("n length context_frames interpolate steps batch", "1 or more", 1, MOST, o)
+    limit("reconstruction guidance temporal_guidance jump seed context_noise", "0 or more", 0, MOST, o)
+    limit("rescale", "0 to 1", 0, 1, o)
+    limit("fps", "0.1 to 1000", 0.1, 1000, o)
     (denoiser, config), (autoencoder, _) = vdm.load(o.checkpoint), vdm.load_autoencoder(o.checkpoint)
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)
@@ -133,22 +144,26 @@ def main(argv=None):
     if o.label is not None and not 0 <= o.label < config.labels:
         raise ValueError(f"--label is {o.label}, but {o.checkpoint} knows {config.labels} labels, counted from 0")
     actions = None if o.actions is None else read_actions(o.actions, config)                   # (length, A)
-    T, length = config.frames, o.length or (config.frames if actions is None else len(actions))
+    T = config.frames
+    length = o.length or (T * (1 + (config.previous and bool(o.context))) if actions is None else len(actions))
     if actions is not None and len(actions) != length:
         raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: each frame needs one")
     steps, how = o.steps or config.sampling_steps, sampling(config)
     how |= {name: getattr(o, name) for name in how if getattr(o, name) is not None}
     overlap = min(config.overlap, T) if o.overlap is None else o.overlap
-    counts = {"n": o.n, "length": o.length, "context-frames": o.context_frames, "steps": o.steps, "batch": o.batch}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}, expected at least 1")
+    if o.overlap is not None and (not 0 < overlap < T or length <= T or config.previous or o.interpolate):
+        raise ValueError(f"--overlap is {overlap}: it is for videos longer than a window, so needs --length above {T}, a model "
+                         f"trained without --previous, and no --interpolate, and is from 1 to {T - 1}")
+    if o.context_frames and not o.context:
+        raise ValueError("--context-frames says how many frames of --context are given: it needs --context")
+    if o.temporal_guidance not in (None, 1) and not config.images:
+        raise ValueError(f"--temporal-guidance is {o.temporal_guidance:g}, but {o.checkpoint} was trained with --images 0, without "
+                         "ever being alone with a frame: expected 1")
     low, guidance, guides = o.guidance[0] if len(o.guidance) > 1 else 1.0, o.guidance[-1], o.guidance != [1.0]
     if len(o.guidance) > 1 + (o.guidance_shape != "constant"):
         raise ValueError(f"--guidance is {o.guidance}, expected one number or, with --guidance-shape ramp or triangle, two")
-    if not 0 <= o.rescale <= 1 or not guides and (o.rescale or o.keep_frames or o.guidance_shape != "constant"):
-        raise ValueError(f"--rescale is {o.rescale}, expected 0 to 1; it, --keep-frames and --guidance-shape need a --guidance other "
-                         "than 1")
+    if not guides and (o.rescale or o.keep_frames or o.guidance_shape != "constant"):
+        raise ValueError("--rescale, --keep-frames and --guidance-shape need a --guidance other than 1")
     told, frames = o.label is not None or actions is not None, not o.reconstruction and bool(o.context or length > T)
     if guides and not (told or frames and not o.keep_frames):
         raise ValueError(f"--guidance is {guidance:g}, but it would exaggerate nothing: it needs --label, --actions or, without "
@@ -157,7 +172,7 @@ def main(argv=None):
         raise ValueError(f"--keep-frames needs frames that are given: --context or --length above {T}, without --reconstruction")
     guidance = dict(constant=guidance, ramp=torch.linspace(low, guidance, T), triangle=vdm.triangle(low, guidance, T))
 
-    if o.reconstruction and (o.reconstruction < 0 or config.previous or not o.context and length <= T):
+    if o.reconstruction and (config.previous or not o.context and length <= T):
         raise ValueError(f"--reconstruction is {o.reconstruction:g}: it needs a weight above 0, frames to go on from "
                          f"(--context, or --length above {T}), and a model trained without --previous")
     trained = [n for n, share in enumerate(config.context) if n and share]                     # e.g. [1, 2, 3, 4]
@@ -191,7 +206,11 @@ def main(argv=None):
         if not o.context or o.length or o.actions or not fills:
             raise ValueError("--interpolate fills a clip: it needs --context CLIP, no --length or --actions, and a model trained with "
                              f"--task any or, to be {T - 1}, with --task ends ({o.checkpoint} has --task {config.task})")
-        context = read_context(o.context, config, autoencoder)[-(o.context_frames or 0):]      # (K, C, H, W)
+        if not all(1 < factor < T for factor in o.interpolate):
+            raise ValueError(f"--interpolate is {' '.join(map(str, o.interpolate))}, expected factors of 2 to {T - 1}, for windows of "
+                             f"{T} frames")
+        context = read_context(o.context, config, autoencoder, least=o.context_frames or 1)    # (K, C, H, W)
+        context = context[-(o.context_frames or 0):]
         length = math.prod(o.interpolate) * (len(context) - 1) + 1
     elif hints:
         small = None if config.task == "image" else [n // 4 for n in config.size]
@@ -208,12 +227,14 @@ def main(argv=None):
             way = f"--task ends: it fills in between two frames or more, by --interpolate {T - 1}" if config.task == "ends" else \
                 "--context 1.0, so without given frames: it can use --context only with --reconstruction 1"
             raise ValueError(f"{o.checkpoint} was trained with {way}")
-        context = read_context(o.context, config, autoencoder, stride=config.stride)           # (n, C, H, W)
+        context = read_context(o.context, config, autoencoder, None, config.stride, o.context_frames or 1)        # (n, C, H, W)
         most = T if config.previous else trained[-1]
         context = context[-min(o.context_frames or most, len(context)):]
         if not config.previous and len(context) not in trained:
             raise ValueError(f"--context gives {len(context)} frames, but the model was trained on {trained} given frames: "
                              "choose one with --context-frames")
+        if length <= len(context):
+            raise ValueError(f"--length is {length}, but --context gives {len(context)} frames, which come first: expected more")
     if jump and o.temporal_guidance not in (None, 1) and o.context and len(context) > 1 and (length <= T or overlap > 1):
         raise ValueError(f"--temporal-guidance is {o.temporal_guidance:g}, but here every window is given two or more frames, and "
                          "those jump, which goes without guidance: add --jump 0")
@@ -234,51 +255,59 @@ def main(argv=None):
             spool.seek((i * length + at) * H * W * channels)
             spool.write(frames.tobytes())
 
-    bar = tqdm(total=o.n * length, unit="frame", mininterval=0.5 if sys.stderr.isatty() else 20)
-    for i in range(0, o.n, o.batch):
-        clips = range(i, min(i + o.batch, o.n))
-        given = None if context is None else context.expand(len(clips), *context.shape)
-        shape, latents, done = (len(clips), T, config.channels, *config.size), [], 0
-        which = dict(seed=o.seed, clips=clips)
-        options = dict(how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
-                       keep=("context", "mask", "previous") if o.keep_frames else ())
+    def pieces(clips):
+        """The videos of these numbers, piece by piece (B, t, C, H, W)."""
+        given = None if context is None else context.expand(len(clips), *context.shape).to(device)
+        shape, options = (len(clips), T, config.channels, *config.size), dict(
+            how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
+            keep=("context", "mask", "previous") if o.keep_frames else ())
         if o.label is not None:
             options["label"] = torch.full((len(clips),), o.label, device=device)
         if actions is not None:
-            options["action"] = actions.expand(len(clips), *actions.shape)
+            options["action"] = actions.expand(len(clips), *actions.shape).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if o.interpolate:
-                given = given.to(device)
                 for k, factor in enumerate(o.interpolate):             # each pass has noise of its own
                     given = vdm.interpolate(denoiser, given, factor, T, sigmas, o.seed + k, clips, **options)
                 stream = [given]
             elif hints:
-                noise, given = vdm.clip_noise(o.seed, clips, device), given.to(device)
+                noise = vdm.clip_noise(o.seed, clips, device)
                 seen, mask = vdm.draw_context(given, torch.ones(given.shape[:2]), config.task, vdm.constant(level, given),
                                               noise(*shape[1:]))
                 if actions is not None:                                # after the last, none
-                    options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length), value=math.nan).to(device)
+                    options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length), value=math.nan)
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
-                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, context_noise=level, anchors=anchors,
-                                     jump=jump, **which, **options)
-            for piece in autoencoder.to(device).stream(stream) if autoencoder else stream:
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, o.seed, clips, level, anchors, jump, **options)
+            yield from autoencoder.to(device).stream(stream) if autoencoder else stream
+
+    bar = tqdm(total=o.n * length, unit="frame", mininterval=0.5 if sys.stderr.isatty() else 20)
+    try:
+        for i in range(0, o.n, o.batch):
+            clips, latents, done = range(i, min(i + o.batch, o.n)), [], 0
+            for piece in pieces(clips):
                 if config.factor and not autoencoder:
                     latents.append(piece)
                 else:
                     keep(piece, i, done)
                 done += piece.shape[1]
                 bar.update(piece.shape[0] * piece.shape[1])
-        if latents:
-            out.with_suffix("").mkdir(exist_ok=True)
-            for j, video in zip(clips, torch.cat(latents, 1).cpu()):
-                np.save(out.with_suffix("") / f"{j:03d}.npy", video.numpy() / config.latent_scale)
+            if latents:
+                out.with_suffix("").mkdir(exist_ok=True)
+                for j, video in zip(clips, torch.cat(latents, 1).cpu()):
+                    np.save(out.with_suffix("") / f"{j:03d}.npy", video.numpy() / config.latent_scale)
+    except KeyboardInterrupt:                                          # whole videos are kept or, of the first, what there is
+        bar.close()
+        o.n, length = (i, length) if i or config.factor and not autoencoder else (len(clips), done)
+        print(f"\nstopped by Ctrl-C: {o.n * bool(length)} videos of {length} frames are written")
+        if not o.n * length:
+            return
     bar.close()
     if config.factor and not autoencoder:
         return print(f"{time.time() - began:.0f} s; latents, for the decoder where they come from: {out.with_suffix('')}/*.npy")
 
-    spool.flush()
-    stored, fps = np.memmap(spool, np.uint8, "r", shape=shape_of_all), o.fps or config.fps
+    spool.truncate(math.prod(shape_of_all))
+    stored, fps = np.memmap(spool, np.uint8, "r", shape=shape_of_all)[:o.n, :length], o.fps or config.fps
     if actions is not None and o.n > 1:                                # as vdm.reward, frame by frame
         variance = np.mean([(stored[:, t] / 127.5).var(0, ddof=1).mean() for t in range(length)])
         print(f"reward  {math.exp(-variance):.3f} of these actions: exp(-variance among the {o.n} videos), 1 if they are all the same")
@@ -294,5 +323,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -123,14 +123,48 @@ def parse(argv):
     return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | usual | given)
 
 
+def limit(names, expected, low, high, *sources):
+    """Refuse what is outside low to high, as infinity and NaN always are, of the numbers called so in one of the sources."""
+    for name in names.split():
+        value = next(getattr(source, name) for source in sources if hasattr(source, name))
+        if value is not None and not all(low <= x <= high for x in np.atleast_1d(value)):
+            value = " ".join(f"{x:g}" for x in np.atleast_1d(value))
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
+MOST, TINY = sys.float_info.max, sys.float_info.min
+LIMITS = {("1 or more", 1, MOST): "steps batch frames stride rates size channels width mults blocks patch head_dim rank "
+                                  "ae_width actions sampling_steps marks encode save_every sample_every keep_every micro",
+          ("0 or more", 0, MOST): "factor detail base stills labels seed workers kl dynamics structure offset context_noise "
+                                  "anchor overlap context lr gate_lr muon_lr warmup weight_decay spatial_lr jump temporal_guidance",
+          ("more than 0", TINY, MOST): "sigma_min sigma_max rho std sigma_data gamma given_noise clip_norm latent_scale",
+          ("0 to 1", 0, 1): "dropout independent joint_weight images drop mode_drop ema",
+          ("0.1 to 1000", 0.1, 1000): "fps",
+          ("a number", -MOST, MOST): "mean"}
+
+
 def check(options, config):
     """Refuse settings that nothing could run with, or that would do nothing: vdm.build sees to the others."""
-    for name in ("steps batch frames stride rates width patch head_dim rank sampling_steps marks encode "
-                 "save_every sample_every keep_every micro").split():
-        value = getattr(config, name) if hasattr(config, name) else getattr(options, name)
-        value = 1 if value is None else value
-        if np.min(value) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+    for expected, names in LIMITS.items():
+        limit(names, *expected, config, options)
+    if config.sigma_min >= config.sigma_max:
+        raise ValueError(f"--sigma-min is {config.sigma_min:g}, expected less than --sigma-max, {config.sigma_max:g}")
+    own, told = options.data not in WORLDS, config.labels or config.actions or options.data != "shapes"
+    needs = dict(gamma=(config.weighting == "min_snr", "--weighting min_snr"),
+                 sigma_data=("edm" in (config.kind, config.weighting), "--kind edm or --weighting edm"),
+                 mean=(config.schedule == "lognormal", "--schedule lognormal"),
+                 std=(config.schedule == "lognormal", "--schedule lognormal"),
+                 offset_per_frame=(config.offset, "--offset above 0"), rank=(config.adapters, "--adapters"),
+                 context=(not (config.previous and sum(config.context[1:])), "a run without --previous"),
+                 joint_weight=(config.previous, "--previous"),
+                 given_noise=(sum(config.context[1:]) and not config.previous, "--context with odds of given frames"),
+                 drop=(told, "--labels or actions"), mode_drop=(told and options.data != "shapes", "actions"),
+                 muon_lr=(config.optimizer == "muon", "--optimizer muon"), stride=(own, "--data of your own"),
+                 kl=(config.factor, "--factor"), ae_width=(config.factor, "--factor"),
+                 latent_scale=(own and not options.latents, "--data of latents made elsewhere"))
+    for name, (met, need) in needs.items():
+        if name in options.given and not met and not options.resume:
+            raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
     levels = [2 ** n for n in range(len(config.mults))]
     if not set(config.joint) <= set(config.attention) <= set(levels):
         raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which the "
@@ -138,12 +172,9 @@ def check(options, config):
     if config.temporal_guidance != 1 and not config.images:
         raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
                          "above 0: without, it must be 1")
-    if config.stills < 0 or config.stills and (config.previous or config.give == "per_frame"
-                                               or config.weighting == "balance"):
-        raise ValueError(f"--stills is {config.stills}: expected 0 or, with a --weighting other than balance and without --previous "
-                         "and --give per_frame, a number of pictures")
-    if config.jump < 0:
-        raise ValueError(f"--jump is {config.jump:g}, expected a noise level or, to go through all, 0")
+    if config.stills and (config.previous or config.give == "per_frame" or config.weighting == "balance"):
+        raise ValueError(f"--stills is {config.stills}: it needs a --weighting other than balance, and neither --previous nor --give "
+                         "per_frame")
     if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
         raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
                          "numbers")
@@ -157,7 +188,9 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        x = torch.zeros(1, device=name)
+        x.item()                                                       # which device meta cannot
+        return x.device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}): try --device auto") from e
 
@@ -613,7 +646,9 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
     """A training step of the network on fake tensors, which have a shape but hold no numbers: 1.6 billion parameters take
     no memory. light: with --checkpoint-activations. -> bytes by kind, and the operations of a forward pass."""
     with torch.device("meta"):
-        net = vdm.build(config).net
+        denoiser = vdm.build(config)
+        vdm.trainable(denoiser, config.train)
+    net = denoiser.net
     size = lambda parameters: 4 * sum(p.numel() for p in parameters)
     moments = sum(size(g["params"]) * (1 if isinstance(o, Muon) else 2) for o in make_optimizers(config, net) for g in o.param_groups)
     blocks = [module for module in net.modules() if isinstance(module, vdm.Block)]
@@ -626,9 +661,11 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
     flops, T = FlopCounterMode(display=False), config.frames
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter, mock.patch.object(vdm, "attend", flash if gpu else vdm.attend):
         net.to_empty(device="cpu")
-        for p in net.parameters():
+        learns = [p for p in net.parameters() if p.requires_grad]
+        for p in learns:
             p.grad = torch.empty_like(p)                               # there already, as when gradients are accumulated
         x = torch.empty(clips, T, net.input.in_channels // config.patch ** 2, *config.size)
+        x.requires_grad_(config.train != ("all",))                     # as in train_step, if some are frozen
         told = dict(label=torch.zeros(clips, dtype=torch.long)) if config.labels else {}
         told |= dict(action=torch.empty(clips, T, sum(config.actions))) if config.actions else {}
         told |= dict(given=torch.zeros(clips, T, dtype=torch.bool)) if config.give == "replace" else {}
@@ -642,13 +679,16 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
                 loss = loss + net(torch.empty(n, 1, *x.shape[2:]), torch.empty(n, 1)).float().square().mean()
         loss.backward()
     weights = size(net.parameters())
-    return dict(weights=weights, gradients=weights, optimiser=moments, EMA=weights, activations=meter.most - before,
+    return dict(weights=weights, gradients=size(learns), optimiser=moments, EMA=weights, activations=meter.most - before,
                 block=max(size(block.parameters()) for block in blocks), operations=flops.get_total_flops(), net=net)
 
 
 def dry_run(options, config):
     """Print what --dry-run promises: of a GPU or, with --device cpu, of this process."""
+    if options.stage != "diffusion":
+        raise ValueError(f"--dry-run is of diffusion models; --stage {options.stage} is small, and says what it does as it begins")
     gpu, counts = options.device != "cpu", {1: "1 or more", 8: "8 --shard", 64: "64 --shard", 512: "512 --shard"}
+    counts = {n: name for n, name in counts.items() if config.batch % n == 0}          # each takes as many clips
     dtype = torch.bfloat16 if gpu and options.dtype != "fp32" else pick_dtype(options.dtype, torch.device("cpu"))
     need, light = (rehearse(config, 1, dtype, gpu, light) for light in (False, True))
     parts = Counter()
@@ -857,8 +897,9 @@ def resume(options, config):
                              f"differs from {checkpoint}: leave the flag out, or start anew with another --out. These may change: "
                              f"{', '.join(sorted(MAY_CHANGE))}, and all that is no Config field but seed, data, stage and encode")
         config = dataclasses.replace(saved, **options.given)
-        if state["step"] >= config.steps:
-            raise ValueError(f"{checkpoint} has done all its {config.steps} steps: raise --steps to go on")
+        finished = [*options.out.glob("samples/final.*"), *options.out.glob("recon.mp4")]
+        if state["step"] > config.steps or state["step"] == config.steps and finished:
+            raise ValueError(f"{checkpoint} has done all its {state['step']} steps: raise --steps to go on")
         return config, state
     if not options.dry_run and (checkpoint.exists() or (options.out / "log.csv").exists()):
         raise ValueError(f"{options.out} already holds a run: --resume continues it, another --out starts a new one")
@@ -870,7 +911,7 @@ def open_data(options, config, frames, autoencoder, local, processes):
     size, channels = pixels(config)
     if options.data in WORLDS:
         if channels != 3:
-            raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: 3")
+            raise ValueError(f"--channels is {config.channels}, but the toy world is in colour: --channels 3, or --data of your own")
         few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
         data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
         print(f"data    {type(data).__name__}: made in code, {config.frames} frames of {size[0]}x{size[1]}"
@@ -886,7 +927,7 @@ def open_data(options, config, frames, autoencoder, local, processes):
                                           progress=not local, read=cache.decode, before=earlier(config))
         if processes > 1 and not local:
             torch.distributed.barrier()
-        config = dataclasses.replace(config, fps=data.fps)
+        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
         print(data.report)
         if cache.index:
             print(f"cache   {cache.folder} holds what was decoded, for the next run; it may be deleted")
@@ -906,6 +947,10 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
         print("files  ", *report_reconstruction(config, options, model, held_out, device), checkpoint, sep="\n        ")
         following = f"--stage decoder --latents {checkpoint}" if options.stage == "autoencoder" else f"--latents {checkpoint}"
         following += f" --data {options.data}" * (options.data != "shapes")
+        for name in ("channels", "factor", "size", "frames", "stride"):          # the next stage must have the same
+            value = getattr(config, name)
+            if value != getattr(vdm.PRESETS[options.preset], name):
+                following += f" --{name} {' '.join(map(str, np.atleast_1d(value)))}"
         return print(f"next    python train.py --preset {options.preset} {following}")
     clips = sample(config, model, options.marks, device, dtype, seed=1, autoencoder=autoencoder, **told)
     if rank:                                                           # all took part: a sharded model needs them
@@ -932,11 +977,9 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
 
 def main(argv=None):
     options, config = parse(argv)
-    check(options, config)
     config, state = resume(options, config)
+    check(options, config)
     out, checkpoint, start = options.out, options.out / "last.pt", state["step"] if state else 0
-    if options.dry_run:
-        return dry_run(options, config)
     if not config.factor and config.channels not in (1, 3):
         raise ValueError(f"--channels is {config.channels}, but pixels have 1 or 3: latents need a --factor, and --latents")
     rank, processes, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -946,6 +989,8 @@ def main(argv=None):
                          "--checkpoint-activations")
     if options.stage != "diffusion" and (options.init or config.train != ("all",) or config.rates != (1,) or config.stills):
         raise ValueError(f"--init, --train, --rates and --stills are for diffusion models; --stage {options.stage} goes on from --latents")
+    if options.dry_run:
+        return dry_run(options, config)
     if options.shard and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
@@ -959,6 +1004,11 @@ def main(argv=None):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     dtype = pick_dtype(options.dtype, device)
+    if config.frames == 2 and device.type == "cpu" and dtype == torch.bfloat16:
+        if options.dtype == "bf16":
+            raise ValueError("--dtype is bf16, but there PyTorch 2.13 gets the gradient of a temporal convolution over 2 frames wrong "
+                             "on a CPU: expected fp32, or more --frames")
+        dtype = torch.float32
     frames = earlier(config) + (config.frames * (1 + config.previous) - 1) * max(config.rates) + 1
     diffusion, (autoencoder, config) = options.stage == "diffusion", find_autoencoder(options, config, state)
     data, held_out, config = open_data(options, config, frames, autoencoder, local, processes)
@@ -1056,7 +1106,14 @@ def main(argv=None):
     records, tty = [], sys.stderr.isatty()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, mininterval=0.5 if tty else 20, ncols=110,
                disable=rank > 0)
-    before = signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
+
+    def ask(number, _):
+        """SIGTERM, or Ctrl-C, ends the run after the step at work; a second Ctrl-C at once."""
+        if number == signal.SIGINT and number in stops:
+            raise KeyboardInterrupt
+        stops.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for step in bar:
             began = time.perf_counter()
@@ -1078,7 +1135,8 @@ def main(argv=None):
                 save(done, *kept, checkpoint)
             if stop and done < config.steps:
                 bar.close()
-                return print(f"stopped by SIGTERM after step {done}, all saved: the same command with --resume goes on")
+                name = "SIGTERM" if signal.SIGTERM in stops else "Ctrl-C"
+                return print(f"stopped by {name} after step {done}, all saved: the same command with --resume goes on")
             if diffusion and done % sample_every == 0 and done < config.steps:
                 clips = sample(config, ema.model, 6, device, dtype, 0, autoencoder, **told)      # always from the same noise
                 if rank == 0:
@@ -1087,7 +1145,8 @@ def main(argv=None):
         sys.exit(f"\nstopped at step {step}; the newest checkpoint is {checkpoint}: --resume goes on from it")
     finally:
         log.close()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     finish(options, config, ema.model, held_out, told, autoencoder, device, dtype, elapsed, rank)
 
@@ -1101,5 +1160,7 @@ if __name__ == "__main__":
         sys.exit(f"error: the GPU's memory is full ({str(e).splitlines()[0]:.150}). --micro 1 holds one clip's activations at a "
                  "time, --checkpoint-activations a few blocks' of them, --shard a part of the model on each GPU: --dry-run "
                  "with the same flags tells what each saves")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; if it had begun to train, the same command with --resume goes on")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
