@@ -278,7 +278,8 @@ def main(argv=None):
                     options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, T - length), value=math.nan)
                 stream = [vdm.generate(denoiser, shape, sigmas, noise=noise, context=seen, mask=mask, **options)[:, :length]]
             else:
-                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, o.seed, clips, level, anchors, jump, **options)
+                stream = vdm.rollout(denoiser, length, shape, sigmas, overlap, given, seed=o.seed, clips=clips, context_noise=level,
+                                     anchors=anchors, jump=jump, **options)
             yield from autoencoder.to(device).stream(stream) if autoencoder else stream
 
     bar = tqdm(total=o.n * length, unit="frame", mininterval=0.5 if sys.stderr.isatty() else 20)

@@ -9,6 +9,7 @@ installed), a number printed in a paper, or files whose pixels are known.
 import ast
 import builtins
 import collections
+import copy
 import csv
 import dis
 import importlib.util
@@ -20,6 +21,7 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -201,6 +203,24 @@ def test_sampler_against_diffusers(name, ours, options, double):
     close(ours(gaussian, x, sigmas, randn), z, rtol=2e-4, atol=2e-4)
 
 
+@cases("eta", [0.25, 0.5, 1.0])
+def test_noise_of_a_step(eta):
+    """DDIM eq. 16, in z = sqrt(abar) x, says how much a step adds; and that of a clip that is all noise (clean 0) as much is left
+    as the next level asks for, whatever eta, for DPM-Solver++ as well."""
+    s, t = 3.0, 1.3
+    abar, abar_next = 1 / (1 + s ** 2), 1 / (1 + t ** 2)
+    added = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) / math.sqrt(abar_next)
+    for sampler in (vdm.sample_ddim, vdm.sample_dpmpp_2m):
+        x = []                                                         # what a step makes of x = 1 without noise, of 0 with noise 1
+        for start, noise in ((1.0, 0.0), (0.0, 1.0)):
+            seen = []
+            sampler(lambda x, sigma: seen.append(x) or 0 * x, torch.full((1, 1), start), torch.tensor([s, t, 0.0]),
+                    lambda x: torch.full_like(x, noise), eta=eta)
+            x.append(seen[1].item())
+        assert (x[0] * s) ** 2 + x[1] ** 2 == pytest.approx(t ** 2, rel=1e-5)
+        assert sampler is not vdm.sample_ddim or x[1] == pytest.approx(added, rel=1e-5)
+
+
 # ---- noise ---------------------------------------------------------------------------------------
 
 @cases("f, ends", [
@@ -314,6 +334,33 @@ def test_no_noise_returns_the_clip(kind):
     """At sigma 0 the clip is known already, whatever the network says."""
     x = torch.randn(2, 3, 1, 4, 4)
     close(vdm.Denoiser(tiny().net, kind)(x, torch.zeros(2)), x)
+
+
+def test_stratified_never_reaches_an_end(monkeypatch):
+    """At u = 0 and 1 the levels of log-normal noise are 0 and infinite."""
+    for u in (0.0, 1 - 2 ** -24):
+        monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, u))
+        sigma = vdm.lognormal(vdm.stratified(4), 1.5, 1.2)
+        assert (sigma > 0).all() and sigma.isfinite().all()
+
+
+@cases("options, sigma", [(dict(mean=0.7, std=1.6), lambda x: math.exp(0.7 + 1.6 * x)),
+                          (dict(mean=0.0, std=1.0, base=16), lambda x: 2 * math.exp(x)),
+                          (dict(schedule="cosine", base=64, mean=9.0), None)])
+def test_the_schedule_of_a_config(options, sigma):
+    """By statistics.NormalDist; a shift of 16 to 32 pixels doubles sigma; halves it where 64 to 32."""
+    u = torch.tensor([0.1, 0.5, 0.9])
+    want = [sigma(statistics.NormalDist().inv_cdf(p)) for p in u.tolist()] if sigma else vdm.cosine(u) / 2
+    close(vdm.noise_schedule(vdm.Config(size=(32, 32), **options))(u), torch.as_tensor(want), rtol=1e-4, atol=0)
+
+
+@cases("anchors, options", [
+    (2, {}), (0, dict(overlap=3)), (2, dict(overlap=5)), (0, dict(context=(0.5, 0.1, 0.1, 0.3))), (0, dict(anchor=0.0)),
+    (2, dict(context=(0.5, 0, 0, 0, 0.5))), (0, dict(previous=True)), (0, dict(give="replace")), (0, dict(task="any")),
+    (0, dict(context_noise=0.1))])
+def test_when_there_are_anchors(anchors, options):
+    """Two, where a model goes on from four frames or more of which it was trained on four or more, noisy by --anchor."""
+    assert vdm.Config(**options).anchors == anchors
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -640,6 +687,27 @@ def test_independent_levels():
     assert 0 < got.min() and got.max() < 1 and abs(got.mean() - 0.5) < 0.015
 
 
+def test_what_a_balance_is_told():
+    """Per clip: whether any frame, or a hint, or the clip before is given."""
+    seen, x = [], torch.randn(3, 4, 1, 8, 8)
+
+    def weighting(sigma, error, given):
+        seen.append(given.tolist())
+        return error ** 2, torch.ones(error.shape[:2])
+
+    mask = torch.tensor([[0.0] * 4, [1, 0, 0, 0], [0, 0.5, 0, 0]])
+    for previous in (False, True):
+        for told in ({}, dict(previous=x) if previous else dict(context=x, mask=mask)):
+            vdm.diffusion_loss(tiny(previous), x, torch.ones(3), x, weighting, **told)
+    assert seen == [[False] * 3, [False, True, True], [False] * 3, [True] * 3]
+
+
+@cases("weighting, weight", [("eps", 1e8), ("v", 1e8), ("edm", 1e8), ("min_snr", 5.0), ("x0", 1.0)])
+def test_weights_of_frames_without_noise_are_finite(weighting, weight):
+    """1 / 0 is cut at sigma 1e-4."""
+    assert vdm.loss_weight(torch.zeros(1), weighting).item() == pytest.approx(weight, rel=1e-3)
+
+
 # ---- denoiser and guidance -----------------------------------------------------------------------
 
 class Told(nn.Module):
@@ -957,6 +1025,21 @@ def test_rescale():
     cond = cond.round()                                                # no rounding below
     free = 2 * cond - 1                                                # 2 cond - free is 1
     assert (vdm.guided(denoise, 2.0, 0.7)(cond, sigma, context=cond) == 1).all()
+
+
+def test_the_level_that_layers_are_told():
+    """log(sigma) / 4 of each frame: of one that is given a level of 1e-4, of one that has a hint its own."""
+    told = []
+    net = lambda inputs, c_noise: told.append(c_noise) or inputs[:, :, :1]
+    vdm.Denoiser(net)(torch.randn(1, 3, 1, 2, 2), torch.tensor([5.0]), torch.ones(1, 3, 1, 2, 2), torch.tensor([[1, 0.5, 0]]))
+    assert told[0][0].tolist() == pytest.approx([math.log(1e-4) / 4, math.log(5) / 4, math.log(5) / 4])
+
+
+def test_sigma_data_of_a_config_is_heeded():
+    """A fresh network says 0, so that the estimate is the best linear one: s^2 / (sigma^2 + s^2) x (EDM)."""
+    config = vdm.Config(kind="edm", sigma_data=0.8)
+    x = torch.randn(2, 8, 3, 32, 32)
+    close(vdm.build(config)(x, torch.tensor([0.5, 3.0])), x * (0.64 / (torch.tensor([0.5, 3.0]) ** 2 + 0.64)).view(2, 1, 1, 1, 1))
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -1304,6 +1387,18 @@ def test_channels_stay_last_in_memory(preset):
     assert len(seen) > 10 and all(seen)
 
 
+def test_noise_of_neighbouring_seeds_and_clips():
+    """(seed, clip) 0, 1 and 1, 0 are not the same."""
+    a, b = vdm.clip_noise(0, [1])(100), vdm.clip_noise(1, [0])(100)
+    assert (a * b).mean().abs() < 0.4 and not torch.equal(a, b)
+
+
+def test_as_many_anchors_as_overlap_are_refused():
+    """Then no frame would tell where things are now."""
+    with pytest.raises(ValueError, match="overlap is 2: 2 anchors need more"):
+        next(vdm.rollout(Spy(), 8, (2, 4, 1, 2, 2), torch.tensor([1.0, 0.0]), overlap=2, anchors=2))
+
+
 # ---- network -------------------------------------------------------------------------------------
 
 @cases("patch, options", [(1, {}), (2, {}), (1, dict(ddpm_layout=True, feed_forward="both")),
@@ -1469,6 +1564,47 @@ def test_temporal_attention(joint, mode):
             h = h + layer.feed_forward(h)
         want[0, a[0], :, a[1], a[2]] += layer.gate * h
     close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_how_the_level_scales_and_shifts():
+    """GroupNorm's own weights and biases do the same: (1 + scale) times them, plus shift; with neither, PyTorch's own layers."""
+    block = randomize(vdm.ResBlock(16, 32, 8, convs=False))
+    x, scale, shift = torch.randn(2, 3, 16, 4, 4), 0.3, -0.2
+    plain = nn.Sequential(block.norm1, nn.SiLU(), block.conv1, norm := copy.deepcopy(block.norm2), nn.SiLU(), block.conv2)
+    with torch.no_grad():
+        block.emb.weight.zero_()
+        for s, b in ((0.0, 0.0), (scale, shift)):
+            block.emb.bias.copy_(torch.tensor([s] * 32 + [b] * 32))
+            norm.weight.copy_((1 + s) * block.norm2.weight)
+            norm.bias.copy_((1 + s) * block.norm2.bias + b)
+            want = (plain(x.flatten(0, 1)) + block.skip(x.flatten(0, 1))).unflatten(0, (2, 3))
+            close(block(x, torch.randn(2, 3, 8)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_attention_by_hand():
+    """Place by place, head by head, on a frame that is higher than wide."""
+    layer, x = randomize(vdm.SpatialAttention(8, head_dim=4)), torch.randn(1, 2, 8, 5, 3)
+    got = layer(x) - x
+    for t in range(2):
+        h = layer.norm(x[:, t])[0]                                                             # (8, 5, 3)
+        q, k, v = (h.permute(1, 2, 0) @ layer.qkv.weight.T).chunk(3, -1)                       # (5, 3, 8)
+        for i, j in np.ndindex(5, 3):
+            seen = []
+            for c in (slice(0, 4), slice(4, 8)):
+                p = torch.stack([q[i, j, c] @ k[a, b, c] / 2 for a, b in np.ndindex(5, 3)]).softmax(0)
+                seen.append(sum(w * v[a, b, c] for w, (a, b) in zip(p, np.ndindex(5, 3))))
+            close(got[0, t, :, i, j], layer.out(torch.cat(seen)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_level_is_embedded_as_steps_of_ddpm_are():
+    """cos and sin of 1000 c_noise, at frequencies from 1 down to nearly 1e-4 (Vaswani et al. 2017)."""
+    net, seen, c_noise = vdm.VideoUNet(1, 1, 8, (1,), attention=(), joint=()), [], torch.tensor([[-0.4, 0.9]])
+    net.embed[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(torch.randn(1, 2, 1, 4, 4), c_noise)
+    for t in range(2):
+        angles = [1000 * c_noise[0, t].double() / 10_000 ** (i / 24) for i in range(24)]
+        want = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        close(seen[0][0, t].double(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 # ---- adapters -------------------------------------------------------------------------------------
@@ -1991,6 +2127,44 @@ def test_labels_name_kind_and_colour(worlds):
     assert set(labels) == set(range(world.labels)) and "label" not in vdm.MovingShapes(objects=2)[0]
 
 
+def drawn(T=8, r=7.0, y=16.0, x=16.0, color=(1, 0, 0), size=(32, 32), kind=0):
+    """A clip of one shape; r, y and x may be one per frame."""
+    r, y, x = (np.broadcast_to(a, T).astype(float) for a in (r, y, x))
+    shape = vdm.MovingShapes.draw(kind, r, y, x, size)                                         # (T, H, W)
+    return torch.tensor(shape[:, None] * np.reshape(color, (-1, 3, 1, 1)) * 2 - 1).float()
+
+
+@cases("law, keeps, breaks", [
+    ("size", dict(r=[7] * 7 + [7.6]), dict(r=[7] * 7 + [8.05])),       # by 9 and 15 % in one frame: 12
+    ("color", dict(color=[(1, 0, 0)] * 7 + [(1, 0.2, 0)]), dict(color=[(1, 0, 0)] * 7 + [(1, 0.3, 0)])),      # 0.25
+    ("path", dict(y=[16] * 4 + [18.6] + [16] * 3), dict(y=[16] * 4 + [19.4] + [16] * 3)),    # the line goes between: 1.3, 1.7 pixels
+    ("speed", dict(T=24, r=4.5, x=5 + np.cumsum([0.5] * 16 + [0.98] * 8)),                   # 0.02 of 32 pixels a frame
+     dict(T=24, r=4.5, x=5 + np.cumsum([0.5] * 16 + [1.3] * 8))),
+    ("shape", dict(hole=5), dict(hole=7)), ("moving", dict(slow=0.6), dict(slow=0.4))])        # intersection / union 0.81, 0.68
+def test_how_far_a_law_is_forgiving(law, keeps, breaks):
+    """A little less than each threshold, and a little more."""
+    for told, kept in ((keeps, True), (breaks, False)):
+        told = dict(told)
+        hole, slow = told.pop("hole", 0), told.pop("slow", 1.0)
+        T = told.get("T", 8)
+        told.setdefault("x", 11 + slow * 0.96 * np.arange(T))                                  # 0.03 of 32
+        clip = drawn(**told)
+        clip[3, 0, 13 : 13 + hole, 11 : 11 + hole + (hole == 5)] = -1
+        got = vdm.MovingShapes(T).check(clip[None])
+        assert bool(got[law][0]) == kept, got
+
+
+def test_a_world_that_is_no_square():
+    """Sizes and speeds are shares of the shorter side; real clips keep all laws."""
+    for size in ((24, 64), (64, 24)):
+        world = vdm.MovingShapes(16, size, seed=3)
+        clips = torch.stack([world[i]["video"] for i in range(48)])
+        got = world.check(clips)
+        assert got["passed"].mean() >= 0.95
+        covered = (clips.amax(2) > 0).sum((2, 3)).float().mean(1) ** 0.5                       # a square's side, at most
+        assert 0.18 * 24 < covered.min() and covered.max() < 1.1 * 2 * 0.25 * 24
+
+
 # ---- Drive ---------------------------------------------------------------------------------------
 
 COMMANDS = dict(L=(-0.5 ** 0.5, -0.5 ** 0.5), S=(-1, 0), R=(-0.5 ** 0.5, 0.5 ** 0.5), X=(0, 0))
@@ -2076,6 +2250,22 @@ def test_drive_report():
     assert re.search("clips that obey +67% +100%", told) and rows["frames that obey"] == "67"
     left = action[:, 1:, 0][torch.arange(60) % 3 > 0].sum() / (60 * 5)
     assert abs(float(rows["left"]) - 100 * left) <= 1 and "made   real" in told
+
+
+def test_how_far_drive_is_forgiving():
+    """Motion may be off by 0.3 of the speed; two thirds of the picture must be explained by it: independent noise of variance n v
+    changes neighbouring frames by 2 n v of (1 + n) v, a third of it where n is 0.2."""
+    clips, action = drives(64, 8, (32, 32), seed=5)
+    moves = action[:, 1:, :4].argmax(2).numpy() < 3
+    for factor, share in ((0.8, 0.9), (0.62, 0.1)):
+        world = vdm.Drive(8, (32, 32), seed=5)
+        world.speed *= factor
+        obeys = vdm.Drive(8).check(torch.stack([world[i]["video"] for i in range(64)]), action)["obeys"][moves].mean()
+        assert (obeys > share) == (share > 0.5), obeys
+    v = clips.var((3, 4), keepdim=True)                                                        # (64, 8, 3, 1, 1)
+    for n, share in ((0.1, 0.9), (0.35, 0.1)):
+        obeys = vdm.Drive(8).check(clips + (n * v).sqrt() * torch.randn(clips.shape), action)["obeys"].mean()
+        assert (obeys > share) == (share > 0.5), obeys
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -2436,6 +2626,23 @@ def test_a_failed_write_and_wrong_input(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.mp4"]
 
 
+def test_another_seed_is_another_order(tmp_path):
+    """Of clips, and of where they are cut."""
+    np.save(tmp_path / "a.npy", np.stack([np.full((20, 32, 32, 3), 20 * k, np.uint8) for k in range(12)]))
+    np.save(tmp_path / "one.npy", flat(20))
+    for name in ("a", "one"):
+        a, b, again = (vdm.VideoFolder(tmp_path / f"{name}.npy", 4, (32, 32), seed=seed) for seed in (0, 1, 0))
+        same = [torch.equal(a[i]["video"], b[i]["video"]) for i in range(24)]
+        assert sum(same) < 12 and all(torch.equal(a[i]["video"], again[i]["video"]) for i in range(24))
+
+
+def test_a_gif_is_never_faster_than_viewers_play(tmp_path):
+    """Below 20 ms a frame they take 100."""
+    for fps, ms in ((8, 120), (50, 20), (100, 20)):
+        path = vdm.write_video(tmp_path / f"{fps}.gif", vdm.from_uint8(flat(4)), fps)
+        assert Image.open(path).info["duration"] == ms
+
+
 # ---- the scripts -----------------------------------------------------------------------------------
 
 FLAGS = ("--width 32 --mults 1 1 --patch 4 --detail 8 --attention 2 --joint 2 --frames 4 --size 16 --batch 2 "
@@ -2676,6 +2883,66 @@ def test_compile_or_say_why_not(tmp_path, monkeypatch, capsys):
     assert "compile not" not in capsys.readouterr().out
     for name, w in plain["model"].items():
         close(fast["model"][name], w, rtol=1e-3, atol=1e-4)
+
+
+def test_muon_against_torch():
+    """torch.optim.Muon, which rounds to bfloat16 on the way, over six steps: where momentum counts."""
+    ours, theirs = ([nn.Parameter(torch.zeros(shape)) for shape in ((12, 30), (30, 12), (16, 16))] for _ in range(2))
+    a, b = train.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.0)
+    for step in range(6):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs):
+        assert (p - q).norm() < 0.03 * q.norm()
+
+
+def test_a_row_of_the_log_is_a_mean():
+    records = [dict(loss=float(k), norm=2.0 * k, rate=0.5, waited=0.1, took=1.0, sigma=torch.tensor([0.2]), error=torch.tensor([k / 4]))
+               for k in (1, 3)]
+    row = train.log_line(7, 12.345, records)
+    assert (row["loss"], row["gradient_norm"], row["data_wait"]) == (2, 4, pytest.approx(0.1))
+    assert row["error_sigma_0.1_0.3"] == 0.5 and row["error_sigma_1_3"] == ""
+
+
+def test_another_seed_is_other_noise_and_held_out_clips_are_others():
+    """All that chance draws in a step differs; no clip that is sampled beside was trained on."""
+    options, config = train.parse("--labels 18 --drop 0.5".split())
+    a, b, again = (train.draw(3, config, seed) for seed in (0, 1, 0))
+    assert all(torch.equal(a[k], again[k]) for k in a) and not any(torch.equal(a[k], b[k]) for k in ("sigma", "noise", "time"))
+    data, held_out, _ = train.open_data(options, config, 8, None, 0, 1)
+    train_set = torch.stack([data[i]["video"] for i in range(64)])
+    assert all((held_out[i]["video"] - train_set).abs().amax((1, 2, 3, 4)).min() > 0.1 for i in range(64))
+
+
+def test_every_clip_that_is_sampled_has_noise_of_its_own(trained):
+    """Also beyond those that are drawn at a time, 16."""
+    denoiser, config = vdm.load(trained / "last.pt")
+    clips = train.sample(config, denoiser, 18, torch.device("cpu"), torch.float32, seed=4)
+    shape = (2, config.frames, config.channels, *config.size)
+    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
+    alone = vdm.generate(denoiser, shape, sigmas, noise=vdm.clip_noise(4, [16, 17]), **train.sampling(config))
+    close(clips[16:], alone, rtol=1e-3, atol=1e-3)
+    assert (clips[:2] - clips[16:]).abs().max() > 0.01
+
+
+def test_stills_are_any_frames():
+    """Of clips whose frame t shows t every t is drawn."""
+    stills = train.WithStills([dict(video=torch.arange(6.0).view(6, 1, 1, 1))] * 1100, 4, 0)
+    assert {t for i in range(40) for t in stills[i]["stills"].flatten().tolist()} == {0, 1, 2, 3, 4, 5}
+
+
+def test_latents_start_anywhere(tmp_path):
+    np.save(tmp_path / "a.npy", np.broadcast_to(np.arange(9, dtype=np.float32)[:, None, None, None], (2, 9, 1, 2, 2)))
+    data = train.Latents(tmp_path / "a.npy", vdm.Config(channels=1, size=(2, 2), factor=8, anchor=0.0, frames=4), 4)
+    assert {int(data[i]["video"][0, 0, 0, 0]) for i in range(60)} == {0, 1, 2, 3, 4, 5}
+
+
+def test_another_data_is_another_run(trained):
+    with pytest.raises(ValueError, match="but data differs from"):
+        train.main(["--resume", "--out", str(trained), "--data", "drive"])
 
 
 # ---- clips decoded once
