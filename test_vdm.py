@@ -1539,13 +1539,17 @@ def test_temporal_conv():
     close(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
-@cases("joint, mode", [(False, "time"), (True, "time"), (True, "none")])
+@cases("joint, mode", [(False, "time"), (True, "time"), (True, "none"), (False, "both")])
 def test_temporal_attention(joint, mode):
     """Token by token, rotary angles as complex numbers: over one place, or over all of them; then the
     two residuals of a transformer block or, without a feed-forward layer, VDM's attention alone."""
     layer = randomize(vdm.TemporalAttention(16, 8, joint, mode), gates=True).requires_grad_(False)
     x, axes = torch.randn(1, 3, 16, 2, 4), 3 if joint else 1
     tokens = layer.norm(x[0]).movedim(1, -1)                           # [t, h, w]: (16,)
+    if mode == "both":                                                 # SVD: the frame's number, and a layer more
+        angles = torch.arange(3.0)[:, None] / 10_000 ** (torch.arange(8) / 8)
+        tokens = tokens + layer.number(torch.cat([angles.cos(), angles.sin()], 1))[:, None, None]
+        tokens = tokens + layer.before(tokens)
     q, k, v = F.linear(tokens, layer.qkv.weight).chunk(3, -1)
     q, k, v = (y.unflatten(-1, (2, 8)) for y in (q, k, v))             # [t, h, w]: (heads, d)
     want, places = x.clone(), list(np.ndindex(3, 2, 4))
@@ -1559,7 +1563,7 @@ def test_temporal_attention(joint, mode):
         p = [(turned(q, a) * turned(k, b).conj()).real.sum(-1) / math.sqrt(8) for b in seen]
         p = torch.stack(p).softmax(0)                                  # (seen, heads)
         h = layer.out(sum(p[i][:, None] * v[b] for i, b in enumerate(seen)).flatten())
-        if mode == "time":
+        if mode != "none":
             h = tokens[a] + h
             h = h + layer.feed_forward(h)
         want[0, a[0], :, a[1], a[2]] += layer.gate * h
@@ -1605,6 +1609,12 @@ def test_the_level_is_embedded_as_steps_of_ddpm_are():
         angles = [1000 * c_noise[0, t].double() / 10_000 ** (i / 24) for i in range(24)]
         want = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
         close(seen[0][0, t].double(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+@cases("channels, groups", [(16, 1), (48, 3), (96, 6), (255, 15), (256, 32), (320, 32), (1280, 32)])
+def test_groups(channels, groups):
+    """32 in wide layers, as in the papers; in narrow ones of 16 channels, or as near as divides."""
+    assert vdm.normalize(channels).num_groups == groups
 
 
 # ---- adapters -------------------------------------------------------------------------------------
@@ -1990,6 +2000,15 @@ def test_psnr_and_flicker():
     assert vdm.flicker(real + 0.02 * sign, real) == pytest.approx(0.04, rel=1e-3)
 
 
+def test_variances_of_latents_stay_finite():
+    """An encoder that runs away in its first steps still has a loss."""
+    model, x = autoencoder(), torch.randn(1, 2, 2, 16, 16)
+    model.encoder[-1].bias.data[len(model.encoder[-1].bias) // 2 :] = 1000
+    assert model.posterior(x)[1].max() == 20
+    z = torch.zeros_like(model.posterior(x)[0])
+    assert all(part.isfinite() for part in (vdm.ae_loss(model, x, z)[0], *vdm.ae_loss(model, x, z)[1].values()))
+
+
 # ---- MovingShapes --------------------------------------------------------------------------------
 
 WORLDS = [(frames, objects) for frames in (8, 32) for objects in (1, 2)]
@@ -2163,6 +2182,11 @@ def test_a_world_that_is_no_square():
         assert got["passed"].mean() >= 0.95
         covered = (clips.amax(2) > 0).sum((2, 3)).float().mean(1) ** 0.5                       # a square's side, at most
         assert 0.18 * 24 < covered.min() and covered.max() < 1.1 * 2 * 0.25 * 24
+
+
+def test_what_stops_half_way_is_not_moving():
+    clip = drawn(24, x=11 + 0.96 * np.minimum(np.arange(24), 9))
+    assert not vdm.MovingShapes(24).check(clip[None])["moving"][0]
 
 
 # ---- Drive ---------------------------------------------------------------------------------------
@@ -2945,6 +2969,60 @@ def test_another_data_is_another_run(trained):
         train.main(["--resume", "--out", str(trained), "--data", "drive"])
 
 
+def test_gradients_are_cut(monkeypatch):
+    """One of norm 10 moves weights as one of norm --clip-norm would, and is reported."""
+    layer, config = nn.Linear(4, 1, bias=False), vdm.Config(clip_norm=0.5, warmup=0, steps=1)
+    before, optimizer = layer.weight.detach().clone(), torch.optim.SGD(layer.parameters(), 1.0)
+    optimizer.param_groups[0]["peak"] = 1.0
+    layer.weight.grad = torch.full((1, 4), 5.0)
+    norm, rate = train.descend(0, config, layer, [optimizer])
+    assert (norm.item(), rate) == (10, 1) and not layer.weight.grad
+    close(before - layer.weight, torch.full((1, 4), 0.25))
+
+
+def test_every_clip_is_told_its_own_label():
+    """Of 20, drawn 16 at a time, by a denoiser that paints what it is told."""
+    class Paints(nn.Module):
+        p = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, sigma, label):
+            return 0 * x + label[:, None, None, None, None] / 20
+
+    config = vdm.Config(frames=2, size=(4, 4), temporal_guidance=1.0, sampling_steps=2)
+    clips = train.sample(config, Paints(), 20, torch.device("cpu"), torch.float32, label=torch.arange(20.0))
+    close(clips[:, 0, 0, 0, 0], torch.arange(20.0) / 20)
+
+
+def test_the_newest_run_is_taken(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, (name, age) in enumerate((("a", 5), ("b", 50), ("c", 20))):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        shutil.copy(trained / "last.pt", tmp_path / "out" / name)
+        os.utime(tmp_path / "out" / name / "last.pt", (1e9 - age, 1e9 - age))
+    sample.main(["--n", "1", "--steps", "1"])
+    assert "out/a/last.pt: 1 videos" in capsys.readouterr().out
+
+
+def test_sample_goes_on_from_a_whole_clip(tmp_path):
+    """A model that is given the clip before makes one after it: twice as many frames, the first of which are the clip's last."""
+    run_train(tmp_path / "run", "--steps", 1, "--previous", "--context", 1)
+    clip = vdm.to_uint8(vdm.MovingShapes(6, (16, 16))[0]["video"])
+    np.save(tmp_path / "clip.npy", clip)
+    video, = run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, "--context", tmp_path / "clip.npy")
+    assert len(video) == 8 and (video[:4] - vdm.from_uint8(clip[2:])).abs().mean() < 0.05
+
+
+@cases("T, n", [(3, 2), (9, 3)])
+def test_reward_of_all_frames(driver, tmp_path, monkeypatch, capsys, T, n):
+    """Of less than a window, and of more; for two videos already."""
+    made, rollout = [], vdm.rollout
+    monkeypatch.setattr(vdm, "rollout", lambda *a, **o: (made.append(x) or x for x in rollout(*a, **o)))
+    run_sample(driver, tmp_path / "a.mp4", "--n", n, "--actions", ("LSRX" * 3)[:T])
+    said = float(re.search(r"reward  (\S+) of these actions", capsys.readouterr().out)[1])
+    video = torch.cat(made, 1).clamp(-1, 1)
+    assert video.shape[:2] == (n, T) and said == pytest.approx(math.exp(-video.var(0).mean()), abs=0.003)
+
+
 # ---- clips decoded once
 
 @pytest.fixture
@@ -3476,6 +3554,11 @@ def test_sample_interpolates(tmp_path, monkeypatch):
     video, = run_sample(tmp_path / "run", tmp_path / "c.mp4", "--n", 1, "--context", tmp_path / "clip.npy", "--interpolate", 2, 3)
     twice = clip[[0, 1, 1, 2, 2, 3, 3]]                                # what the stand-in makes of 4 frames, then of these 7
     assert len(video) == 19 and (video - twice[[0, *(k for k in range(1, 7) for _ in range(3))]]).abs().mean() < 0.05
+    seeds, stand_in = [], vdm.interpolate
+    monkeypatch.setattr(vdm, "interpolate", lambda _, keys, factor, frames, sigmas, seed, *more, **o: seeds.append(seed) or stand_in(_, keys, factor))
+    video, = run_sample(tmp_path / "run", tmp_path / "d.mp4", "--n", 1, "--context", tmp_path / "clip.npy", "--interpolate", 2, 3,
+                        "--context-frames", 3, "--seed", 7)
+    assert seeds == [7, 8] and len(video) == 13 and (video[[0, -1]] - clip[[1, 3]]).abs().mean() < 0.05        # the last three
     monkeypatch.undo()
     with pytest.raises(ValueError, match="1 key frames and factor 3"):
         run_sample(tmp_path / "run", tmp_path / "b.mp4", "--context", tmp_path / "clip.npy",
@@ -3505,6 +3588,14 @@ def test_every_way_trains_and_samples(tmp_path, way, capsys):
     elif way == "upsample":
         video, = sampled("--context-noise", 0.02)
         assert len(video) == 4 and "noise of 0.02" in capsys.readouterr().out
+        shades = 30 * np.arange(7, dtype=np.uint8)[:, None, None, None]                        # 7 frames, of which the first 4 count
+        np.save(tmp_path / "7.npy", np.broadcast_to(shades, (7, 4, 4, 3)))
+        with pytest.MonkeyPatch.context() as patch:
+            shown, draw = [], vdm.draw_context
+            patch.setattr(vdm, "draw_context", lambda clean, *args: shown.append(clean) or draw(clean, *args))
+            sampled("--context", tmp_path / "7.npy")
+        assert "noise of 0.05" in capsys.readouterr().out              # half of what it was trained with
+        close(shown[0][0, :, 0, 0, 0], torch.arange(4) * 30 / 127.5 - 1)
         for flags, words in ((("--context-noise", 0), "is 0, expected more than 0 to the 0.1"),
                              (("--context-noise", 0.2), "is 0.2, expected more than 0"),
                              (("--context-frames", 2), "--context-frames is not used"),
@@ -3880,6 +3971,9 @@ def test_latents_from_elsewhere(tmp_path, capsys):
                  "--length", "7", "--out", str(tmp_path / "made.mp4")])
     made = np.load(tmp_path / "made/001.npy")
     assert made.shape == (7, 5, 4, 4) and np.allclose(made[:2], stored[3][:2], atol=1e-5)
+    np.save(tmp_path / "six.npy", np.arange(6, dtype=np.float32)[:, None, None, None] * np.ones((5, 4, 4), np.float32))
+    config = vdm.load(tmp_path / "run/last.pt")[1]
+    assert (sample.read_context(tmp_path / "six.npy", config, None, None, 2)[:, 0, 0, 0] * 4).tolist() == [1, 3, 5]      # up to the last
     with pytest.raises(ValueError, match="is no .npy file of latents that fit"):
         sample.main([str(tmp_path / "run/last.pt"), "--context", str(tmp_path / "data/a.npy")])
 
@@ -3994,7 +4088,7 @@ def test_a_run_is_never_overwritten(trained):
     (["--steps", "0"], "--steps is 0, expected 1 or more"), (["--marks", "0"], "--marks is 0, expected 1 or more"),
     (["--jump", "-1"], "--jump is -1, expected 0 or more"), (["--jump", "nan"], "--jump is nan, expected 0 or more"),
     (["--fps", "0"], "--fps is 0, expected 0.1 to 1000"), (["--rho", "0"], "--rho is 0, expected more than 0"),
-    (["--sigma-min", "70"], "--sigma-min is 70, expected less than --sigma-max, 60"), (["--ema", "2"], "--ema is 2, expected 0 to 1"),
+    (["--sigma-min", "60"], "--sigma-min is 60, expected less than --sigma-max, 60"), (["--ema", "2"], "--ema is 2, expected 0 to 1"),
     (["--clip-norm", "0"], "--clip-norm is 0, expected more than 0"), (["--lr", "inf"], "--lr is inf, expected 0 or more"),
     (["--mults", "1", "0"], "--mults is 1 0, expected 1 or more"), (["--blocks", "0"], "--blocks is 0, expected 1 or more"),
     (["--context", "nan"], "--context is nan, expected 0 or more"), (["--seed", "-1"], "--seed is -1, expected 0 or more"),
@@ -4029,7 +4123,8 @@ def test_every_number_has_limits():
     for name, kind in numbers.items():
         if name in ("train", "attention", "joint"):                    # which are names, and factors
             continue
-        for bad in [-1, math.nan, math.inf][1 if name == "mean" else 0 : None if kind is float else 1]:
+        shares = "dropout independent joint_weight images drop mode_drop ema".split()
+        for bad in [-1, math.nan, math.inf][1 if name == "mean" else 0 : None if kind is float else 1] + [1.5] * (name in shares):
             bad = (bad, 1) if kind is tuple else bad
             o, c = (types.SimpleNamespace(**vars(x)) for x in (options, config))
             setattr(c if hasattr(c, name) else o, name, bad)
