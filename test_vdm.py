@@ -3872,9 +3872,17 @@ def test_resume_of_all_stages(latent, tmp_path):
         assert resumed["step"] == 3 and same(resumed, torch.load(latent / name / "last.pt", weights_only=True))
 
 
-def test_ctrl_c_saves_the_step_at_work(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sigint():
+    """As in a terminal, wherever the tests run: in the background of a shell Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_step_at_work(tmp_path, monkeypatch, capsys, sigint):
     """Asked to stop in its second of three steps, a run saves that step, and goes on to the same weights; asked in the sampling at
-    the end, --resume does what is left."""
+    the end, --resume does what is left. Where Ctrl-C is ignored, as under nohup, it stays so."""
     whole, step = run_train(tmp_path / "whole", "--steps", 3), train.train_step
 
     def interrupted(n, *args):
@@ -3893,6 +3901,9 @@ def test_ctrl_c_saves_the_step_at_work(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert same(whole, run_train(tmp_path / "run", "--steps", 3, "--resume"))
     assert (tmp_path / "run/samples/final.gif").read_bytes() == (tmp_path / "whole/samples/final.gif").read_bytes()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run_train(tmp_path / "deaf", "--steps", 3)["step"] == 3
 
 
 def test_ctrl_c_in_sampling_keeps_what_is_there(trained, tmp_path, monkeypatch, capsys):

@@ -1113,7 +1113,8 @@ def main(argv=None):
             raise KeyboardInterrupt
         stops.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]       # as by nohup
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         for step in bar:
             began = time.perf_counter()
