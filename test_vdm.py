@@ -4105,6 +4105,7 @@ def test_a_run_is_never_overwritten(trained):
     (["--context", "nan"], "--context is nan, expected 0 or more"), (["--seed", "-1"], "--seed is -1, expected 0 or more"),
     (["--device", "meta"], "--device meta is not to be had here"), (["--workers", "-1"], "--workers is -1, expected 0 or more"),
     (["--frames", "2", "--context", "1", "--dtype", "bf16"], "gradient of a temporal convolution over 2 frames wrong"),
+    (["--overlap", "8"], "--overlap is 8, expected less than --frames, 8"),
     (["--gamma", "4"], "--gamma does nothing here: it needs --weighting min_snr"), (["--rank", "8"], "--rank does nothing"),
     (["--preset", "latent", "--stage", "autoencoder", "--dry-run"], "--dry-run is of diffusion models"),
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),

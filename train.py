@@ -165,6 +165,8 @@ def check(options, config):
     for name, (met, need) in needs.items():
         if name in options.given and not met and not options.resume:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
+    if options.given.get("overlap", 0) >= config.frames:
+        raise ValueError(f"--overlap is {config.overlap}, expected less than --frames, {config.frames}: or a window had nothing new")
     levels = [2 ** n for n in range(len(config.mults))]
     if not set(config.joint) <= set(config.attention) <= set(levels):
         raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which the "
