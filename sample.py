@@ -84,7 +84,8 @@ def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("checkpoint", nargs="?", help="a last.pt (default: the newest under out/)")
     p.add_argument("--n", type=int, default=16, help="number of videos (16)")
-    p.add_argument("--length", type=int, help="frames of each (default: as many as the model was trained on)")
+    p.add_argument("--length", type=int, help="frames of each, those of --context among them (default: as many as the model was trained "
+                   "on; twice as many where --context is the whole clip before)")
     p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
     p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
     p.add_argument("--interpolate", type=int, nargs="+", help="how many times as many frames to make of --context (train with --task "
