@@ -2184,6 +2184,13 @@ def test_a_world_that_is_no_square():
         assert 0.18 * 24 < covered.min() and covered.max() < 1.1 * 2 * 0.25 * 24
 
 
+def test_distance_from_the_world():
+    """Red discs alone: of six colours five are missing, of three kinds two: 5/6 and 2/3 of the mass would have to move."""
+    clips = torch.stack([drawn(x=11 + v * np.arange(8)) for v in np.linspace(0.97, 1.2, 16)])
+    told = dict(re.findall(r"mismatch of (\w+) +(\S+)", vdm.MovingShapes().report(clips)))
+    assert (told["colors"], told["kinds"]) == ("0.83", "0.67")
+
+
 def test_what_stops_half_way_is_not_moving():
     clip = drawn(24, x=11 + 0.96 * np.minimum(np.arange(24), 9))
     assert not vdm.MovingShapes(24).check(clip[None])["moving"][0]
@@ -2995,12 +3002,24 @@ def test_every_clip_is_told_its_own_label():
 
 def test_the_newest_run_is_taken(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for i, (name, age) in enumerate((("a", 5), ("b", 50), ("c", 20))):
+    for name in "abc":
         (tmp_path / "out" / name).mkdir(parents=True)
         shutil.copy(trained / "last.pt", tmp_path / "out" / name)
-        os.utime(tmp_path / "out" / name / "last.pt", (1e9 - age, 1e9 - age))
-    sample.main(["--n", "1", "--steps", "1"])
-    assert "out/a/last.pt: 1 videos" in capsys.readouterr().out
+    for k, name in enumerate("abca"):
+        os.utime(tmp_path / "out" / name / "last.pt", (1e9 + k, 1e9 + k))
+        if k > 1:                                                      # all are of the past then
+            sample.main(["--n", "1", "--steps", "1"])
+            assert f"out/{name}/last.pt: 1 videos" in capsys.readouterr().out
+
+
+def test_bfloat16_where_it_is_fast(monkeypatch):
+    """By itself only on a CPU that multiplies it; if asked for, everywhere."""
+    cpu, fast = torch.device("cpu"), []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(fast), raising=False)
+    names = "auto", "fp32", "bf16"
+    assert [train.pick_dtype(name, cpu) for name in names] == [torch.float32, torch.float32, torch.bfloat16]
+    fast.append(1)
+    assert [train.pick_dtype(name, cpu) for name in names] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 def test_sample_goes_on_from_a_whole_clip(tmp_path):
