@@ -53,17 +53,20 @@ def read_context(path, config, autoencoder, size=None, stride=1, least=1):
     model knows."""
     if config.factor and not autoencoder:
         try:
-            latents = torch.from_numpy(np.load(path).astype(np.float32)) * config.latent_scale
-            if latents.shape[1:] != (config.channels, *config.size):
-                raise ValueError(f"they are {tuple(latents.shape)}, the model's (T, {config.channels}, *{config.size})")
-            return latents[(len(latents) - 1) % stride :: stride]
+            clip = torch.from_numpy(np.load(path).astype(np.float32)) * config.latent_scale
+            if clip.shape[1:] != (config.channels, *config.size):
+                raise ValueError(f"they are {tuple(clip.shape)}, the model's (T, {config.channels}, *{config.size})")
+            clip = clip[(len(clip) - 1) % stride :: stride]
         except Exception as e:                                         # each kind of damage has its own
             raise ValueError(f"--context {path} is no .npy file of latents that fit: {e}") from e
-    whole, channels = pixels(config)
-    clip = vdm.read_video(path, size or whole, channels)                                       # (T, C, H, W)
-    clip = clip[(len(clip) - 1) % stride :: stride]
+    else:
+        whole, channels = pixels(config)
+        clip = vdm.read_video(path, size or whole, channels)                                   # (T, C, H, W)
+        clip = clip[(len(clip) - 1) % stride :: stride]
     if len(clip) < least:
         raise ValueError(f"--context-frames is {least}, but {path} has {len(clip)} frames: expected at most as many")
+    if config.factor and not autoencoder:
+        return clip
     print(f"context {path}: {len(clip)} frames, cut and scaled to {clip.shape[2]}x{clip.shape[3]}, {'colour' if channels == 3 else 'grey'}")
     return autoencoder.cpu().encode(clip[None])[0] if autoencoder else clip
 
@@ -259,9 +262,9 @@ def main(argv=None):
     def pieces(clips):
         """The videos of these numbers, piece by piece (B, t, C, H, W)."""
         given = None if context is None else context.expand(len(clips), *context.shape).to(device)
-        shape, options = (len(clips), T, config.channels, *config.size), dict(
-            how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
-            keep=("context", "mask", "previous") if o.keep_frames else ())
+        shape = len(clips), T, config.channels, *config.size
+        options = dict(how, guidance=guidance[o.guidance_shape], rescale=o.rescale, reconstruction=o.reconstruction,
+                       keep=("context", "mask", "previous") if o.keep_frames else ())
         if o.label is not None:
             options["label"] = torch.full((len(clips),), o.label, device=device)
         if actions is not None:
