@@ -553,9 +553,46 @@ def psnr(clip, real):
     return 10 * math.log10(4 / max((clip - real).square().mean().item(), 1e-12))
 
 
+def flicker(clip, real):
+    """Mean absolute change, from frame to frame, of a reconstruction's error: a fault that stays is seen less than one that
+    comes and goes."""
+    return (clip - real).diff(dim=1).abs().mean().item()
+
+
 @torch.no_grad()
 def reconstruct(autoencoder, clips, device, **options):
     return torch.cat([autoencoder.decode(autoencoder.encode(clip[None].to(device)), **options).cpu() for clip in clips])
+
+
+def report(world, videos, action=None):
+    """The marks of a toy world as text, with those of as many real clips beside them. For shapes also how far colours, kinds and
+    speeds are from the world's own, uniform, distributions (total variation distance: 0 same, 1 disjoint), and what real clips
+    stay below at 95 %."""
+    fresh = copy.copy(world)
+    fresh.frames, fresh.seed = videos.shape[1], 987_654_321
+    real = default_collate([fresh[i] for i in range(len(videos))])
+    lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
+    line = lambda name, made, true: lines.append(f"{name:>25} {made.mean():7.0%} {true.mean():6.0%}")
+    if isinstance(world, vdm.Drive):
+        made, true = world.check(videos, action), world.check(real["video"], real["action"])
+        line("frames that obey", made["obeys"], true["obeys"])
+        line("clips that obey", made["passed"], true["passed"])
+        for k, name in enumerate(("left", "straight", "right", "stop")):
+            line(name, made["commands"] == k, true["commands"] == k)
+        return "\n".join(lines)
+    made, true = world.check(videos), world.check(real["video"])
+    for law in made:
+        if made[law].dtype == bool:
+            line(law, made[law], true[law])
+    edges = np.array([-np.inf, *np.linspace(*world.SPEED, 7)[1:-1], np.inf])
+    bins = dict(colors=np.arange(len(world.palette) + 1), kinds=np.arange(4), speeds=edges)
+    distance = lambda n: np.abs(n / n.sum(-1, keepdims=True) - 1 / n.shape[-1]).sum(-1) / 2
+    for name, edges in bins.items():
+        m, t = (np.histogram(marks[name], edges)[0] for marks in (made, true))
+        chance = np.random.default_rng(0).multinomial(t.sum(), [1 / len(t)] * len(t), 1000)
+        lines.append(f"{'mismatch of ' + name:>25} {distance(m):7.2f} {distance(t):6.2f}   (real: below "
+                     f"{np.quantile(distance(chance), 0.95):.2f})")
+    return "\n".join(lines)
 
 
 def report_reconstruction(config, options, autoencoder, held_out, device):
@@ -563,13 +600,13 @@ def report_reconstruction(config, options, autoencoder, held_out, device):
     real = torch.stack([held_out[i]["video"] for i in range(options.marks)])                   # (N, T, C, H, W)
     made = reconstruct(autoencoder, real, device)
     quality, alone = psnr(made, real), reconstruct(autoencoder, real, device, temporal=0.0)
-    print(f"PSNR {quality:.1f} dB, frame by frame {psnr(alone, real):.1f}; flicker {vdm.flicker(made, real):.4f}, frame by "
-          f"frame {vdm.flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
+    print(f"PSNR {quality:.1f} dB, frame by frame {psnr(alone, real):.1f}; flicker {flicker(made, real):.4f}, frame by "
+          f"frame {flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
     if quality < 25:
         print("warning: below 25 dB a diffusion model learns the autoencoder's faults: train longer, or with a larger "
               "--ae-width or --channels, or a smaller --factor")
     if options.data == "shapes":
-        print("real clips, made latents and back, where no model of them can do better:", held_out.report(made), sep="\n")
+        print("real clips, made latents and back, where no model of them can do better:", report(held_out, made), sep="\n")
     both = torch.cat([real, made], 3)[:8]                                                      # real above
     return [vdm.write_video(options.out / "recon.mp4", vdm.grid(both), config.fps),
             vdm.write_video(options.out / "recon.png", vdm.film_strip(both[:4])[None], scale=1)]
@@ -962,10 +999,8 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
         files.append(vdm.write_video(out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps))
     print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
           f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
-    if options.data == "shapes":
-        print(held_out.report(clips))
-    elif options.data == "drive":
-        print(held_out.report(clips, told["action"][:len(clips)]))
+    if options.data in WORLDS:
+        print(report(held_out, clips, told["action"][:len(clips)] if options.data == "drive" else None))
     print("files  ", *files, checkpoint, out / "log.csv", sep="\n        ")
     goes_on = config.task == "any" or config.task == "predict" and sum(config.context[config.overlap : config.overlap + 1])
     goes_on = goes_on and 0 < config.overlap < config.frames

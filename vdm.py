@@ -828,9 +828,8 @@ def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None
 # Space and time take turns. A spatial layer sees the frames as a batch of pictures, "(b t) c h w";
 # a temporal layer sees every place as a batch of little histories, "(b h w) t c". Each temporal
 # layer is a gated residual, x + gate * f(x), whose gate starts at exactly 0: a fresh video network
-# IS an image network applied frame by frame, and may be built on one already trained
-# (Make-A-Video; Video LDM). Only the gate is zero, never the layer behind it too: each would block
-# the other's gradient.
+# IS an image network applied frame by frame, and may be built on one already trained (Make-A-Video;
+# Video LDM). Only the gate is zero, not the layer behind it: each would block the other's gradient.
 
 def normalize(channels):
     """GroupNorm: 32 groups in wide layers, groups of 16 channels in narrow ones. A group of two
@@ -838,6 +837,9 @@ def normalize(channels):
     wide = channels >= 256 and channels % 32 == 0
     return nn.GroupNorm(32 if wide else math.gcd(max(1, channels // 16), channels), channels)
 
+def conv(dim_in, dim, kernel=3, stride=1):
+    """A convolution that keeps height and width; with stride 2 it halves them."""
+    return nn.Conv2d(dim_in, dim, kernel, stride, kernel // 2)
 
 def zero(layer):
     """Start a layer at zero, so that the residual branch it ends adds nothing at first."""
@@ -845,29 +847,24 @@ def zero(layer):
         nn.init.zeros_(p)
     return layer
 
-
 def each_frame(layer, x):
     """Apply a layer of pictures to every frame of x (B, T, C, H, W)."""
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-
-def fourier(t, dim, max_period=1e4):
-    """cos and sin of t (...), at dim / 2 frequencies from 1 to 1 / max_period: (..., dim)."""
-    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+def fourier(t, dim):
+    """cos and sin of t (...), at dim / 2 frequencies from 1 to 1 / 10,000: (..., dim)."""
+    freqs = torch.exp(-math.log(1e4) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], -1)
 
-
 def rotate(x, position):
     """Rotary positions (Su et al. 2021): turn pairs of features of x (N, heads, L, d) by angles in
-    proportion to position (L, axes), so that products of tokens depend on their distance alone. The
-    axes share the d / 2 pairs in turn; periods go from 6 to at most 628 frames or places."""
-    pairs, axes = x.shape[-1] // 2, position.shape[-1]
-    j = torch.arange(pairs, device=x.device)
+    proportion to position (L, axes), so that products of tokens depend on their distance alone."""
+    pairs, axes = x.shape[-1] // 2, position.shape[-1]                        # the axes take turns
+    j = torch.arange(pairs, device=x.device)                # periods: 6 to 628 frames or places
     angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / pairs)              # (L, d / 2)
     cos, sin = angle.cos().to(x), angle.sin().to(x)  # x is (a, b), and x.roll(pairs) is (b, a)
     return x * torch.cat([cos, cos], -1) + x.roll(pairs, -1) * torch.cat([-sin, sin], -1)
-
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v, all (N, heads, L, d). Many short sequences, those of temporal
@@ -875,7 +872,6 @@ def attend(q, k, v):
     if q.device.type == "cpu" and q.shape[-2] <= 256:
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
-
 
 class TemporalConv(nn.Module):
     """A convolution over three neighbouring frames at every place (Make-A-Video's pseudo-3D)."""
@@ -886,11 +882,10 @@ class TemporalConv(nn.Module):
         self.norm, self.conv = normalize(dim), nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0))
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, strength=1.0):                                       # (B, T, C, H, W)
+    def forward(self, x, strength=1.0):                                            # (B, T, C, H, W)
         h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
-        return x + (strength * self.gate).to(x) * h              # or x would become float32
-
+        return x + (strength * self.gate).to(x) * h                    # or x would become float32
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions on every frame, scaled and shifted by the noise level, with a temporal
@@ -899,23 +894,20 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim_in, dim, dim_emb, dropout=0.0, convs=True):
         super().__init__()
-        self.norm1, self.conv1 = normalize(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
+        self.norm1, self.conv1 = normalize(dim_in), conv(dim_in, dim)
         self.time = TemporalConv(dim) if convs else None
         self.emb = nn.Linear(dim_emb, 2 * dim)
-        self.norm2, self.conv2 = normalize(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.norm2, self.conv2 = normalize(dim), zero(conv(dim, dim))
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+        self.skip = conv(dim_in, dim, 1) if dim_in != dim else nn.Identity()
 
-    def forward(self, x, emb, strength=1.0):                         # (B, T, C, H, W), (B, T, E)
-        B, T = x.shape[:2]
-        x = x.flatten(0, 1)                                                       # (B T, C, H, W)
-        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)   # (B T, C, 1, 1)
+    def forward(self, x, emb, strength=1.0):                            # (B, T, C, H, W), (B, T, E)
+        (B, T), x = x.shape[:2], x.flatten(0, 1)                                    # (B T, C, H, W)
+        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)     # (B T, C, 1, 1)
         h = self.conv1(F.silu(self.norm1(x))).to(x)
         h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1) if self.time else h
-        h = self.norm2(h) * (1 + scale) + shift
-        h = self.conv2(self.dropout(F.silu(h)))
-        return (self.skip(x) + h).to(x).unflatten(0, (B, T))                  # (B, T, C, H, W)
-
+        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        return (self.skip(x) + h).to(x).unflatten(0, (B, T))                       # (B, T, C, H, W)
 
 class GEGLU(nn.Module):
     """One half of the channels, gated by the GELU of the other (Shazeer 2020)."""
@@ -924,18 +916,15 @@ class GEGLU(nn.Module):
         value, gate = x.chunk(2, -1)
         return value * F.gelu(gate)
 
-
 def feed_forward(dim, gated=False):
     """What transformers have between attentions; those of latent diffusion are gated."""
     wide = [nn.Linear(dim, 8 * dim), GEGLU()] if gated else [nn.Linear(dim, 4 * dim), nn.GELU()]
     return nn.Sequential(nn.LayerNorm(dim), *wide, nn.Linear(4 * dim, dim))
 
-
 def one_token(told, dim):
     """Cross-attention to one token, as SVD and Vista have it, is none: the softmax over one key is
     1, and the layers for value and output are all that is left. Starts at 0."""
     return nn.Sequential(zero(nn.Linear(told, dim, bias=False)), nn.Linear(dim, dim, bias=False))
-
 
 class SpatialAttention(nn.Module):
     """Every place of a frame looks at all places of that frame and, with a width of `told`, at what
@@ -948,22 +937,19 @@ class SpatialAttention(nn.Module):
         self.feed_forward = feed_forward(dim, gated=True) if both else None
         self.told = one_token(told, dim) if told else None
 
-    def forward(self, x, told=None):                               # (B, T, C, H, W), (B, T, told)
-        B, H = x.shape[0], x.shape[3]
+    def forward(self, x, told=None):                                 # (B, T, C, H, W), (B, T, told)
         h = rearrange(self.norm(x.flatten(0, 1)), "bt c h w -> bt (h w) c")
         q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
         h = self.out(rearrange(attend(q, k, v), "n heads l d -> n l (heads d)"))
         if self.told is not None and told is not None:
             h = h + self.told(told).flatten(0, 1)[:, None]
-        x = x + rearrange(h, "(b t) (h w) c -> b t c h w", b=B, h=H)
+        x = x + rearrange(h, "(b t) (h w) c -> b t c h w", b=x.shape[0], h=x.shape[3])
         return x + self.feed_forward(x.movedim(2, -1)).movedim(-1, 2) if self.feed_forward else x
 
-
 class TemporalAttention(nn.Module):
-    """Every place looks at itself in all frames or, joint, at all places of all frames; then a
-    feed-forward layer, each with a residual: the temporal transformer of Video LDM and SVD. Rotary
-    angles tell frames apart: only distances count (as in VDM), and clips may get longer. mode none
-    is attention alone; both has a layer before it, too, and embeds the frame's number (SVD)."""
+    """Every place looks at itself in all frames or, joint, at all places of all frames; a
+    feed-forward layer follows (Video LDM) but for mode none (VDM); both adds one before, and embeds
+    the frame's number (SVD). Rotary angles tell frames apart, so that clips may get longer."""
 
     def __init__(self, dim, head_dim=32, joint=False, mode="time", told=0):
         super().__init__()
@@ -976,19 +962,19 @@ class TemporalAttention(nn.Module):
         self.before = feed_forward(dim, gated=True) if both else None
         self.told = one_token(told, dim) if told else None
 
-    def forward(self, x, strength=1.0, told=None):                            # (B, T, C, H, W)
+    def forward(self, x, strength=1.0, told=None):                                 # (B, T, C, H, W)
         B, T, C, H, W = x.shape
         tokens, axes = ("b (t h w) c", (T, H, W)) if self.joint else ("(b h w) t c", (T,))
         h = rearrange(self.norm(x.flatten(0, 1)), f"(b t) c h w -> {tokens}", t=T)
         if self.before is not None:
-            number = self.number(fourier(torch.arange(T, device=x.device), C))        # (T, C)
+            number = self.number(fourier(torch.arange(T, device=x.device), C))              # (T, C)
             h = h + repeat(number, f"t c -> {tokens}", b=B, h=H, w=W)
             h = h + self.before(h)
         q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
         position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in axes))
-        position = position.reshape(-1, len(axes))                                    # (L, axes)
+        position = position.reshape(-1, len(axes))                                       # (L, axes)
         seen = attend(rotate(q, position), rotate(k, position), v)
-        seen = self.out(rearrange(seen, "n heads l d -> n l (heads d)"))                # (N, L, C)
+        seen = self.out(rearrange(seen, "n heads l d -> n l (heads d)"))                 # (N, L, C)
         if self.told is not None and told is not None:
             seen = seen + repeat(self.told(told), f"b t c -> {tokens}", h=H, w=W)
         h = h + seen if self.feed_forward else seen
@@ -996,11 +982,10 @@ class TemporalAttention(nn.Module):
         h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
         return x + (strength * self.gate).to(x) * h
 
-
 class Block(nn.Module):
-    """One step of the UNet: space, then time; then, where there is attention, once more with it.
-    Joint attention sees what both would: it takes the place of both. With feed_forward both a layer
-    leads into the attentions and one, which starts at 0, out of them (latent diffusion)."""
+    """One step of the UNet: space, then time; then, where there is attention, once more with it, or
+    joint attention in the place of both. With mode both, a layer leads into the attentions and one,
+    which starts at 0, out of them (latent diffusion)."""
 
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout, convs=True,
                  mode="time", told=0, fp32=False):
@@ -1012,10 +997,10 @@ class Block(nn.Module):
         self.space_attention = SpatialAttention(dim, head_dim, both, told) if alone else None
         self.time_attention = \
             TemporalAttention(dim, head_dim, joint, mode, told) if has_attention else None
-        self.enter = nn.Sequential(normalize(dim), nn.Conv2d(dim, dim, 1)) if both else None
-        self.leave = zero(nn.Conv2d(dim, dim, 1)) if both else None
+        self.enter = nn.Sequential(normalize(dim), conv(dim, dim, 1)) if both else None
+        self.leave = zero(conv(dim, dim, 1)) if both else None
 
-    def forward(self, x, emb, strength=1.0, told=None):              # (B, T, C, H, W), (B, T, E)
+    def forward(self, x, emb, strength=1.0, told=None):                 # (B, T, C, H, W), (B, T, E)
         # bf16 has three digits: sums of many layers lose by how little things move between frames
         x = self.space(x.float() if self.fp32 else x, emb, strength)
         x = self.time(x, strength) if self.time else x
@@ -1024,21 +1009,17 @@ class Block(nn.Module):
         h = self.time_attention(h, strength, told) if self.time_attention else h
         return x + each_frame(self.leave, h) if self.leave else h
 
-
 class VideoUNet(nn.Module):
-    """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
-    the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
-    `labels` or -1, none; action (B, T, `actions`), numbers per frame, NaN if untold. Each is added
-    to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
-    temporal, a number or (B,), tells how far temporal layers are heeded: at 0 it is an image model.
+    """x (B, T, in_channels, H, W) and c_noise (B,) or (B, T), the noise level as scalings gives it,
+    -> (B, T, out_channels, H, W). label (B,), -1: none, and action (B, T, `actions`), NaN: untold,
+    are added to the embedded level by layers that start at 0. temporal, a number or (B,), is how
+    far temporal layers are heeded: at 0 it is an image model (1 - alpha of Video LDM and SVD).
 
-    width x mults are the channels of the levels; blocks the residual blocks of a level on each way
-    (ddpm_layout: one more on the way up and in the middle, and skips from all layers); attention
-    the downsampling factors with attention, joint those where it is joint over space and time.
-    feed_forward is none, time, or both: SVD's transformers, each told the action again, as 128
-    waves per number (Vista). Frames are cut into patch x patch tiles; around large ones a path of
-    `detail` channels at full resolution keeps edges sharp. convs: whether there are temporal ones.
-    With second_embedding, another MLP embeds c_noise wherever given (B, T) is True (Vista)."""
+    A level has width x mults channels, `blocks` residual blocks each way (ddpm_layout: one more up
+    and in the middle, and skips from every layer) and attention, or joint attention over space and
+    time, if its downsampling factor is among these. feed_forward both: attentions are told the
+    action, too (Vista). detail: channels of a full-resolution path around the patch x patch tiles.
+    second_embedding: another MLP embeds c_noise where given (B, T) is True (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
@@ -1047,9 +1028,9 @@ class VideoUNet(nn.Module):
         super().__init__()
         waves = max(width, 48)                  # with fewer, given frames are told apart less well
         self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * waves
-        self.input = nn.Conv2d(in_channels * patch ** 2, width, 3, padding=1)
-        self.embed = nn.Sequential(nn.Linear(waves, dim_emb), nn.SiLU(),
-                                   nn.Linear(dim_emb, dim_emb), nn.SiLU())
+        self.input = conv(in_channels * patch ** 2, width)
+        self.embed = nn.Sequential(
+            nn.Linear(waves, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb), nn.SiLU())
         self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
         self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
         self.embed_action = zero(nn.Linear(2 * actions, dim_emb, False)) if actions else None
@@ -1060,76 +1041,73 @@ class VideoUNet(nn.Module):
                          fp32_residuals)
 
         self.down, self.up, dim = nn.ModuleList(), nn.ModuleList(), width
-        skips = [width] if ddpm_layout else []
-        for level, mult in enumerate(mults):
-            for _ in range(blocks):
-                self.down.append(block(dim, mult * width, 2 ** level))
-                dim = mult * width
-                skips.append(dim)
-            if level < len(mults) - 1:
-                self.down.append(nn.Conv2d(dim, dim, 3, stride=2, padding=1))
+        skips, widths = [width] * ddpm_layout, [mult * width for mult in mults]
+        for level, wide in enumerate(widths):
+            if level > 0:
+                self.down.append(conv(dim, dim, stride=2))
                 skips += [dim] * ddpm_layout
+            for _ in range(blocks):
+                self.down.append(block(dim, wide, 2 ** level))
+                dim = wide
+                skips.append(dim)
         # DDPM's middle has attention, whether the level around it has or not
         self.middle = block(dim, dim, max(attention, default=0) if ddpm_layout else 2 ** level)
         self.middle_again = block(dim, dim, 0) if ddpm_layout else None
-        for level, mult in reversed(list(enumerate(mults))):
+        for level, wide in reversed(list(enumerate(widths))):
             for _ in range(blocks + ddpm_layout):
-                self.up.append(block(dim + skips.pop(), mult * width, 2 ** level))
-                dim = mult * width
+                self.up.append(block(dim + skips.pop(), wide, 2 ** level))
+                dim = wide
             if level > 0:
-                finer = dim if ddpm_layout else mults[level - 1] * width
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
-                                             nn.Conv2d(dim, finer, 3, padding=1)))
+                finer = dim if ddpm_layout else widths[level - 1]
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(dim, finer)))
                 dim = finer
-        self.detail = nn.Conv2d(in_channels, detail, 3, padding=1) if detail else None
-        last = detail or out_channels
-        kernel = 1 if detail else 3                      # after it, the detail path smooths
-        self.output = nn.Sequential(normalize(dim), nn.SiLU(), nn.Conv2d(
-            dim, last * patch ** 2, kernel, padding=kernel // 2))
-        self.output_detail = nn.Sequential(
-            nn.Conv2d(2 * detail, detail, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(detail, out_channels, 3, padding=1)) if detail else nn.Identity()
+        self.detail = conv(in_channels, detail) if detail else None
+        last, kernel = (detail, 1) if detail else (out_channels, 3)         # the path smooths, too
+        self.output = nn.Sequential(normalize(dim), nn.SiLU(), conv(dim, last * patch ** 2, kernel))
+        self.output_detail = nn.Sequential(conv(2 * detail, detail), nn.SiLU(), conv(
+            detail, out_channels)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
     def forward(self, x, c_noise, label=None, action=None, given=None, temporal=1.0):
         B, T = x.shape[:2]
-        strength = expand(torch.as_tensor(temporal).to(x), x)               # (B or 1, 1, 1, 1, 1)
-        c_noise = c_noise if c_noise.ndim == 2 else c_noise[:, None].expand(B, T)       # (B, T)
+        strength = expand(torch.as_tensor(temporal).to(x), x)                # (B or 1, 1, 1, 1, 1)
+        c_noise = c_noise if c_noise.ndim == 2 else c_noise[:, None].expand(B, T)          # (B, T)
         # 1000: fourier is made for the numbers of DDPM's steps, log(sigma) / 4 spans about 2
-        waves = fourier(1000 * c_noise, self.embed[0].in_features)                 # (B, T, waves)
-        emb = self.embed(waves)                                                        # (B, T, E)
+        waves = fourier(1000 * c_noise, self.embed[0].in_features)                  # (B, T, waves)
+        emb = self.embed(waves)                                                         # (B, T, E)
         if given is not None:
             emb = torch.where(given[..., None], self.embed_given(waves), emb)
         for name, told in dict(label=label, action=action).items():
             if told is not None and getattr(self, f"embed_{name}") is None:
                 raise ValueError(f"{name} was given, but this model was built with {name}s=0")
         if label is not None:
-            emb = emb + self.embed_label(label + 1)[:, None]              # row 0, for none, stays 0
+            emb = emb + self.embed_label(label + 1)[:, None]             # row 0, for none, stays 0
         if action is not None:
             told, action = ~action.isnan(), action.nan_to_num()
             emb = emb + self.embed_action(torch.cat([action, told.to(action)], -1))
             action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
+
+        def step(layer, x):                    # a block, or to half or twice the height and width
+            block = isinstance(layer, Block)
+            return layer(x, emb, strength, action) if block else each_frame(layer, x)
+
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
-        skips = [x] if self.ddpm_layout else []
+        skips = [x] * self.ddpm_layout
         for layer in self.down:
-            step = isinstance(layer, Block)                    # or to half the height and width
-            x = layer(x, emb, strength, action) if step else each_frame(layer, x)
-            if step or self.ddpm_layout:
-                skips.append(x)
-        x = self.middle(x, emb, strength, action)
-        x = self.middle_again(x, emb, strength, action) if self.ddpm_layout else x
+            x = step(layer, x)
+            skips += [x] * (self.ddpm_layout or isinstance(layer, Block))
+        x = step(self.middle, x)
+        x = step(self.middle_again, x) if self.ddpm_layout else x
         for layer in self.up:
-            step = isinstance(layer, Block)                    # or to twice the height and width
-            if step:           # joined as pictures, (B T, C, H, W): channels stay last in memory
+            if isinstance(layer, Block):                    # joined as pictures, (B T, C, H, W):
                 x = torch.cat([y.flatten(0, 1) for y in (x, skips.pop())], 1).unflatten(0, (B, T))
-            x = layer(x, emb, strength, action) if step else each_frame(layer, x)
+            x = step(layer, x)                              # channels stay last in memory
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
             x = self.output_detail(torch.cat([self.detail(frames), x], 1))
         return x.unflatten(0, (B, T))
-
 
 # ==================================================================================================
 # 8. Adapters
@@ -1160,7 +1138,6 @@ class LoRA(nn.Module):
         self.layer.weight += low_rank.view_as(self.layer.weight)
         return self.layer
 
-
 class SpatialAdapter(nn.Module):
     """h + up(GELU(down(h))) at each place of h = layer(x, ...), (B, T, C, H, W) (SimDA)."""
 
@@ -1173,13 +1150,11 @@ class SpatialAdapter(nn.Module):
         h = self.layer(x, *more)
         return h + self.adapter_up(F.gelu(self.adapter_down(h.movedim(2, -1)))).movedim(-1, 2)
 
-
 class FeedForwardAdapter(SpatialAdapter):
     """layer(x) + up(GELU(down(x))), beside a layer of tokens (..., C) (SimDA)."""
 
     def forward(self, x):
         return self.layer(x) + self.adapter_up(F.gelu(self.adapter_down(x)))
-
 
 class TemporalAdapter(nn.Module):
     """h + up(conv(down(h))) of h = layer(x, emb), (B, T, C, H, W): conv looks at three frames, each
@@ -1194,15 +1169,7 @@ class TemporalAdapter(nn.Module):
     def forward(self, x, emb, strength=1.0):
         h = self.layer(x, emb, strength)
         more = self.adapter_up(self.adapter_conv(self.adapter_down(h.transpose(1, 2))))
-        return h + (strength * more.transpose(1, 2)).to(h)            # or h would become float32
-
-
-def alpha_mix(spatial, temporal, alpha):
-    """alpha spatial + (1 - alpha) temporal: with alpha 1 the image model comes back exactly (Video
-    LDM; SVD learns alpha as a sigmoid). VideoUNet's temporal is 1 - alpha for all layers at once.
-    Make-A-Video starts at nn.init.dirac_ without bias, an identity: what a gate of 0 does here."""
-    return torch.lerp(temporal, spatial, alpha)
-
+        return h + (strength * more.transpose(1, 2)).to(h)             # or h would become float32
 
 def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4))):
     """Each place of x (B, T, H, W, ...) as it was shifts[y % 4][x % 4] frames ago or, had the clip
@@ -1212,11 +1179,10 @@ def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 
     source = t - torch.tensor(shifts, device=x.device)[h % 4, w % 4]                     # (T, H, W)
     return x[:, torch.where(source < 0, t, source), h, w]
 
-
 def shift_attention(q, k, v, code=False):
     """SimDA's latent-shift attention, all (B, T, H, W, heads, d): each frame looks at 2 H W tokens
-    instead of T H W. The paper: its own, and its own shifted; code=True, as its code has it: those
-    of the frame before (of the first: its own) shifted, and its own shifted."""
+    instead of T H W, its own, and its own shifted; in the authors' code those of the frame before
+    (of the first: its own) shifted, and its own shifted."""
     def seen(x):
         moved = shift_tokens(x)
         first = moved[:, [0, *range(x.shape[1] - 1)]] if code else x
@@ -1225,36 +1191,34 @@ def shift_attention(q, k, v, code=False):
     h = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(2, 3), seen(k), seen(v))
     return h.transpose(2, 3).reshape(q.shape)
 
-
 def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "detail")):
-    """Put adapters into a denoiser; return their parameters. lora: around the matrices and
-    convolutions with one of `layers` in their names (Vista: qkv and .out). simda: temporal ones
-    behind ResBlocks, spatial behind and feed-forward within attention, where there is either."""
+    """Put adapters into a denoiser; return their parameters. lora: around matrices and convolutions
+    with one of `layers` in their names (Vista: qkv and .out). simda: temporal ones behind
+    ResBlocks, spatial ones behind attention over space, others beside feed-forward layers."""
     if kind not in ("lora", "simda") or rank < 1:
         raise ValueError(f"adapters is {kind!r}, rank {rank}: expected lora or simda, 1 or more")
     before = set(denoiser.parameters())
-    for name, layer in reversed(list(denoiser.net.named_modules())):        # inner ones first
-        new, attention = layer, isinstance(layer, (SpatialAttention, TemporalAttention))
-        if kind == "lora" and isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            known = not name.startswith("embed")                # whose width the network asks for
-            new = LoRA(layer, rank) if known and any(word in name for word in layers) else layer
+    for name, layer in reversed(list(denoiser.net.named_modules())):             # inner ones first
+        linear = isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d))
+        attention = isinstance(layer, (SpatialAttention, TemporalAttention))
+        if kind == "lora" and linear and any(word in name for word in layers):
+            new = LoRA(layer, rank)
         elif kind == "simda" and isinstance(layer, ResBlock):
             new = TemporalAdapter(layer, layer.conv2.out_channels, rank)
         elif kind == "simda" and attention and getattr(layer, "joint", True):
             new = SpatialAdapter(layer, layer.out.out_features, rank)
         elif kind == "simda" and name.endswith("feed_forward"):
             new = FeedForwardAdapter(layer, layer[-1].out_features, rank)
-        if new is not layer:
-            denoiser.net.set_submodule(name, new.to(next(layer.parameters()).device))
+        else:
+            continue
+        denoiser.net.set_submodule(name, new.to(next(layer.parameters()).device))
     return [p for p in denoiser.parameters() if p not in before]
-
 
 def part_of(name):
     """The part of a model to which a parameter of this name belongs."""
     words = dict(lora_="lora", adapter_="adapters", embed_label="actions", embed_action="actions",
                  time="temporal")
     return next((part for word, part in words.items() if word in name), "spatial")
-
 
 def trainable(model, parts=("all",)):
     """Freeze a model but for these parts (part_of, or all). On a CPU let its input need a gradient,
@@ -1265,7 +1229,6 @@ def trainable(model, parts=("all",)):
                          f"{', '.join(sorted(has))}: lora and adapters come with --adapters")
     for name, p in model.named_parameters():
         p.requires_grad_("all" in parts or part_of(name) in parts)
-
 
 # ==================================================================================================
 # 9. EMA
@@ -1294,43 +1257,36 @@ class EMA:
 # 10. Autoencoder
 # ==================================================================================================
 # Latent diffusion: a small network learns to say a frame in far fewer numbers, and only those are
-# diffused. It is trained in two stages (Video LDM): encoder and decoder on single frames; then, on
-# clips, the temporal layers of the decoder alone, so that what it fills in does not flicker. The
-# encoder is frozen by then: latents, and models trained on them, remain valid. Those layers are
-# gated residuals again: until the second stage the decoder works frame by frame.
+# diffused. First encoder and decoder learn from frames; then, from clips, the decoder's temporal
+# layers alone, gated residuals again, so that what it fills in does not flicker (Video LDM).
 
 class Autoencoder(nn.Module):
-    """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), normalised;
-    decode(latents) -> the clip. factor is a power of two, from 2.
-
-    The encoder gives every latent a mean and a variance; training decodes draws from it, encode
-    gives the mean. How far latents spread is chance, as the KL term has little weight, and noise
-    levels mean nothing without it: so mean and std of each channel are measured, kept with the
-    weights, and used both ways. (Stable Diffusion's is one number that each program must know,
-    0.18215: forget it on one of the two ways, and colours come out wrong.)"""
+    """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), and decode
+    back; factor is a power of two, from 2. Noise levels mean nothing unless one knows how far
+    latents spread: so mean and std of each channel are measured, kept with the weights, and used
+    on both ways."""
 
     def __init__(self, channels=3, latent=4, width=32, factor=4):
         super().__init__()
         dims = [width * min(2 ** i, 4) for i in range(factor.bit_length() - 1)]
-        down = [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, dims[0], 3, padding=1)]
+        down = [nn.PixelUnshuffle(2), conv(4 * channels, dims[0])]
         for dim, wider in zip(dims, dims[1:]):
-            down += [nn.SiLU(), nn.Conv2d(dim, wider, 3, stride=2, padding=1)]
-        down += [nn.SiLU(), nn.Conv2d(dims[-1], dims[-1], 3, padding=1), nn.SiLU()]
-        self.encoder = nn.Sequential(*down, nn.Conv2d(dims[-1], 2 * latent, 3, padding=1))
-        self.input, self.decoder = nn.Conv2d(latent, dims[-1], 3, padding=1), nn.ModuleList()
-        for dim, finer in zip(dims[::-1], [*dims[-2::-1], None]):
-            self.decoder.append(ResBlock(dim, dim, 1))
-            if finer:
-                self.decoder.append(nn.Sequential(nn.Upsample(scale_factor=2),
-                                                  nn.Conv2d(dim, finer, 3, padding=1)))
-        self.output = nn.Sequential(normalize(dims[0]), nn.SiLU(), nn.Conv2d(
-            dims[0], 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+            down += [nn.SiLU(), conv(dim, wider, stride=2)]
+        self.encoder = nn.Sequential(*down, nn.SiLU(), conv(dims[-1], dims[-1]), nn.SiLU(),
+                                     conv(dims[-1], 2 * latent))
+        self.input = conv(latent, dims[-1])
+        self.decoder = nn.ModuleList([ResBlock(dims[-1], dims[-1], 1)])
+        for dim, finer in zip(dims[::-1], dims[-2::-1]):
+            self.decoder.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(dim, finer)))
+            self.decoder.append(ResBlock(finer, finer, 1))
+        self.output = nn.Sequential(normalize(dims[0]), nn.SiLU(), conv(dims[0], 4 * channels),
+                                    nn.PixelShuffle(2))
         self.reach = len(dims)               # a temporal convolution per level sees one frame more
         self.register_buffer("mean", torch.zeros(latent, 1, 1))
         self.register_buffer("std", torch.ones(latent, 1, 1))
 
     def posterior(self, clip):
-        """mean and log variance of the latents, as the encoder gives them."""
+        """Mean and log variance of latents: training decodes draws of them, encode the mean."""
         mean, log_var = each_frame(self.encoder, clip).chunk(2, 2)                 # (B, T, c, h, w)
         return mean, log_var.clamp(-30, 20)
 
@@ -1371,23 +1327,14 @@ class Autoencoder(nn.Module):
     def decode(self, latents, chunk=16, temporal=1.0):
         return torch.cat(list(self.stream(latents.split(chunk, 1), temporal)), 1)
 
-
 def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
-    """A scalar and its parts by name: `reconstruction`, absolute plus squared error, and `kl`, of
-    the posterior from Normal(0, 1), mean per latent; noise is like the latents. No LPIPS, whose
-    network would have to be downloaded, and no GAN: what latents do not tell comes out blurred."""
+    """A scalar and its parts by name: `reconstruction`, absolute plus squared error (no LPIPS, no
+    GAN), and `kl`, of the posterior from Normal(0, 1), mean per latent; noise is like latents."""
     mean, log_var = autoencoder.posterior(clip)
     error = autoencoder.render(mean + (log_var / 2).exp() * noise, temporal) - clip
     parts = dict(reconstruction=error.abs().mean() + error.square().mean(),
                  kl=(mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2)
     return parts["reconstruction"] + kl * parts["kl"], {k: x.detach() for k, x in parts.items()}
-
-
-def flicker(clip, real):
-    """Mean absolute change, from frame to frame, of a reconstruction's error: a fault that stays,
-    or moves on with its object, is seen less than one that comes and goes."""
-    return (clip - real).diff(dim=1).abs().mean().item()
-
 
 # ==================================================================================================
 # 11. Worlds that can be marked
@@ -1398,11 +1345,9 @@ def flicker(clip, real):
 
 class MovingShapes:
     """On black, one or two solid shapes move at constant speed in straight lines and bounce off the
-    walls. Each keeps its kind, colour and size for ever. The label of one alone is 6 kind + colour.
-
-    A shape fills a box of half-width r; RADIUS and SPEED (per frame) are shares of the shorter
-    side. Shapes are lamps: where two overlap their light adds up. Two are of different primary
-    colours, so each has a colour channel to itself and is seen even behind the other."""
+    walls. Each keeps its kind, colour and size. The label of one alone is 6 kind + colour. RADIUS
+    (half its box) and SPEED (per frame) are shares of the shorter side. Shapes are lamps, whose
+    light adds up; two have different primary colours, so each has a colour channel to itself."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1418,15 +1363,15 @@ class MovingShapes:
         rng, unit = np.random.default_rng([self.seed, i]), min(self.size)
         video = np.zeros((self.frames, 3, *self.size), np.float32)
         for shade in rng.permutation(len(self.palette))[: self.objects]:
-            color = self.palette[shade]
             kind, r = rng.integers(3), rng.uniform(*self.RADIUS) * unit
             speed, angle = rng.uniform(*self.SPEED) * unit, rng.uniform(0, 2 * np.pi)
             walls, way = np.array(self.size) - r, np.array([np.sin(angle), np.cos(angle)])
             path = rng.uniform(r, walls) + speed * way * np.arange(self.frames)[:, None]    # (T, 2)
             y, x = self.bounce(path, r, walls).T
-            video += np.float32(self.draw(kind, r, y, x, self.size))[:, None] * color[:, None, None]
+            cover = np.float32(self.draw(kind, r, y, x, self.size))                      # (T, H, W)
+            video += cover[:, None] * self.palette[shade][:, None, None]
         label = dict(label=6 * int(kind) + int(shade)) if self.labels else {}
-        return dict(video=torch.from_numpy(video) * 2 - 1, **label)            # (T, 3, H, W)
+        return dict(video=torch.from_numpy(video) * 2 - 1, **label)                   # (T, 3, H, W)
 
     @staticmethod
     def bounce(x, low, high):
@@ -1438,104 +1383,69 @@ class MovingShapes:
         """The share of each pixel that shapes of one kind cover: arrays (...) -> (..., H, W)."""
         r, y, x = (np.asarray(a)[..., None, None] for a in (r, y, x))
         down, side = np.arange(size[0])[:, None] + 0.5 - y, np.abs(np.arange(size[1]) + 0.5 - x)
-        outside = (np.hypot(side, down) - r if kind == 0 else          # distance to the edge
+        outside = (np.hypot(side, down) - r if kind == 0 else                 # distance to the edge
                    np.maximum(side, np.abs(down)) - r if kind == 1 else
                    np.maximum(down - r, (2 * side - down - r) / 5 ** 0.5))
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos):
-        """Mark clips (B, T, 3, H, W) in [-1, 1]: a dict of arrays (B,), True if every shape does,
-
-        shape   in every frame, look like one shape of its kind alone (intersection / union > 0.75)
-        color   stay within 0.25, of 0 ... 1, of one colour of the palette
-        size    stay within 12 % of its median
-        path    in every 8 frames in a row, keep within 1.5 pixels (of 32) of a bouncing straight
-        speed   and keep that path's speed, to 2 % of the frame per frame
-        moving  go at half the world's lowest speed or more: a frozen clip breaks this law alone
-
-        with `passed`, all of them; and kinds, colors, speeds as measured (B, objects)."""
-        v = np.clip((torch.as_tensor(videos).float().cpu().numpy() + 1) / 2, 0, 1)
+        """Mark clips (B, T, 3, H, W) in [-1, 1]: a dict that tells of each law below if all shapes
+        keep it, (B,); `passed`, if all are kept; kinds, colors, speeds as seen, (B, objects)."""
+        v, dark = np.clip((torch.as_tensor(videos).float().cpu().numpy() + 1) / 2, 0, 1), 0
         B, T, _, H, W = v.shape
-        stray = np.zeros(B, bool)
-        if self.objects == 2:                                # a clip per shape: its channel alone
-            order = v.mean((1, 3, 4)).argsort(1)                      # (B, 3), the darkest first
-            unused = np.arange(3) == order[:, :1]                                        # (B, 3)
-            stray = (v * unused[:, None, :, None, None]).max((1, 2, 3, 4)) > 0.5
-            own = np.arange(3) == order[:, 1:, None]                                  # (B, 2, 3)
-            v = (v[:, None] * own[:, :, None, :, None, None]).reshape(-1, T, 3, H, W)
-        light = np.clip((v.max(2) - 0.1) / 0.8, 0, 1)               # (N, T, H, W), 1 where covered
-        rows, cols = light.max(3), light.max(2)                    # its shadows on two walls
-        height, width = rows.sum(2), cols.sum(2)                                         # (N, T)
+        if self.objects == 2:      # a clip per channel: that of no shape is dark, the others are N
+            order = v.mean((1, 3, 4)).argsort(1)                                            # (B, 3)
+            v = v[:, None] * np.eye(3, dtype=v.dtype)[order][:, :, None, :, None, None]
+            dark, v = v[:, 0].max((1, 2, 3, 4)), v[:, 1:].reshape(-1, T, 3, H, W)
+        light = np.clip((v.max(2) - 0.1) / 0.8, 0, 1)                # (N, T, H, W), 1 where covered
+        rows, cols = light.max(3), light.max(2)                           # its shadows on two walls
+        height, width = rows.sum(2), cols.sum(2)                                            # (N, T)
         y = rows @ (np.arange(H) + 0.5) / np.maximum(height, 1e-3)
         x = cols @ (np.arange(W) + 0.5) / np.maximum(width, 1e-3)
         radius = (height + width) / 4
-        r = np.median(radius, 1, keepdims=True)                                          # (N, 1)
+        r = np.median(radius, 1, keepdims=True)                                             # (N, 1)
         ideal = np.stack([self.draw(kind, radius, y, x, (H, W)) for kind in range(3)])
         both, either = np.minimum(ideal, light), np.maximum(ideal, light)          # (3, N, T, H, W)
-        match = both.sum((3, 4)) / np.maximum(either.sum((3, 4)), 1e-3)               # (3, N, T)
-        core = (light > 0.9)[:, :, None]                                       # (N, T, 1, H, W)
-        color = (v * core).sum((3, 4)) / np.maximum(core.sum((3, 4)), 1)               # (N, T, 3)
-        far = np.abs(color - self.palette[:, None, None]).max((2, 3))             # (colours, N)
+        match = both.sum((3, 4)) / np.maximum(either.sum((3, 4)), 1e-3)                  # (3, N, T)
+        core = (light > 0.9)[:, :, None]                                           # (N, T, 1, H, W)
+        color = (v * core).sum((3, 4)) / np.maximum(core.sum((3, 4)), 1)                 # (N, T, 3)
+        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
         miss_y, speed_y = self.fit_path(y, r, H - r)
         miss_x, speed_x = self.fit_path(x, r, W - r)
-        speed = np.hypot(speed_y, speed_x) / min(H, W)                            # (N, windows)
+        speed = np.hypot(speed_y, speed_x) / min(H, W)                                # (N, windows)
         usual = np.median(speed, 1, keepdims=True)
-        laws = dict(shape=match.min(2).max(0) > 0.75, color=far.min(0) < 0.25,
-                    size=(np.abs(radius - r) < 0.12 * r).all(1),
-                    path=(np.maximum(miss_y, miss_x) < 1.5 * min(H, W) / 32).all(1),
-                    speed=(np.abs(speed - usual) < 0.02).all(1),
-                    moving=(speed > self.SPEED[0] / 2).all(1))
+        laws = dict(
+            shape=match.min(2).max(0) > 0.75,              # in all frames one kind, nothing besides
+            color=far.min(0) < 0.25,                       # one colour of the palette
+            size=np.abs(radius - r) < 0.12 * r,            # that of all frames
+            path=np.maximum(miss_y, miss_x) < 1.5 * min(H, W) / 32,   # a bouncing straight line ...
+            speed=np.abs(speed - usual) < 0.02,            # ... at one speed
+            moving=speed > self.SPEED[0] / 2)              # a frozen clip breaks this law alone
         laws = {name: kept.reshape(B, -1).all(1) for name, kept in laws.items()}
-        laws["shape"] &= ~stray
+        laws["shape"] &= dark <= 0.5
         found = dict(kinds=match.mean(2).argmax(0), colors=far.argmin(0), speeds=usual)
-        return dict(passed=np.all(list(laws.values()), 0), **laws,
-                    **{name: a.reshape(B, -1) for name, a in found.items()})
+        found = {name: a.reshape(B, -1) for name, a in found.items()}
+        return dict(passed=np.all(list(laws.values()), 0), **laws, **found)
 
-    @classmethod
-    def fit_path(cls, x, low, high, window=8):
-        """For one coordinate x (N, T) of a centre and its walls low, high (N, 1): how far it
-        strays at most from the best bouncing path, and that path's speed, in every run of `window`
-        frames, (N, windows) each. The best is found by trying 97 speeds and 13 places."""
-        window = min(window, x.shape[1])
-        runs = np.lib.stride_tricks.sliding_window_view(x, window, 1)             # (N, n, window)
-        limit = 1.25 * cls.SPEED[1] * (low + high).min()
+    def fit_path(self, x, low, high, window=8):
+        """In every `window` frames, how far a coordinate x (N, T) strays from the bouncing path, of
+        97 speeds and 13 places, that fits best, and that path's speed: (2, N, windows)."""
+        window, found = min(window, x.shape[1]), []
+        limit = 1.25 * self.SPEED[1] * (low + high).min()
         speeds, places = np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13)
         lines = places[:, None] + speeds[:, None, None] * (np.arange(window) - window // 2)
-        miss, speed = np.zeros(runs.shape[:2]), np.zeros(runs.shape[:2])
-        for i, run in enumerate(runs):                                               # (n, window)
-            paths = run[:, None, None, window // 2, None] + lines              # (n, 97, 13, window)
-            paths = cls.bounce(paths, low[i], np.maximum(high[i], low[i] + 1))
-            worst = np.abs(paths - run[:, None, None]).max(-1).reshape(len(run), -1)
-            miss[i], speed[i] = worst.min(1), np.abs(speeds[worst.argmin(1) // len(places)])
-        return miss, speed
-
-    def report(self, videos):
-        """The marks as text, with as many real clips beside them: the share that keeps each law,
-        and how far colours, kinds and speeds are from the world's own, uniform, distributions
-        (total variation distance: 0 same, 1 disjoint), and what real clips stay below at 95 %."""
-        world = MovingShapes(videos.shape[1], self.size, self.objects, seed=987_654_321)
-        made = self.check(videos)
-        real = self.check(torch.stack([world[i]["video"] for i in range(len(videos))]))
-        lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
-        lines += [f"{law:>25} {made[law].mean():7.0%} {real[law].mean():6.0%}"
-                  for law in made if made[law].dtype == bool]
-        edges = np.array([-np.inf, *np.linspace(*self.SPEED, 7)[1:-1], np.inf])
-        bins = dict(colors=np.arange(len(self.palette) + 1), kinds=np.arange(4), speeds=edges)
-        distance = lambda n: np.abs(n / n.sum(-1, keepdims=True) - 1 / n.shape[-1]).sum(-1) / 2
-        for name, edges in bins.items():
-            m, t = (np.histogram(marks[name], edges)[0] for marks in (made, real))
-            chance = np.random.default_rng(0).multinomial(t.sum(), [1 / len(t)] * len(t), 1000)
-            lines.append(f"{'mismatch of ' + name:>25} {distance(m):7.2f} {distance(t):6.2f}   "
-                         f"(real: below {np.quantile(distance(chance), 0.95):.2f})")
-        return "\n".join(lines)
-
+        runs = np.lib.stride_tricks.sliding_window_view(x, window, 1)[:, :, None]
+        for run, a, b in zip(runs, low, np.maximum(high, low + 1)):          # (windows, 1, window)
+            paths = self.bounce(run[..., window // 2, None] + lines.reshape(-1, window), a, b)
+            miss = np.abs(paths - run).max(2)                                 # (windows, 97 x 13)
+            found.append([miss.min(1), np.abs(speeds[miss.argmin(1) // len(places)])])
+        return np.stack(found, 1)
 
 class Drive:
     """An endless map seen from above by a car that obeys one command per frame: left, straight,
-    right (all at one speed; left and right are 45 degrees off, nothing turns) or stop. A command
-    lasts for another frame with a chance of 0.7. action[t] is what moved the view from frame t - 1
-    to t, in two modes: the command, one-hot (4), and the motion (2), down and right as shares of
-    the speed."""
+    right (45 degrees off, at one speed; nothing turns) or stop. It lasts for another frame with a
+    chance of 0.7. action[t] is what moved the view from frame t - 1 to t, in two modes: the
+    command, one-hot (4), and the motion (2), down and right as shares of the speed."""
 
     KEYS, SPEED = "LSRX", 1 / 16              # left, straight, right, stop; share of the short side
     MOVES = np.array([(-0.5 ** 0.5, -0.5 ** 0.5), (-1, 0), (-0.5 ** 0.5, 0.5 ** 0.5), (0, 0)])
@@ -1548,25 +1458,23 @@ class Drive:
     def __getitem__(self, i):
         rng, n = np.random.default_rng([self.seed, i]), 12
         turn = np.where(rng.random(self.frames) < 0.7, 0, rng.integers(1, 4, self.frames))
-        commands = (rng.integers(4) + turn.cumsum()) % 4                                     # (T,)
-        place = self.speed * self.MOVES[commands].cumsum(0)                                # (T, 2)
+        commands = (rng.integers(4) + turn.cumsum()) % 4                                      # (T,)
+        place = self.speed * self.MOVES[commands].cumsum(0)                                 # (T, 2)
         # the map, in each channel: n plane waves, weight exp(i (ky y + kx x)), between -1 and 1
         length, angle = min(self.size) * rng.uniform(0.4, 1.2, n), rng.uniform(0, 2 * np.pi, n)
-        k = 2 * np.pi / length * np.array([np.sin(angle), np.cos(angle)])                  # (2, n)
+        k = 2 * np.pi / length * np.array([np.sin(angle), np.cos(angle)])                   # (2, n)
         weight = rng.normal(size=(2, 3, 1, n)) / n ** 0.5
         y, x = (np.exp(1j * k[a] * (np.arange(self.size[a])[:, None] + place[:, a, None, None]))
                 for a in (0, 1))                                             # (T, H, n), (T, W, n)
-        waves = ((weight[0] + 1j * weight[1]) * y[:, None]) @ x[:, None].mT          # (T, 3, H, W)
+        waves = ((weight[0] + 1j * weight[1]) * y[:, None]) @ x[:, None].mT           # (T, 3, H, W)
         return dict(video=torch.from_numpy(np.tanh(waves.real)).float(),
                     action=torch.from_numpy(self.ACTIONS[commands]))
 
     def check(self, videos, action=None):
-        """Mark clips (B, T, 3, H, W) by the motion seen between neighbouring frames: a dict with
-
-        commands  (B, T - 1), what each frame t > 0 followed; -1 if its motion is none of the four,
-                  to 0.3 of the speed, or explains less than two thirds of the picture
-        obeys     (B, T - 1), if that is the command in action (B, T, 6); without one, any command
-        passed    (B,), if all frames do"""
+        """Mark clips (B, T, 3, H, W) by the motion seen between neighbouring frames: a dict of
+        commands (B, T - 1), what each frame t > 0 followed, -1 if its motion is none of the four
+        (to 0.3 of the speed), or explains less than two thirds of the picture; obeys (B, T - 1), if
+        action (B, T, 6) says so or, without one, any command; passed (B,), if all frames obey."""
         v = torch.as_tensor(videos).float().cpu().numpy()
         x = np.stack([v, *np.gradient(v, axis=(3, 4))], 2)       # (B, T, 3, 3, H, W), with slopes
         m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
@@ -1587,25 +1495,12 @@ class Drive:
         obeys = (commands == told) & (commands >= 0)
         return dict(commands=commands, obeys=obeys, passed=obeys.all(1))
 
-    def report(self, videos, action=None):
-        """As text: the shares that obey, and that follow each command, with real clips beside."""
-        world = Drive(videos.shape[1], self.size, seed=987_654_321)
-        real = torch.utils.data.default_collate([world[i] for i in range(len(videos))])
-        marks = self.check(videos, action), self.check(*real.values())
-        table = [[m["obeys"].mean(), m["passed"].mean(), *(m["commands"] == k for k in range(4))]
-                 for m in marks]
-        names = "frames that obey", "clips that obey", "left", "straight", "right", "stop"
-        return "\n".join([f"{len(videos)} clips of {videos.shape[1]} frames    made   real"] + [
-            f"{name:>25} {np.mean(a):7.0%} {np.mean(b):6.0%}" for name, a, b in zip(names, *table)])
-
-
 # ==================================================================================================
 # 12. Video files
 # ==================================================================================================
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-
 
 def to_uint8(clip):
     """float (..., C, H, W), clamped to [-1, 1] -> uint8 (..., H, W, C); NaN is a ValueError."""
@@ -1614,25 +1509,23 @@ def to_uint8(clip):
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()
 
-
 def from_uint8(frames):
     """uint8 numpy (..., H, W, C) -> float32 (..., C, H, W) in [-1, 1]; to_uint8 undoes it."""
     return torch.tensor(frames).movedim(-1, -3) / 127.5 - 1
 
-
 def decode(path, size=None, channels=3, keep=list):
     """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of
-    uint8 (T, h, w, channels), made by keep clip after clip, and frames per second. Frames are read
-    one by one, shrunk until they just cover size = (h, w) and cropped. ValueError, with the cause,
-    for what is missing or damaged."""
+    uint8 (T, h, w, channels), made by keep clip after clip, and frames per second. Frames are
+    shrunk until they just cover size = (h, w), and cropped. ValueError, with the cause, for what is
+    missing or damaged."""
     import imageio.v3 as iio
     from imageio_ffmpeg import get_ffmpeg_exe
     from PIL import Image, ImageOps, ImageSequence
 
     def pixels(image):           # modes La, RGBa: times alpha, so that what is transparent is black
-        if image.mode in ("I", "F"):                       # whose white nothing tells
+        if image.mode in ("I", "F"):                                     # whose white nothing tells
             raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
-        if image.mode.startswith("I;16"):              # convert would cut 16 bits at 255
+        if image.mode.startswith("I;16"):                        # convert would cut 16 bits at 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         mode = ("L" if channels == 1 else "RGB") + "a" * image.has_transparency_data
         image = ImageOps.exif_transpose(image).convert(mode.upper()).convert(mode)
@@ -1656,31 +1549,29 @@ def decode(path, size=None, channels=3, keep=list):
             fps = max(speeds)           # GIF merges equal frames into one that lasts longer: undone
             clips = [[x for x, speed in zip(images, speeds) for _ in range(round(fps / speed))]]
         elif suffix in (".npy", ".npz"):
-            arrays, found = np.load(path, mmap_mode="r", allow_pickle=False), []  # no code inside
+            arrays, clips = np.load(path, mmap_mode="r", allow_pickle=False), []   # no code inside
             for x in arrays.values() if suffix == ".npz" else [arrays]:
                 if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
                     x = x.swapaxes(0, 1)                        # Moving MNIST alone is (T, N, H, W)
-                x = x if x.shape[-1:] in [(1,), (3,), (4,)] else x[..., None]    # grey has no axis
+                x = x if x.shape[-1:] in [(1,), (3,), (4,)] else x[..., None]     # grey has no axis
                 x = x if x.ndim == 5 else x[None]                                 # (N, T, H, W, C)
                 # 1 or 3 frames without colour are rather the channels of a (N, C, H, W): not found
                 if x.dtype == np.uint8 and x.ndim == 5 and x.shape[1::3] not in ((1, 1), (3, 1)):
-                    found += list(x)
-            if not found:
+                    clips += [(Image.fromarray(np.tile(frame, 3)[..., :3]) for frame in clip)
+                              for clip in x]
+            if not clips:
                 raise ValueError(f"no uint8 ([N,] T, H, W [, C]), last was {x.dtype} {x.shape}")
-            clips = (map(Image.fromarray, np.tile(clip, 3)[..., :3]) for clip in found)
         else:
             names = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
-            names.sort(key=lambda p: (len(p.stem), p.stem))               # frame2 before frame10
+            names.sort(key=lambda p: (len(p.stem), p.stem))                  # frame2 before frame10
             clips = [map(Image.open, names or [path])]
         return keep(np.stack([pixels(image) for image in clip]) for clip in clips), fps
-    except Exception as error:                # each decoder has its own; the last line is the cause
+    except Exception as error:         # each decoder raises its own; the last line tells the cause
         raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[-1]}") from error
-
 
 def read_video(path, size=None, channels=3):
     """The first clip in a path -> float (T, channels, H, W) in [-1, 1]; arguments as in decode."""
     return from_uint8(decode(Path(path), size, channels)[0][0])
-
 
 def write_video(path, clip, fps=8.0, scale=None):
     """Write clip, float (T, C, H, W) in [-1, 1], C 1 or 3, or a sequence of such frames, as .mp4,
@@ -1689,13 +1580,13 @@ def write_video(path, clip, fps=8.0, scale=None):
     path, suffix, shape = Path(path), Path(path).suffix.lower(), clip[0].shape
     if suffix not in (".mp4", ".gif", ".png") or len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"{path}: needs .mp4, .gif or .png and (T, 1|3, H, W), got T x {shape}")
-    k = scale or math.ceil(128 / min(*shape[1:], 128))             # so that one sees tiny clips
+    k = scale or math.ceil(128 / min(*shape[1:], 128))                # so that one sees tiny clips
     k += not scale and any(k * side % 2 for side in shape[1:])             # H.264 needs even sides
     frames = (to_uint8(x.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for x in clip)
     how = {".mp4": dict(plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2), ".png": {},
-           ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}  # GIF counts in 10 ms
+           ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}      # GIF counts in 10 ms
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")             # then path is there whole, or not at all
+    part = path.with_name(f".{path.name}")                 # then path is there whole, or not at all
     try:
         iio.imwrite(part, frames if suffix == ".mp4" else [*frames], is_batch=True, **how[suffix])
         return part.replace(path)
@@ -1707,7 +1598,6 @@ def write_video(path, clip, fps=8.0, scale=None):
     finally:
         part.unlink(missing_ok=True)
 
-
 def film_strip(clips, line=-0.6):
     """(B, T, C, H, W) -> picture (C, B * (H + 1) + 1, T * (W + 1) + 1): row b is clip b, column t
     is frame t, with dark lines between. Any axes may stand in the place of C."""
@@ -1715,46 +1605,42 @@ def film_strip(clips, line=-0.6):
     x = F.pad(clips, (1, 0, 1, 0), value=line).movedim(0, -3).movedim(0, -2)  # (C, B, H+1, T, W+1)
     return F.pad(x.reshape(*C, B * (H + 1), T * (W + 1)), (0, 1, 0, 1), value=line)
 
-
 def grid(clips):
     """(B, T, C, H, W) -> one clip (T, C, H', W') of all, side by side; empty cells are black."""
     columns = math.ceil(len(clips) ** 0.5)
     clips = F.pad(clips, (0, 0) * 4 + (0, -len(clips) % columns), value=-1)
     return film_strip(clips.unflatten(0, (-1, columns)))
 
-
 class VideoFolder:
-    """The clips in a file, or below a folder or its train/. A folder of pictures is one. dataset[i]
+    """The clips in a file, or below a folder or its train/; a folder of pictures is one. dataset[i]
     is dict(video=float (frames, channels, H, W) in [-1, 1]) for any i >= 0 and depends on (seed, i)
-    alone, so a run can resume; every len(dataset) items hold each clip once, from a random start.
-    .report says what was used, what not and why; .fps is an item's speed. ValueError if nothing.
-    Actions, numbers (T, A) in clip.actions.npy beside clip.mp4, are cut as its frames are; those
-    of a clip without are NaN, untold. read may be another decode, one that keeps clips on disk. An
-    item has `before` frames more, those before it; where its clip has none, the clip's first."""
+    alone; every len(dataset) items hold each clip once, from a random start, with `before` frames
+    more, those before it or, where there are none, the clip's first. Actions, numbers (T, A) in
+    clip.actions.npy beside clip.mp4, are cut as frames are, NaN (untold) where there are none.
+    .report says what was used, what not and why; .fps is an item's speed."""
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None,
                  before=0):
         from tqdm import tqdm
         self.stride, self.channels, self.seed, self.before = stride, channels, seed, before
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.clips, self.moves, self.labels, self.actions, self.order = [], [], 0, (), (-1, ())
+        self.clips, self.moves, self.labels, self.actions, self.turn = [], [], 0, (), None
         speeds, skipped, root = [], [], Path(path)
         if not root.exists():
             raise ValueError(f"{path} does not exist")
         root = root / "train" if (root / "train").is_dir() else root
-        below = map(root.joinpath, glob("**", root_dir=root, recursive=True))        # none hidden
+        below = map(root.joinpath, glob("**", root_dir=root, recursive=True))          # none hidden
         files = {p.parent if p.suffix.lower() in PICTURES and p != root else p
                  for p in (root, *below) if p.is_file() and not p.name.endswith(".actions.npy")}
         for file in tqdm(sorted(files), "decoding", disable=not progress):
             try:
                 clips, fps = (read or decode)(file, size, channels)
                 moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
-                short = [len(clip) for clip in clips if len(clip) < self.span]
                 self.moves += [m for m, clip in zip(moves, clips) if len(clip) >= self.span]
                 self.clips += [clip for clip in clips if len(clip) >= self.span]
                 speeds.append(fps)
-                if short:
-                    raise ValueError(f"{file}: {min(short)} frames are too few, an item takes "
+                if (least := min(map(len, clips))) < self.span:
+                    raise ValueError(f"{file}: {least} frames are too few, an item takes "
                                      f"{self.span}: lower --frames or --stride")
             except ValueError as error:
                 skipped.append(f"skipped {error}")
@@ -1773,7 +1659,7 @@ class VideoFolder:
             return [None] * len(clips)
         try:
             x = np.load(path).astype(np.float32)
-            x = x if x.ndim == 3 else x[None]                                          # (N, T, A)
+            x = x if x.ndim == 3 else x[None]                                            # (N, T, A)
             A = self.actions or x.shape[-1:]
             if [a.shape for a in x] != [(len(c), *A) for c in clips] or np.isinf(x).any():
                 raise ValueError(f"{x.shape} is not {len(clips)} clips x {len(clips[0])} frames x "
@@ -1787,17 +1673,16 @@ class VideoFolder:
         return len(self.clips)
 
     def __getitem__(self, i):
-        if self.order[0] != i // len(self):                        # drawn once per round of clips
-            rng = np.random.default_rng([self.seed, 0, i // len(self)])
-            self.order = i // len(self), rng.permutation(len(self))
-        order = self.order[1]
-        clip, moves = self.clips[order[i % len(self)]], self.moves[order[i % len(self)]]
+        turn, k = divmod(i, len(self))
+        if turn != self.turn:                                  # drawn once per round of clips
+            self.turn = turn
+            self.order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))
+        clip, moves = self.clips[self.order[k]], self.moves[self.order[k]]
         start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
         cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
         moves = np.full((len(clip), *self.actions), np.nan, np.float32) if moves is None else moves
         action = dict(action=torch.from_numpy(moves[cut])) if self.actions else {}
         return dict(video=from_uint8(clip[cut]), **action)
-
 
 # ==================================================================================================
 # 13. Models: presets, build, save, load

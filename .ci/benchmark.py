@@ -256,17 +256,17 @@ def marks(folder):
     dtype = train.pick_dtype("auto", device)
     if config.actions:
         return drive(denoiser, config, device, dtype)
-    print(world.report(train.sample(config, denoiser, 64, device, dtype, 2, autoencoder)))
+    print(train.report(world, train.sample(config, denoiser, 64, device, dtype, 2, autoencoder)))
     if autoencoder:
         print("real clips, made latents and back")
-        print(world.report(train.reconstruct(autoencoder, torch.stack([world[i]["video"] for i in range(64)]), device)))
+        print(train.report(world, train.reconstruct(autoencoder, torch.stack([world[i]["video"] for i in range(64)]), device)))
     if not autoencoder and (config.task == "image" or config.task == "predict" and sum(config.context[1:2])):
         animation(denoiser, config, dtype)
     if config.task == "image":
         return                                                   # it goes on from pictures alone
     for seed in (3, 1):
-        print(f"roll-outs, noise of seed {seed}", world.report(rolled(denoiser, config, 64, 4 * config.frames, autoencoder, seed)),
-              sep="\n", flush=True)
+        video = rolled(denoiser, config, 64, 4 * config.frames, autoencoder, seed)
+        print(f"roll-outs, noise of seed {seed}", train.report(world, video), sep="\n", flush=True)
     if config.task == "any" and not autoencoder:
         sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
         interpolation(denoiser, config, sigmas, dtype)
@@ -316,7 +316,7 @@ def long(folder, n=32):
     real = torch.stack([world[i]["video"] for i in range(256)])                                     # (256, T, 3, H, W)
     for times in (4, 16):
         video = rolled(denoiser, config, n, times * config.frames)
-        print(world.report(video))
+        print(train.report(world, video))
         for name, of in dict(brightness=lambda x: x.mean((2, 3, 4)), contrast=lambda x: x.std((2, 3, 4))).items():
             low, high = of(real).quantile(torch.tensor([0.005, 0.995]))
             inside = ((of(video) >= low) & (of(video) <= high)).float()                             # (n, length)
@@ -335,9 +335,9 @@ def drive(denoiser, config, device, dtype):
     action = torch.stack([world[i]["action"] for i in range(64)])                                   # (64, T, 6)
     made = [train.sample(config, denoiser, 64, device, dtype, seed=2, **told)
             for told in (dict(action=action), {}, dict(action=action.roll(1, 0)))]
-    print("told the commands", world.report(made[0], action), sep="\n")
-    print("told nothing", world.report(made[1]), sep="\n")
-    print("told other commands, from the same noise", world.report(made[2], action.roll(1, 0)), sep="\n")
+    print("told the commands", train.report(world, made[0], action), sep="\n")
+    print("told nothing", train.report(world, made[1]), sep="\n")
+    print("told other commands, from the same noise", train.report(world, made[2], action.roll(1, 0)), sep="\n")
     print(f"of these, frames that obey the old commands: {world.check(made[2], action)['obeys'].mean():.0%} (of unrelated "
           f"real clips: {world.check(torch.stack([world[i]['video'] for i in range(64)]), action.roll(1, 0))['obeys'].mean():.0%})")
 
