@@ -1094,16 +1094,17 @@ class VideoUNet(nn.Module):
         frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
         tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
         x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
-        skips = [x] * self.ddpm_layout
+        skips = [x] if self.ddpm_layout else []
         for layer in self.down:
             x = step(layer, x)
-            skips += [x] * (self.ddpm_layout or isinstance(layer, Block))
+            if self.ddpm_layout or isinstance(layer, Block):
+                skips.append(x)
         x = step(self.middle, x)
         x = step(self.middle_again, x) if self.ddpm_layout else x
         for layer in self.up:
-            if isinstance(layer, Block):                    # joined as pictures, (B T, C, H, W):
+            if isinstance(layer, Block):       # joined as pictures: channels stay last in memory
                 x = torch.cat([y.flatten(0, 1) for y in (x, skips.pop())], 1).unflatten(0, (B, T))
-            x = step(layer, x)                              # channels stay last in memory
+            x = step(layer, x)
         x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
         if self.detail is not None:
             x = self.output_detail(torch.cat([self.detail(frames), x], 1))
@@ -1391,12 +1392,12 @@ class MovingShapes:
     def check(self, videos):
         """Mark clips (B, T, 3, H, W) in [-1, 1]: a dict that tells of each law below if all shapes
         keep it, (B,); `passed`, if all are kept; kinds, colors, speeds as seen, (B, objects)."""
-        v, dark = np.clip((torch.as_tensor(videos).float().cpu().numpy() + 1) / 2, 0, 1), 0
-        B, T, _, H, W = v.shape
-        if self.objects == 2:      # a clip per channel: that of no shape is dark, the others are N
+        v = np.clip((torch.as_tensor(videos).float().cpu().numpy() + 1) / 2, 0, 1)
+        (B, T, _, H, W), dark = v.shape, 0
+        if self.objects == 2:                    # a clip per channel; the darkest one has no shape
             order = v.mean((1, 3, 4)).argsort(1)                                            # (B, 3)
             v = v[:, None] * np.eye(3, dtype=v.dtype)[order][:, :, None, :, None, None]
-            dark, v = v[:, 0].max((1, 2, 3, 4)), v[:, 1:].reshape(-1, T, 3, H, W)
+            dark, v = v[:, 0].max((1, 2, 3, 4)), v[:, 1:].reshape(-1, T, 3, H, W)  # N = 2 B of them
         light = np.clip((v.max(2) - 0.1) / 0.8, 0, 1)                # (N, T, H, W), 1 where covered
         rows, cols = light.max(3), light.max(2)                           # its shadows on two walls
         height, width = rows.sum(2), cols.sum(2)                                            # (N, T)
