@@ -534,9 +534,8 @@ SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=s
 
 @torch.no_grad()
 def invert_ddim(denoise, x, sigmas, iterations=1):
-    """sample_ddim backwards, from a clip to the x at sigmas[0] that leads to it: a step from s to t
-    is undone by solving y = x + (s - t) (y - denoise(y, s)) / s for y, from y = x. One iteration is
-    the usual inversion; more are closer."""
+    """sample_ddim backwards, from a clip to the x at sigmas[0] that leads to it. A step is undone
+    by solving y = x + (s - t) (y - denoise(y, s)) / s; from y = x, one iteration is usual."""
     for t, s in pairs(sigmas.flip(0)):
         y = x
         for _ in range(iterations):
@@ -555,10 +554,10 @@ def triangle(low, high, frames):
 
 def guided(denoise, scale, rescale=0.0, keep=()):
     """Context guidance: free + scale * (given - free), free being the estimate without condition
-    (Video LDM eq. 4). scale is a number or one per frame (T,), as in SVD and Vista; 1 is plain
-    conditional, 0 unconditional. It raises contrast; rescale, 0 to 1, is how far to go back to the
-    standard deviation of given (Lin et al. 2023, sec. 3.4: 0.7). Conditions that `keep` names stay
-    in free: given frames in Vista, ("context", "mask")."""
+    (Video LDM eq. 4). scale is a number or one per frame (T,); 1 is plain conditional, 0
+    unconditional. rescale, 0 to 1, is how far to undo the contrast it adds: at 1 to the standard
+    deviation of given (Lin et al. 2023, sec. 3.4: 0.7). keep names conditions that stay in free,
+    so are not guided by: ("context", "mask") in Vista."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
 
     def guided_denoise(x, sigma, **cond):
@@ -631,9 +630,8 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
     return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
 
 def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
-    """How sure the model is of what a condition leads to: exp(-variance), (B,), of `ensemble` > 1
-    clips from different noise (Vista's reward of actions: 5 of 10 steps). Compare conditions by
-    equal seeds. Other arguments as in generate."""
+    """exp(-variance), (B,), among `ensemble` clips from different noise: how sure the model is of
+    what a condition leads to (Vista's reward of actions: 5 of 10 steps). Compare equal seeds."""
     clips = [generate(denoiser, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
     return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
 
@@ -655,10 +653,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
     tail = noise(0, *chw) if context is None else context.to(noise(0))             # (B, n, C, H, W)
-    done = tail.shape[1]
-    fits = done in (0, T) if denoiser.takes_previous else \
-        done < T and (anchors < overlap < T or length <= T)
-    if not fits:
+    done, overlap = tail.shape[1], T if denoiser.takes_previous else overlap
+    if not (done in (0, T) if denoiser.takes_previous else
+            done < T and (anchors < overlap < T or length <= T)):
         raise ValueError(f"a window of {T} frames cannot go on: overlap is {overlap}, with "
                          f"{anchors} anchors, and context has {done} frames")
     if done:
@@ -671,8 +668,8 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             seen = F.pad(tail, (0, 0, 0, 0, 0, 0, 0, T - given))                   # (B, T, C, H, W)
             mask = (torch.arange(T, device=device) < given).float().expand(B, T)
             if context_noise:
-                hint = (torch.arange(T, device=device) >= anchors).expand(B, T)
-                seen, mask = augment(seen, mask, context_noise * hint, noise(*shape[1:]))
+                level = context_noise * (torch.arange(T, device=device) >= anchors)[None]   # (1, T)
+                seen, mask = augment(seen, mask, level, noise(*shape[1:]))
             cond = dict(context=seen, mask=mask)
         if action is not None:
             here = torch.arange(done - given, done - given + T)
@@ -687,15 +684,13 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
-        tail = window if denoiser.takes_previous else \
-            torch.cat([window[:, :anchors], window[:, anchors - overlap:]], 1)
+        tail = torch.cat([window[:, :anchors], window[:, anchors - overlap:]], 1)
         yield new
 
 def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
     """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), which stay as
-    they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM sec.
-    3.2). The denoiser must know such masks (task any of draw_mask). frames, the length of a window,
-    must be more than factor; other arguments as in rollout."""
+    they are: (B, factor (K - 1) + 1, C, H, W) (Video LDM sec. 3.2). The denoiser must know such
+    masks (task any of draw_mask); frames > factor, of a window; other arguments as in rollout."""
     B, K, *chw = key_frames.shape
     noise = clip_noise(seed, range(B) if clips is None else clips, key_frames.device)
     pieces, gaps = [key_frames[:, :1]], (frames - 1) // factor          # gaps filled per window
@@ -1159,9 +1154,9 @@ def trainable(model, parts=("all",)):
 # ==================================================================================================
 
 class EMA:
-    """The moving average of a model's weights, in float32: .update(model) after every optimiser
-    step, sample from .model. Update n keeps min(decay, (1 + n) / (10 + n)) of it: a warm-up that
-    makes it of use from the first steps on. Buffers are copied."""
+    """The moving average of a model's weights, in float32: .update(model) after every step, sample
+    from .model. Update n keeps min(decay, (1 + n) / (10 + n)) of it, a warm-up that makes it of use
+    from the first steps on. Buffers are copied."""
 
     def __init__(self, model, decay=0.999):
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
