@@ -215,6 +215,8 @@ def main(argv=None):
                              f"{T} frames")
         context = read_context(o.context, config, autoencoder, least=o.context_frames or 1)    # (K, C, H, W)
         context = context[-(o.context_frames or 0):]
+        if len(context) < 2:
+            raise ValueError(f"--interpolate fills in between frames, but --context gives {len(context)}: expected 2 or more")
         length = math.prod(o.interpolate) * (len(context) - 1) + 1
     elif hints:
         small = None if config.task == "image" else [n // 4 for n in config.size]

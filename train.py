@@ -144,7 +144,7 @@ LIMITS = {("1 or more", 1, MOST): "steps batch frames stride rates size channels
 
 
 def check(options, config):
-    """Refuse settings that nothing could run with, or that would do nothing: vdm.build sees to the others."""
+    """Refuse settings that nothing could run with, or that would do nothing. Names and sizes that do not fit: vdm.build."""
     for expected, names in LIMITS.items():
         limit(names, *expected, config, options)
     if config.sigma_min >= config.sigma_max:
@@ -154,7 +154,8 @@ def check(options, config):
                  sigma_data=("edm" in (config.kind, config.weighting), "--kind edm or --weighting edm"),
                  mean=(config.schedule == "lognormal", "--schedule lognormal"),
                  std=(config.schedule == "lognormal", "--schedule lognormal"),
-                 offset_per_frame=(config.offset, "--offset above 0"), rank=(config.adapters, "--adapters"),
+                 offset_per_frame=(config.offset, "--offset above 0"), dynamics_toy=(config.dynamics, "--dynamics above 0"),
+                 independent=(config.give == "per_frame", "--give per_frame"), rank=(config.adapters, "--adapters"),
                  context=(not (config.previous and sum(config.context[1:])), "a run without --previous"),
                  joint_weight=(config.previous, "--previous"),
                  given_noise=(sum(config.context[1:]) and not config.previous, "--context with odds of given frames"),
@@ -165,6 +166,24 @@ def check(options, config):
     for name, (met, need) in needs.items():
         if name in options.given and not met and not options.resume:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
+    p, concat, noisy = config.context, config.give == "concat", config.context_noise
+    whole = config.previous or not sum(p[1:])                          # no single frames are given
+    for wrong, sentence in (
+            (len(p) > config.frames or not sum(p), f"--context is {p}: expected odds of 0, 1, 2 ... given frames, of which a "
+             f"window of {config.frames} has room for {config.frames - 1}"),
+            (config.task != "predict" and (whole or config.frames < 3), f"--task is {config.task}: it needs 3 --frames or more, "
+             f"odds in --context, {p}, that some are given, and no --previous"),
+            (config.task in ("image", "upsample") and not (concat and noisy),
+             f"--task is {config.task}: it needs --give concat, and --context-noise above 0"),
+            (config.task == "upsample" and (config.factor or any(n % 4 for n in config.size)),
+             f"--size is {config.size}: --task upsample needs multiples of 4, of pixels: --factor 0"),
+            (noisy and config.give == "replace", "--give replace needs --context-noise 0"),
+            (whole and (noisy or not (concat or config.independent)) or config.previous and config.independent,
+             "without single given frames (--previous, or --context 1) neither --give nor --context-noise does anything"),
+            (len(config.mode_drop) not in (1, len(config.actions)), f"--mode-drop is {config.mode_drop}: expected one for all "
+             f"modes of --actions, {config.actions}, or one for each")) if options.stage == "diffusion" else ():
+        if wrong:
+            raise ValueError(sentence)
     if options.given.get("overlap", 0) >= config.frames:
         raise ValueError(f"--overlap is {config.overlap}, expected less than --frames, {config.frames}: or a window had nothing new")
     levels = [2 ** n for n in range(len(config.mults))]

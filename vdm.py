@@ -32,15 +32,10 @@ Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or 
        label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; NaN: untold
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
-Papers DDPM: Ho et al. 2020, arXiv 2006.11239        DDIM: Song et al. 2020, 2010.02502
-       VDM: Ho et al. 2022, 2204.03458               StreamingT2V: Henschel et al. 2024, 2403.14773
-       EDM: Karras et al. 2022, 2206.00364           DPM-Solver++: Lu et al. 2022, 2211.01095
-       Make-A-Video: Singer et al. 2022, 2209.14792  Video LDM: Blattmann et al. 2023, 2304.08818
-       SVD: Blattmann et al. 2023, 2311.15127        PVDM: Yu et al. 2023, 2302.07685
-       min-SNR: Hang et al. 2023, 2303.09556         Vista: Gao et al. 2024, 2405.17398
-       diffusion forcing: Chen et al. 2024, 2407.01392   JiT: Li and He 2025, 2511.13720
-       FVDM: Liu et al. 2024, 2410.03160             GameNGen: Valevski et al. 2024, 2408.14837
-       LoRA: Hu et al. 2021, 2106.09685              SimDA: Xing et al. 2023, 2308.09710
+arXiv  DDPM 2006.11239, DDIM 2010.02502, LoRA 2106.09685, VDM 2204.03458, EDM 2206.00364,
+       Make-A-Video 2209.14792, DPM-Solver++ 2211.01095, PVDM 2302.07685, min-SNR 2303.09556,
+       Video LDM 2304.08818, SimDA 2308.09710, SVD 2311.15127, Vista 2405.17398, JiT 2511.13720,
+       StreamingT2V 2403.14773, diffusion forcing 2407.01392, GameNGen 2408.14837, FVDM 2410.03160
 """
 
 import copy
@@ -61,10 +56,9 @@ from einops import rearrange, repeat
 # ==================================================================================================
 # 1. Config
 # ==================================================================================================
-# One dataclass holds every number of a run; train.py makes a flag of each field, with its comment
-# as help. No class below reads it: they take plain arguments, and build(config), at the very end,
-# hands them over. The defaults are those of the toy world, the preset `tiny`: skim them now, and
-# come back. The presets of the papers' models are in section 13.
+# Every number of a run; train.py makes a flag of each field, with its comment as help. No class
+# below reads it: they take plain arguments, which build(config) hands over, in section 13, with the
+# presets of the papers' models. The defaults are the preset `tiny`: skim them, and come back.
 
 @dataclasses.dataclass
 class Config:
@@ -160,41 +154,35 @@ class Config:
 # ==================================================================================================
 # 2. Noise: how much, and of which kind
 # ==================================================================================================
-# Everything is said in one variable: x = clean + sigma * noise. The z of the DDPM papers is the
-# same thing at a scale that keeps its variance: z = x / sqrt(1 + sigma^2) = alpha clean + sigma_z
-# noise, so that SNR = alpha^2 / sigma_z^2 = 1 / sigma^2 and logSNR = -2 log sigma. A schedule is
-# then a rising curve sigma(u): train at sigma(random u), sample from large sigma down to 0.
+# Everything is said in one variable: x = clean + sigma * noise. The z of the DDPM papers is x at a
+# scale that keeps its variance: z = x / sqrt(1 + sigma^2) = alpha clean + sigma_z noise, so that
+# SNR = alpha^2 / sigma_z^2 = 1 / sigma^2 and logSNR = -2 log sigma. A schedule is then a rising
+# curve sigma(u): train at sigma(random u), sample from large sigma down to 0.
 
 def expand(sigma, x):
-    """Give sigma (B,) or (B, T) the trailing axes it needs to multiply a clip x (B, T, C, H, W)."""
+    """sigma (B,) or (B, T) with the trailing axes it needs to multiply a clip (B, T, C, H, W)."""
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
-
 def from_betas(u, betas):
-    """sigma(u) of a discrete DDPM schedule: abar_t = prod(1 - beta), sigma_t^2 = (1 - abar_t) /
-    abar_t (DDPM eq. 4), with straight lines in log sigma between the steps."""
+    """sigma(u) of a DDPM schedule: abar_t = prod(1 - beta), sigma_t^2 = (1 - abar_t) / abar_t (DDPM
+    eq. 4), with straight lines in log sigma between the steps."""
     abar = np.cumprod(1 - betas)
     log_sigma = 0.5 * (np.log1p(-abar) - np.log(abar))
     log_sigma = np.interp(u.double().cpu().numpy(), np.linspace(0, 1, len(betas)), log_sigma)
     return torch.as_tensor(np.exp(log_sigma), dtype=torch.float32, device=u.device)
 
-
 def linear(u, start=1e-4, end=0.02, steps=1000):
     """beta rises in a straight line (DDPM)."""
     return from_betas(u, np.linspace(start, end, steps))
 
-
 def scaled_linear(u, start=0.0015, end=0.0195, steps=1000):
-    """sqrt(beta) rises in a straight line: PVDM's numbers; Stable Diffusion has 0.00085 and 0.012.
-    Beware: the configuration files of latent diffusion call this one "linear"."""
+    """sqrt(beta) does (PVDM; SD: 0.00085, 0.012). Beware: latent diffusion's files say "linear"."""
     return from_betas(u, np.linspace(start ** 0.5, end ** 0.5, steps) ** 2)
-
 
 def cosine(u, logsnr_max=20.0):
     """logSNR = -2 log tan(a u + b), from logsnr_max to -logsnr_max (VDM app. A)."""
     b = math.atan(math.exp(-logsnr_max / 2))
     return torch.tan((math.pi / 2 - 2 * b) * u.double() + b).float()
-
 
 def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
     """abar(u) falls from 1 to 0 along a piece of a logistic curve (Jabri et al. 2022)."""
@@ -203,33 +191,27 @@ def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
     sigma = ((here - first) / (last - here)).sqrt()                    # sqrt((1 - abar) / abar)
     return sigma.clamp(math.exp(-logsnr_max / 2), math.exp(logsnr_max / 2)).float()
 
-
 def lognormal(u, mean=-1.2, std=1.2):
     """log sigma ~ Normal(mean, std) for uniform u (EDM; SVD and Vista at full size: 1.0, 1.6)."""
     return torch.exp(mean + std * torch.special.ndtri(u.double())).float()
 
-
 SCHEDULES = dict(linear=linear, scaled_linear=scaled_linear, cosine=cosine, sigmoid=sigmoid,
                  lognormal=lognormal)
 
-
 def resolution_shift(sigma, size, base=64):
-    """Use a schedule made for base x base frames at size (H, W). Neighbouring pixels of a larger
-    frame repeat each other, so the same damage needs more noise: logSNR + 2 log(base / size)."""
+    """A schedule made for base x base frames, at size (H, W): logSNR + 2 log(base / size), for
+    neighbouring pixels of a larger frame repeat each other, so the same damage needs more noise."""
     return sigma * math.sqrt(size[0] * size[1]) / base
-
 
 def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """(n + 1,) falling levels for a sampler, even in sigma^(1 / rho); the last is 0 (EDM eq. 5)."""
     roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n)
     return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
-
 def stratified(n):
-    """(n,) numbers, each uniform in (0, 1), that together cover it evenly: a batch that sees all
-    noise levels has a less noisy gradient (Kingma et al. 2021, app. I)."""
+    """(n,) uniform numbers in (0, 1) that together cover it evenly: a batch that sees all noise
+    levels has a less noisy gradient (Kingma et al. 2021, app. I)."""
     return ((torch.rand(1) + torch.arange(n) / n) % 1).clamp(1e-5, 1 - 1e-5)
-
 
 def independent_levels(u, frames, chance):
     """u (n,), one level per clip -> (n, frames): with this chance every frame of a clip draws its
@@ -237,39 +219,30 @@ def independent_levels(u, frames, chance):
     own = torch.rand(len(u), frames).clamp(1e-5, 1 - 1e-5)
     return torch.where(torch.rand(len(u), 1) < chance, own, u[:, None])
 
-
 def offset_noise(noise, strength, per_frame=False):
-    """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn once per clip and
-    channel or, with per_frame, per frame and channel (the Vista code, strength 0.02).
-
-    White noise hardly moves the mean of a picture, so a network never learns to move it; this
-    teaches it. For training alone. Small frames need more: there white noise already moves the mean
-    by 1 / sqrt(H W)."""
+    """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn per clip and channel
+    or, with per_frame, per frame and channel (the Vista code: 0.02; small frames need more). For
+    training alone: white noise hardly moves the mean of a picture, which is thus never learnt."""
     B, T, C = noise.shape[:3]
     part = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
     return noise + strength * part
 
-
 def scalings(sigma, kind, sigma_data=0.5):
-    """c_skip, c_out, c_in, c_noise, all of sigma's shape, such that the clean estimate is
+    """c_skip, c_out, c_in, c_noise, of sigma's shape, by which the clean estimate is
     c_skip x + c_out net(c_in x, c_noise). kind says what the network's output is:
 
-    eps  the noise: clean = x - sigma eps (DDPM)
+    eps  the noise (DDPM)
     v    alpha noise - sigma_z clean: the noise at small sigma, minus the clip at large (VDM)
     edm  minus v, for data of standard deviation sigma_data (EDM table 1)
-    x0   the clean clip itself. Noise has no structure that a narrow network could squeeze through,
-         clips have: the choice where a token holds many pixels, as 4 x 4 patches do (JiT)"""
-    c_noise = sigma.clamp(min=1e-4).log() / 4                          # a clean frame has sigma 0
+    x0   the clean clip: the choice where a token holds many pixels, as 4 x 4 patches do, for noise
+         has no structure that a narrow network could squeeze through, clips have (JiT)"""
     data = sigma_data if kind == "edm" else 1.0
     root = (sigma ** 2 + data ** 2).sqrt()
-    choices = dict(eps=(torch.ones_like(sigma), -sigma),
-                   v=(1 / root ** 2, -sigma / root),
-                   x0=(torch.zeros_like(sigma), torch.ones_like(sigma)),
-                   edm=(data ** 2 / root ** 2, sigma * data / root))
-    if kind not in choices:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(choices)}")
-    return *choices[kind], 1 / root, c_noise
-
+    c_skip, c_out = dict(eps=(torch.ones_like(sigma), -sigma),
+                         v=(1 / root ** 2, -sigma / root),
+                         x0=(torch.zeros_like(sigma), torch.ones_like(sigma)),
+                         edm=(data ** 2 / root ** 2, sigma * data / root))[kind]
+    return c_skip, c_out, 1 / root, sigma.clamp(min=1e-4).log() / 4    # a clean frame has sigma 0
 
 # ==================================================================================================
 # 3. The denoiser
@@ -278,44 +251,30 @@ def scalings(sigma, kind, sigma_data=0.5):
 class Denoiser(nn.Module):
     """forward(x, sigma, context, mask, previous, **cond) -> the clean estimate (B, T, C, H, W).
 
-    x         noisy clip (B, T, C, H, W): clean + sigma * noise
-    sigma     (B,), or (B, T) where every frame has its own (diffusion forcing)
-    context   frames (B, T, C, H, W) and mask (B, T). 1: the frame is given, comes back untouched,
-              and so has no loss. 0: it is not, context is not read there. Between, a hint: context
-              has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
-    previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
-    cond      for the network, as it is: label (B,), action (B, T, A)
+    sigma is (B,), or (B, T) where every frame has its own (diffusion forcing). context
+    (B, T, C, H, W) is read where mask (B, T) is not 0: at 1 a frame is given, so it comes back
+    untouched, without loss; between, it is a hint, with noise of level 1 / mask - 1 on it
+    (augment), of a frame that is still estimated. previous is the whole clip before, as more
+    channels (PVDM sec. 3.3). cond goes to the network: label (B,), action (B, T, A). Zeros stand
+    for what is not there.
 
-    give says how net(inputs, c_noise), with c_noise (B, T), is shown the context:
-
-    concat     as more channels, context and mask (Video LDM sec. 3.2: of the temporal layers; SVD:
-               of the input), with the c_noise of clean frames
-    replace    in the place of the noisy frames and scaled like them, so that at large sigma little
-               is left of it; net(inputs, c_noise, given (B, T)) tells them apart; no hints (Vista)
-    per_frame  in their place, each frame with its own sigma: 0, or a hint's (FVDM)
-
-    inputs are (B, T, C, H, W), with concat C + 1 channels more, with previous=True C more. Zeros
-    stand for a condition that is not there (Video LDM, PVDM)."""
+    give says how net(inputs, c_noise (B, T)) is shown the context:
+    concat     with its mask, as C + 1 more channels, at c_noise of clean frames (Video LDM, SVD)
+    replace    in the place of x, scaled like x, marked by given=(B, T); no hints (Vista)
+    per_frame  in the place of x, each frame at its own sigma (FVDM)"""
 
     def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat"):
         super().__init__()
-        if give not in ("concat", "replace", "per_frame"):
-            raise ValueError(f"give is {give!r}, expected concat, replace or per_frame")
+        assert give in ("concat", "replace", "per_frame"), give
         self.net, self.kind, self.sigma_data, self.takes_previous = net, kind, sigma_data, previous
         self.give = give
 
     def forward(self, x, sigma, context=None, mask=None, previous=None, **cond):
-        if previous is not None and not self.takes_previous:
-            raise ValueError("previous was given, but this model was built with previous=False")
-        if (context is None) != (mask is None) or \
-                any(given is not None and given.shape != x.shape for given in (context, previous)):
-            raise ValueError(f"expected context and mask or neither, and context and previous of "
-                             f"the shape of x, {tuple(x.shape)}")
+        assert (context is None) == (mask is None), "context needs a mask"
+        assert previous is None or self.takes_previous, "this model was built with previous=False"
         if sigma.ndim == 1:
             sigma = sigma[:, None].expand(x.shape[:2])                                      # (B, T)
         mask = torch.zeros_like(sigma) if mask is None else mask.to(x)                      # (B, T)
-        if self.give == "replace" and ((mask > 0) & (mask < 1)).any():
-            raise ValueError("give is 'replace' and knows no hints: mask must be 0 or 1")
         given = expand(mask, x)                                                    # (B, T, 1, 1, 1)
         context = torch.zeros_like(x) if context is None else torch.where(given > 0, context, 0)
         if self.give != "concat":
@@ -336,35 +295,26 @@ class Denoiser(nn.Module):
         clean = expand(c_skip, x) * x + expand(c_out, x) * output
         return torch.where(given == 1, context, clean)
 
-
 # ==================================================================================================
 # 4. Losses
 # ==================================================================================================
 
 def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
-    """Weight of the squared error of the clean estimate, of sigma's shape. With SNR = 1 / sigma^2:
-
-    x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: the plain squared error of that output
-    min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)"""
+    """Weight of the squared error of the clean estimate, of sigma's shape: x0, eps, v or edm make
+    it the plain squared error of that output; min_snr is eps, at most gamma, so that small, easy
+    noise levels do not drown the rest (min-SNR). SNR is 1 / sigma^2."""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
-    weights = dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
-                   min_snr=snr.clamp(max=gamma))
-    if weighting not in weights:
-        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}, or a "
-                         "Balance")
-    return weights[weighting]
-
+    return dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
+                min_snr=snr.clamp(max=gamma))[weighting]
 
 class Balance(nn.Module):
-    """Weights by which all cases pull equally: every squared error is divided by a running mean of
-    its kind. A kind is one of 16 octaves of sigma, frames given or none, one frequency in time (of
-    discrete cosines, from what stands still to what flickers). At high noise nearly all of the
-    error is about where things are, which cannot be known; it would drown the error about how they
-    move. EDM2 learns such weights per noise level (Karras et al. 2023).
+    """Weights by which all cases pull equally: a squared error is divided by the running mean of
+    its kind, which is one of 16 octaves of sigma, frames given or none, one frequency in time (of
+    discrete cosines). Else, at high noise, the error about where things are, which cannot be known,
+    drowns that about how they move. EDM2 learns such weights per noise level (Karras et al. 2023).
 
-    sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
-    (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames. With hold
-    the mean waits for fold(), called once per step when a batch comes in parts."""
+    sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, their weights (B, T);
+    with sigma (B, T), by frame. With hold the mean waits for fold(), after all parts of a batch."""
 
     def __init__(self, frames, rate=0.1):
         super().__init__()
@@ -380,11 +330,11 @@ class Balance(nn.Module):
                 error = (self.waves @ error.float().flatten(2)).view_as(error)
         squares = error ** 2                                                       # (B, T, C, H, W)
         with torch.no_grad():
-            octave = (sigma.log2().round() + 4).clamp(0, 15).long()                # (B,) or (B, T)
-            row = expand(octave + 16 * expand(given, sigma).long(), squares[:, :, 0, 0, 0])
+            level = sigma.reshape(len(sigma), -1)                                # (B, 1) or (B, T)
+            row = (level.log2().round() + 4).clamp(0, 15).long() + 16 * given[:, None]
             cell = row * error.shape[1] + torch.arange(error.shape[1], device=row.device)   # (B, T)
             weight = 1 / self.mean.flatten().clamp(min=1e-6)[cell]
-            learns = expand(sigma > 0, cell).expand_as(cell)        # what is given has no error
+            learns = (level > 0).expand_as(cell)                        # what is given has no error
             size = squares.float().mean((2, 3, 4))[learns]
             self.seen = self.seen + torch.stack([                                       # (2, 32, T)
                 cell[learns].bincount(w, self.mean.numel()).view_as(self.mean)
@@ -398,35 +348,27 @@ class Balance(nn.Module):
         self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
         self.seen = 0
 
-
 def dynamics_weight(estimate, clean, toy=False):
-    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 in the first frame, then
-    1 + the squared error of the change since the frame before, which is made a vector of length 1
-    per clip and channel. It has no gradient.
-
-    If n errors are Gaussian this adds 1 / sqrt(3 n) on average, 0.007 for 8 frames of 32 x 32, so
-    that only the few worst places gain. toy, which is ours: mean 1 instead of length 1."""
+    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 + the squared error of
+    the change since the frame before, made a vector of length 1 per clip and channel. On average it
+    adds 1 / sqrt(3 n) for n Gaussian errors, 0.007 for 8 frames of 32 x 32; toy (ours) adds 1."""
     wrong = (estimate - clean).detach().float().diff(dim=1) ** 2               # (B, T - 1, C, H, W)
     size = wrong.mean((1, 3, 4), True) if toy else wrong.norm(2, (1, 3, 4), True)  # (B, 1, C, 1, 1)
     return 1 + F.pad(wrong / size.clamp(min=1e-12), (0,) * 6 + (1, 0))
 
-
 def high_pass(x, cut=0.25):
     """Edges and texture of every frame of x (..., H, W), float32: without the frequencies (f, g)
-    where f^2 + g^2 <= 2 cut, 1 being the highest on an axis (Vista: 39 % of them, the mean too).
-    Any H and W; Vista's own mask is half a step off centre if one is odd."""
+    where f^2 + g^2 <= 2 cut, 1 being the highest on an axis (Vista: 39 % of them, the mean too)."""
     f, g = torch.fft.fftfreq(x.shape[-2], 0.5), torch.fft.rfftfreq(x.shape[-1], 0.5)
     keep = f[:, None] ** 2 + g ** 2 > 2 * cut + 1e-6        # (H, W // 2 + 1); rounding moves no tie
     return torch.fft.irfft2(torch.fft.rfft2(x.float()) * keep.to(x.device), x.shape[-2:])
 
-
 def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.5, gamma=5.0,
                    dynamics=0.0, dynamics_toy=False, structure=0.0, **cond):
     """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
-    scalar, and by name its parts, of sigma's shape, whose sum the weight multiplies: `error`, the
-    plain squared error, and what Vista adds at these strengths, `dynamics` and `structure`. clean
-    and noise are (B, T, C, H, W), sigma (B,) or (B, T); weighting is a name or a Balance.
-    Prediction: pass context=clean, a mask."""
+    scalar, and its parts before the weight, of sigma's shape: `error` and what Vista adds at these
+    strengths, `dynamics` and `structure`. clean, noise (B, T, C, H, W); sigma (B,) or (B, T);
+    weighting: a name or a Balance; cond: context=clean and a mask, to learn prediction."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
     error = estimate - clean                                                       # (B, T, C, H, W)
     parts = dict(error=error ** 2)
@@ -447,7 +389,6 @@ def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.
         loss = expand(weight, clean) * squares + more
     return loss.mean(), {name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
 
-
 def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     """PVDM eq. 9: share * (loss given the clip before) + (1 - share) * (loss given nothing), so
     that one network both starts a video and continues it. Arguments as in diffusion_loss."""
@@ -456,13 +397,10 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     parts_free |= {f"{name}_given": part for name, part in parts.items()}
     return share * goes_on + (1 - share) * free, parts_free
 
-
 def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
-    """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) from elsewhere (VDM sec.
-    3.1), the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
-    attention, so that each sees itself alone. That is a clip of one frame, which is what we make of
-    it, at the noise level of its clip; it is told nothing. sigma is (B,), noise (B, T + N, C, H, W)
-    and weighting a name; other arguments as in diffusion_loss."""
+    """VDM sec. 3.1: the mean over the T + N frames of clips (B, T, C, H, W) and of pictures from
+    elsewhere (B, N, C, H, W), each a clip of one frame at the level of its clip, told nothing.
+    sigma (B,), noise (B, T + N, C, H, W), weighting a name; other arguments as diffusion_loss."""
     T, N = clean.shape[1], images.shape[1]
     plain = {k: v for k, v in options.items() if k in ("weighting", "sigma_data", "gamma")}
     video, parts = diffusion_loss(denoiser, clean, sigma, noise[:, :T], **options)
@@ -470,68 +408,55 @@ def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
     image, _ = diffusion_loss(denoiser, alone, sigma.repeat_interleave(N), noise, **plain)
     return (T * video + N * image) / (T + N), parts
 
-
 def draw_mask(batch, frames, probabilities, task="predict"):
     """mask (B, T), 1 where a frame is given. n is drawn from 0, 1, 2 ... with these probabilities;
-    where it is 0 no frame is given: that estimate guidance needs. Elsewhere, with task
-
-    predict  the first n: prediction (Video LDM), from 1 the animation of a picture
-    ends     the first and the last (PixelDance)
-    any      every frame with a chance that is itself drawn from (0, 1), at least one, never all: a
-             model that predicts, interpolates, fills gaps (flexible diffusion, Harvey et al. 2022)
-    image    every frame, and so with upsample: draw_context says what is then shown of them"""
+    where it is 0 no frame is given, as guidance needs. Elsewhere, with task predict the first n are
+    (Video LDM), with ends the first and the last (PixelDance), with any 1 to T - 1 by chance
+    (Harvey et al. 2022), with image and upsample all are, as draw_context makes them."""
     n = torch.multinomial(torch.tensor(probabilities, dtype=torch.float32), batch, replacement=True)
+    some = (n > 0)[:, None].expand(batch, frames)                                          # (B, T)
     if task == "predict":
-        mask = torch.arange(frames) < n[:, None]                                           # (B, T)
-    elif task == "ends":
-        mask = (torch.arange(frames) % (frames - 1) == 0) & (n > 0)[:, None]
-    elif task == "any":
+        return (torch.arange(frames) < n[:, None]).float()
+    if task == "ends":
+        return (some & (torch.arange(frames) % (frames - 1) == 0)).float()
+    if task == "any":
         order = torch.rand(batch, frames).argsort(1).argsort(1)              # 0 ... T - 1, mixed
-        mask = (order < torch.randint(1, frames, (batch, 1))) & (n > 0)[:, None]
-    elif task in ("image", "upsample"):
-        mask = (n > 0)[:, None].expand(-1, frames)
-    else:
-        raise ValueError(f"task is {task!r}, expected predict, ends, any, image or upsample")
-    return mask.float()
-
+        return (some & (order < torch.randint(1, frames, (batch, 1)))).float()
+    if task in ("image", "upsample"):
+        return some.float()
+    raise ValueError(f"task is {task!r}, expected predict, ends, any, image or upsample")
 
 def augment(context, mask, sigma, noise):
-    """Noise augmentation: put noise of level sigma, (B,) or (B, T), on context and write that level
-    into the mask, where the network reads it -> context, mask. Trained so, a model takes what it is
-    given for a hint, and forgives faults of another model or its own (Imagen Video; GameNGen)."""
+    """Put noise of level sigma, (B,) or (B, T), on context and write that level into the mask,
+    where the network reads it -> context, mask: it learns to take what it is given for a hint, and
+    forgives faults of another model or its own (noise augmentation: Imagen Video; GameNGen)."""
     return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
 
-
 def draw_context(clean, mask, task="predict", sigma=None, noise=None, anchors=0):
-    """context (B, T, C, H, W) to train on clean (B, T, C, H, W), and the mask (B, T) of draw_mask:
-    as augment gives both where sigma (B,) and noise are passed, but for the first `anchors` frames.
-    Two tasks need them:
-
-    image     the first frame is given; on every other it stands, noised once, as a hint (SVD)
-    upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
+    """What to show of clean (B, T, C, H, W) where mask (B, T) says so -> context, mask; with sigma
+    (B,) and noise, augmented but for the first `anchors` frames. With task image, in every frame
+    the first one, noised once, but clean in its own place (SVD); with upsample each frame, shrunk 4
+    times and enlarged again (Video LDM, Imagen Video)."""
     mask, context = mask.to(clean), clean
     if task == "image":
-        context = clean[:, :1].expand_as(clean)
-        noise = noise if noise is None else noise[:, :1].expand_as(clean)
+        context, anchors = clean[:, :1].expand_as(clean), max(anchors, 1)
     elif task == "upsample":
         small = F.interpolate(clean.flatten(0, 1), scale_factor=1 / 4, mode="area")
         context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
     if sigma is None:
         return context, mask
-    clear = max(anchors, int(task == "image"))                        # frames shown without noise
-    hint = torch.arange(mask.shape[1], device=mask.device) >= clear                          # (T,)
+    hint = torch.arange(mask.shape[1], device=mask.device) >= anchors                        # (T,)
+    noise = noise[:, :1] if task == "image" else noise
     return augment(context, mask, sigma[:, None] * hint, noise)
 
-
 def drop_modes(action, sizes, rate, mode_rates):
-    """Withhold (set to NaN) parts of action (B, T, A), A = sum(sizes), for whole clips: all of it
-    with odds `rate`, so that guidance has an estimate without, and each mode on its own with odds
-    mode_rates, one or one each, so that any may be left out (Vista sec. 3.2: 0 and 0.15)."""
+    """Set parts of action (B, T, A), A = sum(sizes), to NaN, which is untold, for whole clips: all
+    of it with odds `rate`, as guidance needs, and each mode with odds mode_rates, one or one each
+    (Vista sec. 3.2: 0 and 0.15)."""
     u = torch.rand(len(action), 1 + len(sizes))                                    # (B, 1 + modes)
     keep = (u[:, :1] >= rate) & (u[:, 1:] >= torch.as_tensor(mode_rates))              # (B, modes)
     keep = keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action.device)    # (B, 1, A)
     return action.where(keep, math.nan)                                                # (B, T, A)
-
 
 # ==================================================================================================
 # 5. Samplers
@@ -544,11 +469,9 @@ def constant(sigma, x):
     """The same noise level (a number) for every clip of x: (B,)."""
     return torch.full((len(x),), float(sigma), device=x.device)
 
-
 def pairs(sigmas):
     """The pairs of numbers (from, to) of neighbours in sigmas."""
     return zip(sigmas[:-1].tolist(), sigmas[1:].tolist())
-
 
 @torch.no_grad()
 def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
@@ -563,7 +486,6 @@ def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
             x = x + math.sqrt(low ** (1 - gamma) * high ** gamma) * randn(x)
     return x
 
-
 @torch.no_grad()
 def sample_ddim(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     """DDIM eq. 12. eta 0: deterministic, Euler's method in sigma; eta 1: the same as DDPM."""
@@ -574,7 +496,6 @@ def sample_ddim(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
         if fresh > 0:
             x = x + fresh * randn(x)
     return x
-
 
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, randn=None):
@@ -588,7 +509,6 @@ def sample_heun(denoise, x, sigmas, randn=None):
         ahead = x + (t - s) * slope
         x = x + (t - s) * (slope + (ahead - denoise(ahead, constant(t, x))) / t) / 2
     return x
-
 
 @torch.no_grad()
 def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
@@ -609,17 +529,13 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
         last, h_last = clean, h
     return x
 
-
 SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=sample_dpmpp_2m,
                 dpmpp_2m_sde=partial(sample_dpmpp_2m, eta=1.0))
 
-
 @torch.no_grad()
 def invert_ddim(denoise, x, sigmas, iterations=1):
-    """Walk sample_ddim backwards: from a clip to the x at sigmas[0] from which it would reach it.
-
-    A step from s to t is undone by solving y = x + (s - t) (y - denoise(y, s)) / s for y. Starting
-    at y = x, one iteration is the usual inversion (target level, source clip); more are closer."""
+    """sample_ddim backwards, from a clip to the x at sigmas[0] that leads to it. A step is undone
+    by solving y = x + (s - t) (y - denoise(y, s)) / s; from y = x, one iteration is usual."""
     for t, s in pairs(sigmas.flip(0)):
         y = x
         for _ in range(iterations):
@@ -627,25 +543,21 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
         x = y
     return x
 
-
 # ==================================================================================================
 # 6. Generation
 # ==================================================================================================
 
 def triangle(low, high, frames):
     """Guidance scales (T,) that rise towards the middle and fall again, so that the windows of long
-    videos do not over-saturate more and more (Vista, by its code; eq. 9 falls to 1 a frame later).
-    With an even T none quite is high. (SVD's just rise: torch.linspace(low, high, T).)"""
+    videos do not over-saturate more and more (Vista, by its code). SVD's rise: torch.linspace."""
     return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
 
-
 def guided(denoise, scale, rescale=0.0, keep=()):
-    """Context guidance: free + scale * (given - free), where free is the estimate without condition
-    (Video LDM eq. 4; classifier-free guidance). scale is a number, or one per frame (T,) as in SVD
-    and Vista; 1 is the plain conditional estimate, 0 the unconditional one. Guidance raises
-    contrast; rescale, from 0 to 1, takes that share of the way back to the standard deviation of
-    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7). The conditions that
-    `keep` names stay in free: Vista keeps given frames, ("context", "mask")."""
+    """Context guidance: free + scale * (given - free), free being the estimate without condition
+    (Video LDM eq. 4). scale is a number or one per frame (T,); 1 is plain conditional, 0
+    unconditional. rescale, 0 to 1, is how far to undo the contrast it adds: at 1 to the standard
+    deviation of given (Lin et al. 2023, sec. 3.4: 0.7). keep names conditions that stay in free,
+    so are not guided by: ("context", "mask") in Vista."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
 
     def guided_denoise(x, sigma, **cond):
@@ -659,13 +571,11 @@ def guided(denoise, scale, rescale=0.0, keep=()):
 
     return guided_denoise
 
-
 def temporally_guided(denoise, scale):
-    """Guidance by what frames tell each other: together + (scale - 1) * change, where change is the
-    part that varies over time of (together - alone), and alone is the estimate by the same model
-    without its temporal layers: denoise must take temporal=0, as VideoUNet does and --images
-    teaches it. Exaggerating the mean over time as well, as plain guidance would, makes things
-    larger, slower (our form; related: skip guidance, 2411.18664)."""
+    """Guidance by what frames tell each other: together + (scale - 1) * change, where change is
+    together - alone, less its mean over time, which would make things larger and slower. alone is
+    the estimate without temporal layers: denoise must take temporal=0, as --images teaches
+    VideoUNet (our form; cf. skip guidance, 2411.18664)."""
 
     def guided_denoise(x, sigma, **cond):
         together = denoise(x, sigma, **cond)
@@ -676,12 +586,10 @@ def temporally_guided(denoise, scale):
 
     return guided_denoise
 
-
 def reconstruction_guided(denoise, context, mask, weight=1.0):
-    """Frames given to a model that was never trained to be given any (VDM sec. 3.1): where mask is
-    1 the estimate is context, so that samplers keep x there at context + sigma noise; elsewhere it
-    moves to where the network, too, would estimate context there. Costs a backward pass; weight
-    above 1 moves more; 0 is mere replacement, whose new frames do not fit the old."""
+    """Frames given to a model never trained to be given any (VDM sec. 3.1): where mask is 1 the
+    estimate is context, elsewhere it moves to where the network, too, would estimate context there,
+    at the cost of a backward pass. Weight 0 is mere replacement, whose new frames do not fit."""
     # With x_a given: E[x_b | z, x_a] = E[x_b | z] + (sigma_z^2 / alpha) grad_{z_b} log q(x_a | z),
     # q(x_a | z) ~ Normal(guess_a, sigma^2); z = alpha x, sigma_z = alpha sigma: no factor is left
     given = expand(mask, context) == 1                                             # (B, T, 1, 1, 1)
@@ -696,24 +604,19 @@ def reconstruction_guided(denoise, context, mask, weight=1.0):
 
     return guided_denoise
 
-
 def clip_noise(seed, clips, device="cpu"):
     """A function (*shape) -> unit noise (len(clips), *shape), with one CPU generator per clip
     number: clip 3 of 8 is the clip 3 drawn alone, on any device."""
     states = [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in clips]
     generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]
-
-    def noise(*shape):
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-    return noise
-
+    return lambda *shape: torch.stack(
+        [torch.randn(shape, generator=g) for g in generators]).to(device)
 
 def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
              keep=(), temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
-    context and mask (with reconstruction > 0, to reconstruction_guided as its weight), previous,
-    label, action. noise is a clip_noise; by default that of clips 0 ... B - 1."""
+    context and mask (or, with reconstruction > 0, to reconstruction_guided as its weight),
+    previous, label, action. noise is a clip_noise, by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
     given = (cond.pop("context"), cond.pop("mask")) if reconstruction and "mask" in cond else ()
     if temporal_guidance != 1:
@@ -726,49 +629,35 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
     x = sigmas[0].item() * noise(*shape[1:])
     return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
 
-
 def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
-    """How sure the model is of what a condition leads to: exp(-v), (B,), v the variance among
-    `ensemble` clips from different noise, mean over all pixels (Vista's reward of actions: 5 clips
-    of 10 steps). Compare conditions by equal seeds, so equal noise. Arguments as in generate."""
-    if ensemble < 2:
-        raise ValueError(f"ensemble is {ensemble}: a variance needs 2 clips or more")
+    """exp(-variance), (B,), among `ensemble` clips from different noise: how sure the model is of
+    what a condition leads to (Vista's reward of actions: 5 of 10 steps). Compare equal seeds."""
     clips = [generate(denoiser, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
     return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
 
-
 def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
             context_noise=0.0, anchors=0, jump=0.0, action=None, **options):
-    """Yield a video of any length in pieces (B, n, C, H, W), window by window
-    of shape (B, T, C, H, W), in constant memory; torch.cat(list(rollout(...)), 1) is all of it.
+    """Yield a video of any length in pieces (B, n, C, H, W), window by window of shape (B, T, C, H,
+    W), in constant memory: torch.cat(list(rollout(...)), 1). A window is given the last `overlap`
+    frames so far (Video LDM, Vista) or, if the denoiser takes one, the whole one before (PVDM).
 
-    Each window is given the last `overlap` frames so far (Video LDM, Vista) or, if the denoiser
-    takes one, the whole window before (PVDM; overlap is then not used). context (B, n, C, H, W)
-    are frames to start from, which come first. clips are clip numbers: they fix the noise.
-    context_noise > 0 shows a window such frames only as hints, with noise of that level, so that
-    it need not go on with their faults (GameNGen, diffusion forcing); once written, they stay.
-    The first `anchors` of the `overlap` frames are always those the whole video starts with, and
-    never noisy: they tell how things look and how fast they go (StreamingT2V), the others where.
-    jump > 0 skips the noise levels between the first and `jump` where two or more frames are given:
-    where the future is certain one estimate, the mean, is best: a random draw has twice its squared
-    error. Temporal guidance is off there, as there is nothing to exaggerate.
-    action is (B, length, A), with those of context's frames; after its end none is told."""
-    B, T = shape[:2]
+    context        (B, n, C, H, W): frames to start from     clips  clip numbers: they fix the noise
+    context_noise  level of noise on what a window is given, which makes that hints: it need not go
+                   on with their faults (GameNGen, diffusion forcing); once written, frames stay
+    anchors        so many of the frames given are the first of all, without noise: they tell how
+                   things look and how fast they go (StreamingT2V), the others where
+    jump           where two or more frames are given skip the noise levels from the first to this,
+                   and temporal guidance: of a certain future one estimate, the mean, is best
+    action         (B, length, A), with those of context's frames; after its end none is told"""
+    B, T, *chw = shape
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
-    tail = noise(0, *shape[2:]) if context is None else context.to(noise(0))  # (B, n, C, H, W)
-    done = tail.shape[1]
-    if denoiser.takes_previous and done not in (0, T):
-        raise ValueError(f"context has {done} frames; this model continues whole clips of {T}")
-    if not (denoiser.takes_previous or done < T and (0 < overlap < T or length <= T)):
-        raise ValueError(f"overlap is {overlap} and context has {done} frames: both must leave "
-                         f"room in a window of {T} (overlap 1 to {T - 1}, context 0 to {T - 1})")
-    if anchors and (overlap <= anchors or denoiser.takes_previous):
-        raise ValueError(f"overlap is {overlap}: {anchors} anchors need more, and no previous clip")
-    if tail.shape[2:] != tuple(shape[2:]):
-        raise ValueError(f"context is of shape {tuple(tail.shape)}, expected (B, n, *{shape[2:]})")
-    if length < done:
-        raise ValueError(f"length is {length}, but the context alone has {done} frames")
+    tail = noise(0, *chw) if context is None else context.to(noise(0))             # (B, n, C, H, W)
+    done, overlap = tail.shape[1], T if denoiser.takes_previous else overlap
+    if not (done in (0, T) if denoiser.takes_previous else
+            done < T and (anchors < overlap < T or length <= T)):
+        raise ValueError(f"a window of {T} frames cannot go on: overlap is {overlap}, with "
+                         f"{anchors} anchors, and context has {done} frames")
     if done:
         yield tail
     while done < length:
@@ -777,10 +666,10 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             given, cond = 0, dict(previous=tail)
         elif given:
             seen = F.pad(tail, (0, 0, 0, 0, 0, 0, 0, T - given))                   # (B, T, C, H, W)
-            mask = (torch.arange(T, device=tail.device) < given).float().expand(B, T)
+            mask = (torch.arange(T, device=device) < given).float().expand(B, T)
             if context_noise:
-                hint = (torch.arange(T, device=device) >= anchors).expand(B, T)
-                seen, mask = augment(seen, mask, context_noise * hint, noise(*shape[1:]))
+                level = context_noise * (torch.arange(T, device=device) >= anchors)[None]   # (1, T)
+                seen, mask = augment(seen, mask, level, noise(*shape[1:]))
             cond = dict(context=seen, mask=mask)
         if action is not None:
             here = torch.arange(done - given, done - given + T)
@@ -795,32 +684,25 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
         new = window[:, given:][:, : length - done]
         done += new.shape[1]
-        tail = window if denoiser.takes_previous else window[:, -overlap:]
-        tail = torch.cat([window[:, :anchors], tail[:, anchors:]], 1)   # starts as the first did
+        tail = torch.cat([window[:, :anchors], window[:, anchors - overlap:]], 1)
         yield new
 
-
 def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
-    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1, which stay
-    as they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM
-    sec. 3.2). The denoiser must know such masks (task any of draw_mask). frames is the length of a
-    window; other arguments as in rollout."""
+    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), which stay as
+    they are: (B, factor (K - 1) + 1, C, H, W) (Video LDM sec. 3.2). The denoiser must know such
+    masks (task any of draw_mask); frames > factor, of a window; other arguments as in rollout."""
     B, K, *chw = key_frames.shape
-    if K < 2 or not 1 < factor < frames:
-        raise ValueError(f"{K} key frames and factor {factor}: expected 2 or more of them, and a "
-                         f"factor of 2 to {frames - 1} for windows of {frames} frames")
     noise = clip_noise(seed, range(B) if clips is None else clips, key_frames.device)
     pieces, gaps = [key_frames[:, :1]], (frames - 1) // factor          # gaps filled per window
     for start in range(0, K - 1, gaps):
-        keys = key_frames[:, start : start + gaps + 1]                         # (B, k, C, H, W)
-        at, end = torch.arange(keys.shape[1]) * factor, (keys.shape[1] - 1) * factor
+        keys = key_frames[:, start : start + gaps + 1]                             # (B, k, C, H, W)
+        at = torch.arange(keys.shape[1]) * factor
         context, mask = keys.new_zeros(B, frames, *chw), keys.new_zeros(B, frames)
         context[:, at], mask[:, at] = keys, 1
         window = generate(denoiser, (B, frames, *chw), sigmas, noise=noise, context=context,
                           mask=mask, **options)
-        pieces.append(window[:, 1 : end + 1])
+        pieces.append(window[:, 1 : at[-1] + 1])
     return torch.cat(pieces, 1)
-
 
 # ==================================================================================================
 # 7. The network: a factorised space-time UNet
@@ -1236,9 +1118,9 @@ def trainable(model, parts=("all",)):
 # ==================================================================================================
 
 class EMA:
-    """The moving average of a model's weights, in float32: .update(model) after each optimiser
-    step, sample from .model. Update n keeps min(decay, (1 + n) / (10 + n)) of the average, a
-    warm-up that makes it of use from the first steps on. Buffers are copied, not averaged."""
+    """The moving average of a model's weights, in float32: .update(model) after every step, sample
+    from .model. Update n keeps min(decay, (1 + n) / (10 + n)) of it, a warm-up that makes it of use
+    from the first steps on. Buffers are copied."""
 
     def __init__(self, model, decay=0.999):
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
@@ -1252,7 +1134,6 @@ class EMA:
             average.lerp_(p.float(), 1 - decay)
         for copied, b in zip(self.model.buffers(), model.buffers()):
             copied.copy_(b)
-
 
 # ==================================================================================================
 # 10. Autoencoder
@@ -1688,12 +1569,14 @@ class VideoFolder:
 # ==================================================================================================
 # 13. Models: presets, build, save, load
 # ==================================================================================================
-
 # The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
 # "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
+
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
                 ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
+early = partial(paper, frames=16, width=256, convs=False, feed_forward="none", kind="eps",
+                weighting="eps", context=(1.0,), sampler="ddpm")
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
                  feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
                  std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
@@ -1710,19 +1593,15 @@ PRESETS = {                             # a preset is a set of defaults; any fla
                     steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). Theirs samples evenly in u,
     # with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
-    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
-                    mults=(1, 2, 4, 8), attention=(2, 4, 8), convs=False, feed_forward="none",
-                    dropout=0.1, lr=3e-4, kind="eps", schedule="cosine", weighting="eps",
-                    context=(1.0,), stills=8, steps=60_000, batch=128, gate_lr=3e-4,
-                    weight_decay=0.0, sampler="ddpm", sampling_steps=256,
+    "ucf101": early(size=(64, 64), channels=3, factor=0, fps=25.0, mults=(1, 2, 4, 8),
+                    attention=(2, 4, 8), dropout=0.1, schedule="cosine", stills=8, steps=60_000,
+                    batch=128, lr=3e-4, gate_lr=3e-4, weight_decay=0.0, sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
     # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
     # planes for frames, samples evenly in u; ours: 459, 115 M. Unverified: fps, clip_norm, steps
-    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), attention=(1, 2, 4),
-                 convs=False, feed_forward="none", kind="eps", schedule="scaled_linear", lr=1e-4,
-                 weighting="eps", context=(1.0,), previous=True, joint_weight=0.2, gate_lr=1e-4,
-                 steps=850_000, batch=64, sampler="ddpm", sampling_steps=200, sigma_min=0.0388,
-                 sigma_max=83.8),
+    "sky": early(size=(32, 32), mults=(1, 2, 4, 4), attention=(1, 2, 4), schedule="scaled_linear",
+                 previous=True, joint_weight=0.2, steps=850_000, batch=64, lr=1e-4, gate_lr=1e-4,
+                 sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
     # Video LDM, key frames, 128 x 256 pixels, without labels. Unverified: frames, betas, context,
     # clip_norm, ema, sampling and widths (these: its text model's, 860 M, kept fixed, + 649 M)
     "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
@@ -1733,71 +1612,40 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
                   overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
     # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
-    # angle, goal; a clip has one, or speed and angle): 1.65 B, 111 M without gradient. Ours lacks
-    # CLIP, SVD's weights, frame 0 as input
+    # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
                     offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
                     overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
                     drop=0.0, spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
 }
 
-
 def noise_schedule(config):
     """The training noise schedule of a config: a function u -> sigma."""
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {config.schedule!r}, expected one of {', '.join(SCHEDULES)}")
     f = SCHEDULES[config.schedule]
     f = partial(f, mean=config.mean, std=config.std) if f is lognormal else f
     return (lambda u: resolution_shift(f(u), config.size, config.base)) if config.base else f
 
-
 def build(config):
-    """Config -> Denoiser with fresh weights. ValueError, one sentence, if what it says does not fit
-    together; single numbers are checked by train.py."""
+    """Config -> Denoiser with fresh weights. Settings that do nothing are refused by train.py."""
+    known = dict(kind=("eps", "v", "x0", "edm"), schedule=SCHEDULES, sampler=SAMPLERS,
+                 weighting=("x0", "eps", "v", "edm", "min_snr", "balance"),
+                 give=("concat", "replace", "per_frame"), feed_forward=("none", "time", "both"))
+    for name, choices in known.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, expected one of "
+                             f"{', '.join(choices)}")
+    draw_mask(1, 2, config.context, config.task)                  # an unknown task is a ValueError
     multiple = config.patch * 2 ** (len(config.mults) - 1)          # a level halves the tiled frame
-    if any(n % multiple or n < 1 for n in config.size):
-        near = " ".join(str(max(multiple, round(n / multiple) * multiple)) for n in config.size)
-        raise ValueError(f"size is {config.size}, but patch {config.patch} and {len(config.mults)} "
-                         f"levels need multiples of {multiple}: the nearest that works is "
-                         f"--size {near}")
+    near = [max(multiple, round(n / multiple) * multiple) for n in config.size]
+    if near != [*config.size]:
+        raise ValueError(f"size is {config.size}, patch and mults need multiples of {multiple}: "
+                         f"the nearest that works is --size {' '.join(map(str, near))}")
     wide = [m * config.width for i, m in enumerate(config.mults) if 2 ** i in config.attention]
     wide += [config.mults[-1] * config.width] * (config.ddpm_layout and bool(config.attention))
     if any(n % config.head_dim for n in wide) or wide and config.head_dim % 2:
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
-    p = config.context
-    if not 0 < len(p) <= config.frames or min(p) < 0 or not sum(p):
-        raise ValueError(f"context is {p}: expected probabilities of 0, 1, 2 ... given frames, of "
-                         f"which a window of {config.frames} has room for {config.frames - 1}")
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {config.sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    scalings(torch.ones(1), config.kind)                         # an unknown choice is a ValueError
-    if config.weighting != "balance":
-        loss_weight(torch.ones(1), config.weighting)
-    draw_mask(1, 2, p, config.task)
-    concat, noisy, own = config.give == "concat", config.context_noise, config.independent
-    for wrong, sentence in (
-            (config.task != "predict" and (config.previous or config.frames < 3 or not sum(p[1:])),
-             f"task is {config.task!r}: it needs 3 frames or more, odds in context, {p}, that some "
-             "are given, and previous=False"),
-            (config.task in ("image", "upsample") and not (concat and noisy),
-             f"task is {config.task!r}: it needs give 'concat', and context_noise above 0"),
-            (config.task == "upsample" and (config.factor or any(n % 4 for n in config.size)),
-             f"size is {config.size}: task 'upsample' needs multiples of 4, of pixels: factor 0"),
-            (own and config.give != "per_frame", "independent above 0 needs give 'per_frame'"),
-            (noisy and config.give == "replace", "give 'replace' needs context_noise 0"),
-            ((config.previous or not sum(p[1:])) and (noisy or not (concat or own)) or
-             config.previous and own, "without single given frames (previous=True, or context 1.0) "
-             "neither give nor context_noise does anything: leave them out"),
-            (config.feed_forward not in ("none", "time", "both"),
-             f"feed_forward is {config.feed_forward!r}: expected none, time or both"),
-            (config.dynamics_toy and not config.dynamics, "dynamics_toy needs dynamics above 0"),
-            (len(config.mode_drop) not in (1, len(config.actions)), f"mode_drop is "
-             f"{config.mode_drop}: expected one for all modes of actions {config.actions}, or one "
-             "for each")):
-        if wrong:
-            raise ValueError(sentence)
-    noise_schedule(config)
+    concat = config.give == "concat"
     in_channels = (1 + concat + config.previous) * config.channels + concat
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
@@ -1810,6 +1658,11 @@ def build(config):
         adapt(denoiser, config.adapters, config.rank)
     return denoiser
 
+def build_autoencoder(config):
+    """Config -> Autoencoder with fresh weights, of colour frames."""
+    if config.factor < 2 or config.factor & (config.factor - 1):
+        raise ValueError(f"factor is {config.factor}: an autoencoder needs a power of two, from 2")
+    return Autoencoder(3, config.channels, config.ae_width, config.factor)
 
 def save(path, **state):
     """Write a checkpoint of tensors and plain values by way of a temporary file: whatever happens,
@@ -1827,14 +1680,6 @@ def save(path, **state):
     finally:
         temporary.unlink(missing_ok=True)
 
-
-def build_autoencoder(config):
-    """Config -> Autoencoder with fresh weights, of colour frames."""
-    if config.factor < 2 or config.factor & (config.factor - 1):
-        raise ValueError(f"factor is {config.factor}: an autoencoder needs a power of two, from 2")
-    return Autoencoder(3, config.channels, config.ae_width, config.factor)
-
-
 def read_checkpoint(path):
     """What save wrote -> (dict, Config). Refused: code, which weights_only never runs, and a config
     with other fields than ours, as its network may have been another, too."""
@@ -1850,28 +1695,21 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is no checkpoint of this program: it is truncated, of another "
                          f"version, or holds code, which is never run ({reason})") from e
 
-
-def with_weights(model, weights, path):
+def with_weights(model, weights):
     """model with these weights, in evaluation mode."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
+    model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
-
 
 def load(path):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config)."""
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
-    return with_weights(build(config), state.get("ema", {}), path), config
-
+    return with_weights(build(config), state["ema"]), config
 
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model trained on the latents of one -> (Autoencoder
     or, if there is none in it, None; Config)."""
     state, config = read_checkpoint(path)
     weights = state.get("ema" if "stage" in state else "autoencoder")
-    return weights and with_weights(build_autoencoder(config), weights, path), config
+    return weights and with_weights(build_autoencoder(config), weights), config
