@@ -238,11 +238,14 @@ def scalings(sigma, kind, sigma_data=0.5):
          has no structure that a narrow network could squeeze through, clips have (JiT)"""
     data = sigma_data if kind == "edm" else 1.0
     root = (sigma ** 2 + data ** 2).sqrt()
-    c_skip, c_out = dict(eps=(torch.ones_like(sigma), -sigma),
-                         v=(1 / root ** 2, -sigma / root),
-                         x0=(torch.zeros_like(sigma), torch.ones_like(sigma)),
-                         edm=(data ** 2 / root ** 2, sigma * data / root))[kind]
-    return c_skip, c_out, 1 / root, sigma.clamp(min=1e-4).log() / 4    # a clean frame has sigma 0
+    choices = dict(eps=(torch.ones_like(sigma), -sigma),
+                   v=(1 / root ** 2, -sigma / root),
+                   x0=(torch.zeros_like(sigma), torch.ones_like(sigma)),
+                   edm=(data ** 2 / root ** 2, sigma * data / root))
+    if kind not in choices:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(choices)}")
+    c_noise = sigma.clamp(min=1e-4).log() / 4                          # a clean frame has sigma 0
+    return *choices[kind], 1 / root, c_noise
 
 # ==================================================================================================
 # 3. The denoiser
@@ -251,27 +254,33 @@ def scalings(sigma, kind, sigma_data=0.5):
 class Denoiser(nn.Module):
     """forward(x, sigma, context, mask, previous, **cond) -> the clean estimate (B, T, C, H, W).
 
-    sigma is (B,), or (B, T) where every frame has its own (diffusion forcing). context
-    (B, T, C, H, W) is read where mask (B, T) is not 0: at 1 a frame is given, so it comes back
-    untouched, without loss; between, it is a hint, with noise of level 1 / mask - 1 on it
-    (augment), of a frame that is still estimated. previous is the whole clip before, as more
-    channels (PVDM sec. 3.3). cond goes to the network: label (B,), action (B, T, A). Zeros stand
-    for what is not there.
+    x         noisy clip (B, T, C, H, W): clean + sigma * noise
+    sigma     (B,), or (B, T) where every frame has its own (diffusion forcing)
+    context   frames (B, T, C, H, W) and mask (B, T). 1: the frame is given, comes back untouched,
+              and so has no loss. 0: it is not, context is not read there. Between, a hint: context
+              has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
+    previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
+    cond      for the network, as it is: label (B,), action (B, T, A)
 
-    give says how net(inputs, c_noise (B, T)) is shown the context:
+    give says how net(inputs, c_noise (B, T)) is shown the context; zeros stand for none:
     concat     with its mask, as C + 1 more channels, at c_noise of clean frames (Video LDM, SVD)
     replace    in the place of x, scaled like x, marked by given=(B, T); no hints (Vista)
     per_frame  in the place of x, each frame at its own sigma (FVDM)"""
 
     def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat"):
         super().__init__()
-        assert give in ("concat", "replace", "per_frame"), give
+        if give not in ("concat", "replace", "per_frame"):
+            raise ValueError(f"give is {give!r}, expected concat, replace or per_frame")
         self.net, self.kind, self.sigma_data, self.takes_previous = net, kind, sigma_data, previous
         self.give = give
 
     def forward(self, x, sigma, context=None, mask=None, previous=None, **cond):
-        assert (context is None) == (mask is None), "context needs a mask"
-        assert previous is None or self.takes_previous, "this model was built with previous=False"
+        if previous is not None and not self.takes_previous:
+            raise ValueError("previous was given, but this model was built with previous=False")
+        if any(c is not None and c.shape != x.shape for c in (context, previous)) or \
+                (context is None) != (mask is None):
+            raise ValueError(f"expected context and mask or neither, and context and previous of "
+                             f"the shape of x, {tuple(x.shape)}")
         if sigma.ndim == 1:
             sigma = sigma[:, None].expand(x.shape[:2])                                      # (B, T)
         mask = torch.zeros_like(sigma) if mask is None else mask.to(x)                      # (B, T)
@@ -300,12 +309,17 @@ class Denoiser(nn.Module):
 # ==================================================================================================
 
 def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
-    """Weight of the squared error of the clean estimate, of sigma's shape: x0, eps, v or edm make
-    it the plain squared error of that output; min_snr is eps, at most gamma, so that small, easy
-    noise levels do not drown the rest (min-SNR). SNR is 1 / sigma^2."""
+    """Weight of the squared error of the clean estimate, of sigma's shape. With SNR = 1 / sigma^2:
+
+    x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: the plain squared error of that output
+    min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)"""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
-    return dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
-                min_snr=snr.clamp(max=gamma))[weighting]
+    weights = dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
+                   min_snr=snr.clamp(max=gamma))
+    if weighting not in weights:
+        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}, or a "
+                         "Balance")
+    return weights[weighting]
 
 class Balance(nn.Module):
     """Weights by which all cases pull equally: a squared error is divided by the running mean of
@@ -410,9 +424,12 @@ def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
 
 def draw_mask(batch, frames, probabilities, task="predict"):
     """mask (B, T), 1 where a frame is given. n is drawn from 0, 1, 2 ... with these probabilities;
-    where it is 0 no frame is given, as guidance needs. Elsewhere, with task predict the first n are
-    (Video LDM), with ends the first and the last (PixelDance), with any 1 to T - 1 by chance
-    (Harvey et al. 2022), with image and upsample all are, as draw_context makes them."""
+    where it is 0 no frame is given: that estimate guidance needs. Elsewhere, with task
+
+    predict  the first n: prediction (Video LDM), from 1 the animation of a picture
+    ends     the first and the last (PixelDance)
+    any      1 to T - 1 of the frames, by chance (flexible diffusion, Harvey et al. 2022)
+    image    every frame, and so with upsample: draw_context says what is then shown of them"""
     n = torch.multinomial(torch.tensor(probabilities, dtype=torch.float32), batch, replacement=True)
     some = (n > 0)[:, None].expand(batch, frames)                                          # (B, T)
     if task == "predict":
@@ -691,6 +708,8 @@ def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None
     """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), which stay as
     they are: (B, factor (K - 1) + 1, C, H, W) (Video LDM sec. 3.2). The denoiser must know such
     masks (task any of draw_mask); frames > factor, of a window; other arguments as in rollout."""
+    if not 1 < factor < frames:
+        raise ValueError(f"factor is {factor}, expected 2 to {frames - 1}, in windows of {frames}")
     B, K, *chw = key_frames.shape
     noise = clip_noise(seed, range(B) if clips is None else clips, key_frames.device)
     pieces, gaps = [key_frames[:, :1]], (frames - 1) // factor          # gaps filled per window
@@ -1695,9 +1714,13 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is no checkpoint of this program: it is truncated, of another "
                          f"version, or holds code, which is never run ({reason})") from e
 
-def with_weights(model, weights):
+def with_weights(model, weights, path):
     """model with these weights, in evaluation mode."""
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
     return model.eval().requires_grad_(False)
 
 def load(path):
@@ -1705,11 +1728,11 @@ def load(path):
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
-    return with_weights(build(config), state["ema"]), config
+    return with_weights(build(config), state.get("ema", {}), path), config
 
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model trained on the latents of one -> (Autoencoder
     or, if there is none in it, None; Config)."""
     state, config = read_checkpoint(path)
     weights = state.get("ema" if "stage" in state else "autoencoder")
-    return weights and with_weights(build_autoencoder(config), weights), config
+    return weights and with_weights(build_autoencoder(config), weights, path), config
