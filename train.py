@@ -865,8 +865,9 @@ def finish_autoencoder(options, config, autoencoder, held_out, device, elapsed):
 
 def check_size(options, config, processes):
     """Refuse what several processes cannot do, or what only one can."""
-    if options.stage != "diffusion" and (processes > 1 or options.dry_run):
-        raise ValueError(f"--stage {options.stage} is small: it takes neither torchrun nor --dry-run")
+    if options.stage != "diffusion" and (processes > 1 or options.dry_run or options.init):
+        raise ValueError(f"--stage {options.stage} is small: it takes neither torchrun nor --dry-run, and goes on from --latents, "
+                         "not --init")
     if options.shard and not options.dry_run and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
@@ -1127,7 +1128,7 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
         loss.backward()
     weights, blocks = size(net.parameters()), [module for module in net.modules() if isinstance(module, vdm.Block)]
     return dict(weights=weights, gradients=size(learns), optimiser=moments, EMA=weights, activations=meter.most - before,
-                block=max(size(block.parameters()) for block in blocks), operations=flops.get_total_flops(), net=net)
+                block=max(size(block.parameters()) for block in blocks), operations=flops.get_total_flops())
 
 
 def dry_run(options, config):
@@ -1135,10 +1136,8 @@ def dry_run(options, config):
     gpu, counts = options.device != "cpu", [n for n in (1, 8, 64, 512) if config.batch % n == 0]       # each takes as many clips
     dtype = torch.bfloat16 if gpu and options.dtype != "fp32" else pick_dtype(options.dtype, torch.device("cpu"))
     need, light = (rehearse(config, 1, dtype, gpu, light) for light in (False, True))
-    parts, once, times = Counter(), need["operations"], evaluations(config)
-    for name, p in need["net"].named_parameters():
-        parts[vdm.part_of(name)] += p.numel() / 1e6
-    print(f"model   {sum(parts.values()):,.2f} M parameters: {', '.join(f'{part} {n:,.2f} M' for part, n in parts.items())}")
+    once, times = need["operations"], evaluations(config)
+    print(f"model   {need['weights'] / 4e6:,.2f} M parameters, of which {need['gradients'] / 4e6:,.2f} M are trained")
     say = lambda x: f"{x / 1000 ** (i := int(math.log10(x) // 3)):.3g} {' kMGTPEZ'[i]}FLOP"
     step = 3 * once * config.batch * (1 + config.previous + config.stills / config.frames)       # backward is worth two forward
     print(f"work    {say(once)} to estimate one clip once; {say(step)} a step of {config.batch} clips ({say(step * 4 / 3)} with "
