@@ -180,7 +180,7 @@ def check(options, config):
     if (options.gpu_memory or options.speed) and not options.dry_run:
         raise ValueError("--gpu-memory and --speed do nothing here: they need --dry-run")
     if options.given.get("overlap", 0) >= config.frames:
-        raise ValueError(f"--overlap is {config.overlap}, expected less than --frames, {config.frames}: so that windows add frames")
+        raise ValueError(f"--overlap is {config.overlap}, expected less than --frames, {config.frames}: windows must add frames")
     levels = [2 ** n for n in range(len(config.mults))]
     if not set(config.joint) <= set(config.attention) <= set(levels):
         raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which "
