@@ -1897,15 +1897,19 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     ("--dynamics-toy", "--dynamics-toy does nothing here: it needs --dynamics above 0"),
     ("--data drive --actions 2 2 1 --mode-drop 0.1 0.2", r"--mode-drop is \(0.1, 0.2\): expected one .* \(2, 2, 1\), or one")])
 def test_settings_that_do_not_go_together_are_refused(flags, words):
+    options, config = train.parse(flags.split())
     with pytest.raises(ValueError, match=words):
-        train.check(*train.parse(flags.split()))
+        train.check(options, config)
+        train.open_data(options, config)                               # which tells what the modes of actions are
 
 
-@cases("flags", ["--give per_frame --independent 1 --context 1", "--data drive --actions 4 2 --mode-drop 0.1 0.2",
+@cases("flags", ["--give per_frame --independent 1 --context 1", "--data drive --mode-drop 0.1 0.2",
                  "--preset latent --stage autoencoder --frames 2 --overlap 1"])
 def test_settings_that_go_together(flags):
     """Diffusion forcing; each mode at its own rate; an autoencoder, which is given no frames."""
-    train.check(*train.parse(flags.split()))
+    options, config = train.parse(flags.split())
+    train.check(options, config)
+    train.open_data(options, config)
 
 
 @cases("name", ["kind", "weighting", "schedule", "sampler", "task", "give", "feed_forward", "adapters"])
@@ -3136,7 +3140,7 @@ def test_without_room_for_a_cache_clips_stay_in_memory(videos, monkeypatch, caps
                 raise OSError(28, "No space left on device")
             np.asarray(self).tofile(file)
 
-    monkeypatch.setattr(train.Cache, "keep", lambda self, clips: write(self, (clip.view(Full) for clip in clips)))
+    monkeypatch.setattr(train.Cache, "keep", lambda self, clip: write(self, clip.view(Full)))
     data = cached(videos)
     assert torch.equal(data[3]["video"], truth) and "No space left" in capsys.readouterr().out
     monkeypatch.undo()

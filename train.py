@@ -172,10 +172,8 @@ def check(options, config):
              f"--size is {config.size}: --task upsample needs multiples of 4, of pixels: --factor 0"),
             (noisy and config.give == "replace", "--give replace needs --context-noise 0"),
             (whole and (noisy or not (concat or config.independent)) or config.previous and config.independent,
-             "without single given frames (--previous, or --context 1) neither --give nor --context-noise does anything"),
-            (len(config.mode_drop) not in (1, len(config.actions)), f"--mode-drop is {config.mode_drop}: expected one for all "
-             f"modes of --actions, {config.actions}, or one for each")) if options.stage == "diffusion" else ():
-        if wrong:
+             "without single given frames (--previous, or --context 1) neither --give nor --context-noise does anything")):
+        if wrong and options.stage == "diffusion":
             raise ValueError(sentence)
     if (options.gpu_memory or options.speed) and not options.dry_run:
         raise ValueError("--gpu-memory and --speed do nothing here: they need --dry-run")
@@ -480,6 +478,9 @@ def open_data(options, config, autoencoder=None, device=None, rank=0, local=0):
         print(data.report)
         config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
     config = dataclasses.replace(config, actions=config.actions or data.actions)
+    if len(config.mode_drop) not in (1, len(config.actions)):
+        raise ValueError(f"--mode-drop is {config.mode_drop}: expected one for all modes of --actions, {config.actions}, or one "
+                         "for each")
     if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
         raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
                          f"and actions {data.actions}")
