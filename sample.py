@@ -34,11 +34,13 @@ def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("checkpoint", nargs="?", help="a last.pt (default: the newest under out/)")
     p.add_argument("--n", type=int, default=16, help="number of videos (16)")
-    p.add_argument("--length", type=int, help="frames of each, those of --context among them (default: as many as trained on)")
+    p.add_argument("--length", type=int, help="frames of each, those of --context among them (default: as many as trained "
+                   "on, twice as many with --context of a --previous model, or as --actions has)")
     p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
     p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
     p.add_argument("--interpolate", type=int, nargs="+", help="how many times as many frames to make of --context; 2 2: twice 2")
-    p.add_argument("--context-noise", type=float, help="sigma of noise on given frames (default: a share of that in training)")
+    p.add_argument("--context-noise", type=float, help="sigma of noise on given frames (default: 0; with anchors, or with --task "
+                   "image or upsample, a share of that in training)")
     p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
     p.add_argument("--actions", help="of every frame: letters of L, S, R, X (stop); or an .npy file (T, A), NaN where untold")
     p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
@@ -59,7 +61,7 @@ def parse(argv):
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
     p.add_argument("--out", default="samples.mp4", help="file for the grid of all videos, and folder for each (samples.mp4)")
     o = p.parse_args(argv)
-    limit("n length context_frames interpolate steps batch", "1 or more", 1, MOST, o)
+    limit("n length context_frames interpolate steps batch overlap", "1 or more", 1, MOST, o)
     limit("reconstruction guidance temporal_guidance jump seed context_noise", "0 or more", 0, MOST, o)
     limit("rescale", "0 to 1", 0, 1, o)
     limit("fps", "0.1 to 1000", 0.1, 1000, o)
@@ -151,8 +153,12 @@ def plan(o, config):
         interpolate=(o.context and not o.length and not o.actions and fills, "--context, no --length or --actions, and a model "
                      f"trained with --task any or, to be {T - 1}, with --task ends, not {config.task}"))
     for name, (met, need) in needs.items():
-        if getattr(o, name) and getattr(o, name) != [1.0] and not met:
+        value = getattr(o, name)
+        if (value and value != [1.0] or name == "temporal_guidance" and value == 0) and not met:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
+    if o.interpolate and not all(1 < factor < T for factor in o.interpolate):
+        raise ValueError(f"--interpolate is {' '.join(map(str, o.interpolate))}, expected factors of 2 to {T - 1}, for windows "
+                         f"of {T} frames")
     if len(o.guidance) > 1 + (o.guidance_shape != "constant"):
         raise ValueError(f"--guidance is {o.guidance}, expected one number or, with --guidance-shape ramp or triangle, two")
     if o.label is not None and not 0 <= o.label < config.labels:

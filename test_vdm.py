@@ -1713,10 +1713,11 @@ def test_adapt_changes_nothing_at_first(kind):
     net = vdm.VideoUNet(3, 1, 16, (1, 2), 1, (1, 2), (2,), head_dim=8)
     denoiser, (x, sigma) = randomize(vdm.Denoiser(net), gates=True), (torch.randn(2, 5, 1, 8, 8), torch.ones(2))
     before, names = denoiser(x, sigma), set(denoiser.state_dict())
-    new = vdm.adapt(denoiser, kind, 2)
+    new = vdm.adapt(denoiser, kind, 2, ("e",))                         # in the names of all layers, but what embeds is let be
     assert torch.equal(denoiser(x, sigma), before)
     parts = [name for name, _ in denoiser.named_parameters() if vdm.part_of(name) == dict(lora="lora", simda="adapters")[kind]]
     assert len(new) == len(parts) > 0 and {n.replace(".layer.", ".") for n in denoiser.state_dict()} - set(parts) >= names
+    assert not any(name.startswith("net.embed") for name in parts)
     for p in new:
         nn.init.normal_(p, std=0.3)
     after = denoiser(x, sigma)
@@ -2379,9 +2380,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,738 lines of at most 100 columns, read in an evening."""
+    """At most 1,761 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1738
+    assert len(lines) <= 1761
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 
@@ -3591,6 +3592,9 @@ def test_sample_interpolates(tmp_path, monkeypatch):
     video, = run_sample(tmp_path / "run", tmp_path / "d.mp4", "--n", 1, "--context", tmp_path / "clip.npy", "--interpolate", 2, 3,
                         "--context-frames", 3, "--seed", 7)
     assert seeds == [7, 8] and len(video) == 13 and (video[[0, -1]] - clip[[1, 3]]).abs().mean() < 0.05        # the last three
+    for factors in ((2, 4), (1,)):                                     # before anything is drawn
+        with pytest.raises(ValueError, match=f"--interpolate is {' '.join(map(str, factors))}, expected factors of 2 to 3"):
+            run_sample(tmp_path / "run", tmp_path / "b.mp4", "--context", tmp_path / "clip.npy", "--interpolate", *factors)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="fills in between frames, but --context gives 1"):
         run_sample(tmp_path / "run", tmp_path / "b.mp4", "--context", tmp_path / "clip.npy",
@@ -3765,6 +3769,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--guidance", "1", "2", "--length", "9"], r"\[1.0, 2.0\], expected one number or, with --guidance-shape ramp or triangle, two"),
     (["--keep-frames", "--length", "9"], "--keep-frames does nothing here: it needs a --guidance other than 1"),
     (["--rescale", "0.7"], "--rescale does nothing here"), (["--guidance-shape", "ramp"], "--guidance-shape does nothing here"),
+    (["--length", "9", "--overlap", "0"], "--overlap is 0, expected 1 or more"),
     (["--overlap", "2"], "--overlap does nothing here: it needs --length above 4"),
     (["--jump", "1"], "--jump does nothing here: it needs --context or --length above 4, and neither"),
     (["--context", "CLIP", "--jump", "1", "--temporal-guidance", "2"], "temporal-guidance is 2, but here every .* add --jump 0"),
@@ -3797,8 +3802,9 @@ def test_sample_says_what_is_wrong(trained, tmp_path, flags, words):
 def test_temporal_guidance_of_a_model_never_alone_with_a_frame_is_refused(trained, tmp_path, monkeypatch):
     load = vdm.load
     monkeypatch.setattr(vdm, "load", lambda path: (load(path)[0], vdm.dataclasses.replace(load(path)[1], images=0.0)))
-    with pytest.raises(ValueError, match="--temporal-guidance does nothing here: it needs a model trained with --images"):
-        sample.main([str(trained / "last.pt"), "--out", str(tmp_path / "a.mp4"), "--temporal-guidance", "2"])
+    for scale in "2", "0":
+        with pytest.raises(ValueError, match="--temporal-guidance does nothing here: it needs a model trained with --images"):
+            sample.main([str(trained / "last.pt"), "--out", str(tmp_path / "a.mp4"), "--temporal-guidance", scale])
 
 
 # ---- latents through the scripts ------------------------------------------------------------------
@@ -4144,7 +4150,9 @@ def test_a_run_is_never_overwritten(trained):
     (["--frames", "2", "--context", "1", "--dtype", "bf16"], "gradient of a temporal convolution over 2 frames wrong"),
     (["--overlap", "8"], "--overlap is 8, expected less than --frames, 8"),
     (["--gamma", "4"], "--gamma does nothing here: it needs --weighting min_snr"), (["--rank", "8"], "--rank does nothing"),
-    (["--preset", "latent", "--stage", "autoencoder", "--dry-run"], "it takes neither torchrun nor --dry-run"),
+    *((["--preset", "latent", "--stage", "autoencoder", *flags], "it takes neither torchrun nor --dry-run, --micro")
+      for flags in (["--dry-run"], ["--micro", "4"], ["--workers", "2"], ["--checkpoint-activations"], ["--rates", "1", "2"])),
+    (["--channels", "5", "--dry-run"], "files of pixels have 1 or 3"),
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
     (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
     (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),

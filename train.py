@@ -168,13 +168,16 @@ def check(options, config):
              f"odds in --context, {p}, that some are given, and no --previous"),
             (config.task in ("image", "upsample") and not (concat and noisy),
              f"--task is {config.task}: it needs --give concat, and --context-noise above 0"),
-            (config.task == "upsample" and (config.factor or any(n % 4 for n in config.size)),
+            (config.task == "upsample" and (config.factor or options.latents or any(n % 4 for n in config.size)),
              f"--size is {config.size}: --task upsample needs multiples of 4, of pixels: --factor 0"),
             (noisy and config.give == "replace", "--give replace needs --context-noise 0"),
             (whole and (noisy or not (concat or config.independent)) or config.previous and config.independent,
              "without single given frames (--previous, or --context 1) neither --give nor --context-noise does anything")):
         if wrong and options.stage == "diffusion":
             raise ValueError(sentence)
+    if pixels(config)[1] not in ([3] if options.data in WORLDS and not options.dry_run else [1, 3]):
+        raise ValueError(f"--channels is {config.channels}, but the toy world is in colour, 3, and files of pixels have 1 or 3: "
+                         "latents need a --factor, and --latents")
     if (options.gpu_memory or options.speed) and not options.dry_run:
         raise ValueError("--gpu-memory and --speed do nothing here: they need --dry-run")
     if options.given.get("overlap", 0) >= config.frames:
@@ -450,7 +453,7 @@ def write_samples(path, clips, config, autoencoder):
         np.save(path.with_suffix(".npy"), clips.numpy() / config.latent_scale)
         return [path.with_suffix(".npy")]
     return [vdm.write_video(path.with_suffix(".png"), vdm.film_strip(clips[:8])[None], scale=2),
-            *(vdm.write_video(path.with_suffix(suffix), vdm.grid(clips[:16]), config.fps) for suffix in (".gif", ".mp4"))]
+            vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -459,9 +462,6 @@ def open_data(options, config, autoencoder=None, device=None, rank=0, local=0):
     """What to train on, what to hold out, and the configuration with what the data decides. It says what it found."""
     (size, channels), diffusion, before = pixels(config), options.stage == "diffusion", earlier(config)
     frames = before + (config.frames * (1 + config.previous) - 1) * max(config.rates) + 1
-    if channels not in ([3] if options.data in WORLDS else [1, 3]):
-        raise ValueError(f"--channels is {config.channels}, but the toy world is in colour, 3, and files of pixels have 1 or 3: "
-                         "latents need a --factor, and --latents")
     if options.data in WORLDS:
         few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
         data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
@@ -469,8 +469,7 @@ def open_data(options, config, autoencoder=None, device=None, rank=0, local=0):
               f"{', and those before' * (frames > config.frames)}")
     elif config.factor and diffusion and not autoencoder:
         data = held_out = Latents(options.data, config, frames, config.latent_scale, options.seed)
-        print(data.report)
-        data.check_scale()
+        print(data.report + data.check_scale())
     else:
         with one_first(local):                                         # one on each machine decodes, for all
             data = held_out = vdm.VideoFolder(options.data, frames - before, size, config.stride, channels, options.seed,
@@ -587,6 +586,8 @@ def finish(options, config, model, held_out, told, autoencoder, device, dtype, e
     if rank:                                                           # all took part: a sharded model needs them
         return
     files = write_samples(options.out / "samples/final", clips, config, autoencoder)
+    if files[0].suffix == ".png":
+        files.append(vdm.write_video(options.out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps))
     print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
           f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
     if options.data in WORLDS:
@@ -728,7 +729,7 @@ def main(argv=None):
         finish_autoencoder(options, config, ema.model, held_out, device, elapsed)
 
 
-# A run of one process, which starts anew on pixels, needs nothing of what follows.
+# In a run of one process, which starts anew on pixels, what follows has next to nothing to do.
 
 # ---- --resume and --init ---------------------------------------------------------------------------------------------
 
@@ -811,7 +812,7 @@ class Latents(vdm.VideoFolder):
     def open(self, file, *_):
         try:
             x = np.load(file, mmap_mode="r", allow_pickle=False)
-            if x.dtype.kind != "f" or x.ndim not in (4, 5) or x.shape[-3:] != self.shape:
+            if x.dtype.kind != "f" or x.ndim not in (4, 5) or not len(x) or x.shape[-3:] != self.shape:
                 raise ValueError(f"{x.dtype} {x.shape} is not float ([N,] T, {', '.join(map(str, self.shape))})")
             return list(x if x.ndim == 5 else x[None]), self.speed
         except Exception as error:                                     # each kind of damage has its own
@@ -824,6 +825,7 @@ class Latents(vdm.VideoFolder):
         if not 0.4 < std < 2:
             raise ValueError(f"the latents have standard deviation {std:.3g}, where about 1 is expected: "
                              f"--latent-scale {self.scale / max(std, 1e-9):.4g} would make it so")
+        return f"; standard deviation {std:.2f}"
 
     def __getitem__(self, i):
         j = np.random.default_rng([self.seed, 0, i // len(self)]).permutation(len(self))[i % len(self)]
@@ -937,9 +939,10 @@ def finish_autoencoder(options, config, autoencoder, held_out, device, elapsed):
 
 def check_size(options, config, processes):
     """Refuse what several processes cannot do, or what only one can."""
-    if options.stage != "diffusion" and (processes > 1 or options.dry_run or options.init):
-        raise ValueError(f"--stage {options.stage} is small: it takes neither torchrun nor --dry-run, and goes on from "
-                         "--latents, not --init")
+    alone = options.dry_run or options.init or options.micro or options.workers or options.checkpoint_activations
+    if options.stage != "diffusion" and (processes > 1 or alone or {"train", "rates", "stills"} & options.given.keys()):
+        raise ValueError(f"--stage {options.stage} is small: it takes neither torchrun nor --dry-run, --micro, --workers, "
+                         "--checkpoint-activations, --train, --rates and --stills, and goes on from --latents, not --init")
     if options.shard and not options.dry_run and (processes == 1 or config.optimizer == "muon"):
         raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
                          if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")

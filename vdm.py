@@ -19,7 +19,7 @@ Map    1 Config        every number of a run
        7 Network       a factorised space-time UNet
        8 Adapters      LoRA, SimDA's adapters and shifted attention; what of a model is trained
        9 EMA           the running average of the weights, which is what one samples from
-      10 Autoencoder   frames as latents, far fewer numbers, and back; flicker
+      10 Autoencoder   frames as latents, far fewer numbers, and back
       11 World         MovingShapes and Drive, toy worlds that can mark their own videos
       12 Video files   read and write them; a dataset from a folder of them
       13 Models        the presets: tiny and the papers' models; build, save, load
@@ -176,7 +176,8 @@ def linear(u, start=1e-4, end=0.02, steps=1000):
     return from_betas(u, np.linspace(start, end, steps))
 
 def scaled_linear(u, start=0.0015, end=0.0195, steps=1000):
-    """sqrt(beta) does (PVDM; SD: 0.00085, 0.012). Beware: latent diffusion's files say "linear"."""
+    """sqrt(beta) rises in a straight line: PVDM's numbers; Stable Diffusion has 0.00085 and 0.012.
+    Beware: the configuration files of latent diffusion call this one "linear"."""
     return from_betas(u, np.linspace(start ** 0.5, end ** 0.5, steps) ** 2)
 
 def cosine(u, logsnr_max=20.0):
@@ -220,22 +221,25 @@ def independent_levels(u, frames, chance):
     return torch.where(torch.rand(len(u), 1) < chance, own, u[:, None])
 
 def offset_noise(noise, strength, per_frame=False):
-    """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn per clip and channel
-    or, with per_frame, per frame and channel (the Vista code: 0.02; small frames need more). For
-    training alone: white noise hardly moves the mean of a picture, which is thus never learnt."""
+    """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn once per clip and
+    channel or, with per_frame, per frame and channel (the Vista code, strength 0.02).
+
+    White noise hardly moves the mean of a picture, so a network never learns to move it; this
+    teaches it. For training alone. Small frames need more: there white noise already moves the mean
+    by 1 / sqrt(H W)."""
     B, T, C = noise.shape[:3]
     part = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
     return noise + strength * part
 
 def scalings(sigma, kind, sigma_data=0.5):
-    """c_skip, c_out, c_in, c_noise, of sigma's shape, by which the clean estimate is
+    """c_skip, c_out, c_in, c_noise, all of sigma's shape, such that the clean estimate is
     c_skip x + c_out net(c_in x, c_noise). kind says what the network's output is:
 
-    eps  the noise (DDPM)
+    eps  the noise: clean = x - sigma eps (DDPM)
     v    alpha noise - sigma_z clean: the noise at small sigma, minus the clip at large (VDM)
     edm  minus v, for data of standard deviation sigma_data (EDM table 1)
-    x0   the clean clip: the choice where a token holds many pixels, as 4 x 4 patches do, for noise
-         has no structure that a narrow network could squeeze through, clips have (JiT)"""
+    x0   the clean clip itself. Noise has no structure that a narrow network could squeeze through,
+         clips have: the choice where a token holds many pixels, as 4 x 4 patches do (JiT)"""
     data = sigma_data if kind == "edm" else 1.0
     root = (sigma ** 2 + data ** 2).sqrt()
     choices = dict(eps=(torch.ones_like(sigma), -sigma),
@@ -363,9 +367,12 @@ class Balance(nn.Module):
         self.seen = 0
 
 def dynamics_weight(estimate, clean, toy=False):
-    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 + the squared error of
-    the change since the frame before, made a vector of length 1 per clip and channel. On average it
-    adds 1 / sqrt(3 n) for n Gaussian errors, 0.007 for 8 frames of 32 x 32; toy (ours) adds 1."""
+    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 in the first frame, then
+    1 + the squared error of the change since the frame before, which is made a vector of length 1
+    per clip and channel. It has no gradient.
+
+    If n errors are Gaussian this adds 1 / sqrt(3 n) on average, 0.007 for 8 frames of 32 x 32, so
+    that only the few worst places gain. toy, which is ours: mean 1 instead of length 1."""
     wrong = (estimate - clean).detach().float().diff(dim=1) ** 2               # (B, T - 1, C, H, W)
     size = wrong.mean((1, 3, 4), True) if toy else wrong.norm(2, (1, 3, 4), True)  # (B, 1, C, 1, 1)
     return 1 + F.pad(wrong / size.clamp(min=1e-12), (0,) * 6 + (1, 0))
@@ -380,9 +387,10 @@ def high_pass(x, cut=0.25):
 def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.5, gamma=5.0,
                    dynamics=0.0, dynamics_toy=False, structure=0.0, **cond):
     """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
-    scalar, and its parts before the weight, of sigma's shape: `error` and what Vista adds at these
-    strengths, `dynamics` and `structure`. clean, noise (B, T, C, H, W); sigma (B,) or (B, T);
-    weighting: a name or a Balance; cond: context=clean and a mask, to learn prediction."""
+    scalar, and by name its parts, of sigma's shape, whose sum the weight multiplies: `error`, the
+    plain squared error, and what Vista adds at these strengths, `dynamics` and `structure`. clean
+    and noise are (B, T, C, H, W), sigma (B,) or (B, T); weighting is a name or a Balance.
+    Prediction: pass context=clean, a mask."""
     estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
     error = estimate - clean                                                       # (B, T, C, H, W)
     parts = dict(error=error ** 2)
@@ -412,9 +420,11 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
     return share * goes_on + (1 - share) * free, parts_free
 
 def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
-    """VDM sec. 3.1: the mean over the T + N frames of clips (B, T, C, H, W) and of pictures from
-    elsewhere (B, N, C, H, W), each a clip of one frame at the level of its clip, told nothing.
-    sigma (B,), noise (B, T + N, C, H, W), weighting a name; other arguments as diffusion_loss."""
+    """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) from elsewhere (VDM sec.
+    3.1), the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
+    attention, so that each sees itself alone. That is a clip of one frame, which is what we make of
+    it, at the noise level of its clip; it is told nothing. sigma is (B,), noise (B, T + N, C, H, W)
+    and weighting a name; other arguments as in diffusion_loss."""
     T, N = clean.shape[1], images.shape[1]
     plain = {k: v for k, v in options.items() if k in ("weighting", "sigma_data", "gamma")}
     video, parts = diffusion_loss(denoiser, clean, sigma, noise[:, :T], **options)
@@ -444,16 +454,18 @@ def draw_mask(batch, frames, probabilities, task="predict"):
     raise ValueError(f"task is {task!r}, expected predict, ends, any, image or upsample")
 
 def augment(context, mask, sigma, noise):
-    """Put noise of level sigma, (B,) or (B, T), on context and write that level into the mask,
-    where the network reads it -> context, mask: it learns to take what it is given for a hint, and
-    forgives faults of another model or its own (noise augmentation: Imagen Video; GameNGen)."""
+    """Noise augmentation: put noise of level sigma, (B,) or (B, T), on context and write that level
+    into the mask, where the network reads it -> context, mask. Trained so, a model takes what it is
+    given for a hint, and forgives faults of another model or its own (Imagen Video; GameNGen)."""
     return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
 
 def draw_context(clean, mask, task="predict", sigma=None, noise=None, anchors=0):
-    """What to show of clean (B, T, C, H, W) where mask (B, T) says so -> context, mask; with sigma
-    (B,) and noise, augmented but for the first `anchors` frames. With task image, in every frame
-    the first one, noised once, but clean in its own place (SVD); with upsample each frame, shrunk 4
-    times and enlarged again (Video LDM, Imagen Video)."""
+    """context (B, T, C, H, W) to train on clean (B, T, C, H, W), and the mask (B, T) of draw_mask:
+    as augment gives both where sigma (B,) and noise are passed, but for the first `anchors` frames.
+    Two tasks need them:
+
+    image     the first frame is given; on every other it stands, noised once, as a hint (SVD)
+    upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
     mask, context = mask.to(clean), clean
     if task == "image":
         context, anchors = clean[:, :1].expand_as(clean), max(anchors, 1)
@@ -467,9 +479,9 @@ def draw_context(clean, mask, task="predict", sigma=None, noise=None, anchors=0)
     return augment(context, mask, sigma[:, None] * hint, noise)
 
 def drop_modes(action, sizes, rate, mode_rates):
-    """Set parts of action (B, T, A), A = sum(sizes), to NaN, which is untold, for whole clips: all
-    of it with odds `rate`, as guidance needs, and each mode with odds mode_rates, one or one each
-    (Vista sec. 3.2: 0 and 0.15)."""
+    """Withhold (set to NaN) parts of action (B, T, A), A = sum(sizes), for whole clips: all of it
+    with odds `rate`, so that guidance has an estimate without, and each mode on its own with odds
+    mode_rates, one or one each, so that any may be left out (Vista sec. 3.2: 0 and 0.15)."""
     u = torch.rand(len(action), 1 + len(sizes))                                    # (B, 1 + modes)
     keep = (u[:, :1] >= rate) & (u[:, 1:] >= torch.as_tensor(mode_rates))              # (B, modes)
     keep = keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action.device)    # (B, 1, A)
@@ -551,8 +563,10 @@ SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=s
 
 @torch.no_grad()
 def invert_ddim(denoise, x, sigmas, iterations=1):
-    """sample_ddim backwards, from a clip to the x at sigmas[0] that leads to it. A step is undone
-    by solving y = x + (s - t) (y - denoise(y, s)) / s; from y = x, one iteration is usual."""
+    """Walk sample_ddim backwards: from a clip to the x at sigmas[0] from which it would reach it.
+
+    A step from s to t is undone by solving y = x + (s - t) (y - denoise(y, s)) / s for y. Starting
+    at y = x, one iteration is the usual inversion (target level, source clip); more are closer."""
     for t, s in pairs(sigmas.flip(0)):
         y = x
         for _ in range(iterations):
@@ -566,15 +580,17 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 
 def triangle(low, high, frames):
     """Guidance scales (T,) that rise towards the middle and fall again, so that the windows of long
-    videos do not over-saturate more and more (Vista, by its code). SVD's rise: torch.linspace."""
+    videos do not over-saturate more and more (Vista, by its code; eq. 9 falls to 1 a frame later).
+    With an even T none quite is high. (SVD's just rise: torch.linspace(low, high, T).)"""
     return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
 
 def guided(denoise, scale, rescale=0.0, keep=()):
-    """Context guidance: free + scale * (given - free), free being the estimate without condition
-    (Video LDM eq. 4). scale is a number or one per frame (T,); 1 is plain conditional, 0
-    unconditional. rescale, 0 to 1, is how far to undo the contrast it adds: at 1 to the standard
-    deviation of given (Lin et al. 2023, sec. 3.4: 0.7). keep names conditions that stay in free,
-    so are not guided by: ("context", "mask") in Vista."""
+    """Context guidance: free + scale * (given - free), where free is the estimate without condition
+    (Video LDM eq. 4; classifier-free guidance). scale is a number, or one per frame (T,) as in SVD
+    and Vista; 1 is the plain conditional estimate, 0 the unconditional one. Guidance raises
+    contrast; rescale, from 0 to 1, takes that share of the way back to the standard deviation of
+    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7). The conditions that
+    `keep` names stay in free: Vista keeps given frames, ("context", "mask")."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
 
     def guided_denoise(x, sigma, **cond):
@@ -589,10 +605,11 @@ def guided(denoise, scale, rescale=0.0, keep=()):
     return guided_denoise
 
 def temporally_guided(denoise, scale):
-    """Guidance by what frames tell each other: together + (scale - 1) * change, where change is
-    together - alone, less its mean over time, which would make things larger and slower. alone is
-    the estimate without temporal layers: denoise must take temporal=0, as --images teaches
-    VideoUNet (our form; cf. skip guidance, 2411.18664)."""
+    """Guidance by what frames tell each other: together + (scale - 1) * change, where change is the
+    part that varies over time of (together - alone), and alone is the estimate by the same model
+    without its temporal layers: denoise must take temporal=0, as VideoUNet does and --images
+    teaches it. Exaggerating the mean over time as well, as plain guidance would, makes things
+    larger, slower (our form; related: skip guidance, 2411.18664)."""
 
     def guided_denoise(x, sigma, **cond):
         together = denoise(x, sigma, **cond)
@@ -604,9 +621,10 @@ def temporally_guided(denoise, scale):
     return guided_denoise
 
 def reconstruction_guided(denoise, context, mask, weight=1.0):
-    """Frames given to a model never trained to be given any (VDM sec. 3.1): where mask is 1 the
-    estimate is context, elsewhere it moves to where the network, too, would estimate context there,
-    at the cost of a backward pass. Weight 0 is mere replacement, whose new frames do not fit."""
+    """Frames given to a model that was never trained to be given any (VDM sec. 3.1): where mask is
+    1 the estimate is context, so that samplers keep x there at context + sigma noise; elsewhere it
+    moves to where the network, too, would estimate context there. Costs a backward pass; weight
+    above 1 moves more; 0 is mere replacement, whose new frames do not fit the old."""
     # With x_a given: E[x_b | z, x_a] = E[x_b | z] + (sigma_z^2 / alpha) grad_{z_b} log q(x_a | z),
     # q(x_a | z) ~ Normal(guess_a, sigma^2); z = alpha x, sigma_z = alpha sigma: no factor is left
     given = expand(mask, context) == 1                                             # (B, T, 1, 1, 1)
@@ -705,9 +723,10 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
         yield new
 
 def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
-    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), which stay as
-    they are: (B, factor (K - 1) + 1, C, H, W) (Video LDM sec. 3.2). The denoiser must know such
-    masks (task any of draw_mask); frames > factor, of a window; other arguments as in rollout."""
+    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1, which stay
+    as they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM
+    sec. 3.2). The denoiser must know such masks (task any of draw_mask). frames is the length of a
+    window; other arguments as in rollout."""
     if not 1 < factor < frames:
         raise ValueError(f"factor is {factor}, expected 2 to {frames - 1}, in windows of {frames}")
     B, K, *chw = key_frames.shape
@@ -762,7 +781,7 @@ def rotate(x, position):
     """Rotary positions (Su et al. 2021): turn pairs of features of x (N, heads, L, d) by angles in
     proportion to position (L, axes), so that products of tokens depend on their distance alone."""
     pairs, axes = x.shape[-1] // 2, position.shape[-1]                        # the axes take turns
-    j = torch.arange(pairs, device=x.device)                # periods: 6 to 628 frames or places
+    j = torch.arange(pairs, device=x.device)                # periods: 6 to at most 628 places
     angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / pairs)              # (L, d / 2)
     cos, sin = angle.cos().to(x), angle.sin().to(x)  # x is (a, b), and x.roll(pairs) is (b, a)
     return x * torch.cat([cos, cos], -1) + x.roll(pairs, -1) * torch.cat([-sin, sin], -1)
@@ -1103,7 +1122,8 @@ def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "det
     for name, layer in reversed(list(denoiser.net.named_modules())):             # inner ones first
         linear = isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d))
         attention = isinstance(layer, (SpatialAttention, TemporalAttention))
-        if kind == "lora" and linear and any(word in name for word in layers):
+        known = not name.startswith("embed")                    # whose width the network asks for
+        if kind == "lora" and linear and known and any(word in name for word in layers):
             new = LoRA(layer, rank)
         elif kind == "simda" and isinstance(layer, ResBlock):
             new = TemporalAdapter(layer, layer.conv2.out_channels, rank)
@@ -1230,8 +1250,9 @@ class Autoencoder(nn.Module):
         return torch.cat(list(self.stream(latents.split(chunk, 1), temporal)), 1)
 
 def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
-    """A scalar and its parts by name: `reconstruction`, absolute plus squared error (no LPIPS, no
-    GAN), and `kl`, of the posterior from Normal(0, 1), mean per latent; noise is like latents."""
+    """A scalar and its parts by name: `reconstruction`, absolute plus squared error, and `kl`, of
+    the posterior from Normal(0, 1), mean per latent; noise is like the latents. No LPIPS, whose
+    network would have to be downloaded, and no GAN: what latents do not tell comes out blurred."""
     mean, log_var = autoencoder.posterior(clip)
     error = autoencoder.render(mean + (log_var / 2).exp() * noise, temporal) - clip
     parts = dict(reconstruction=error.abs().mean() + error.square().mean(),
@@ -1519,7 +1540,8 @@ class VideoFolder:
     alone; every len(dataset) items hold each clip once, from a random start, with `before` frames
     more, those before it or, where there are none, the clip's first. Actions, numbers (T, A) in
     clip.actions.npy beside clip.mp4, are cut as frames are, NaN (untold) where there are none.
-    .report says what was used, what not and why; .fps is an item's speed."""
+    .report says what was used, what not and why; .fps is an item's speed. read may be another
+    decode, one that keeps clips on disk."""
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None,
                  before=0):
