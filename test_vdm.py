@@ -4056,7 +4056,8 @@ def test_vista_through_the_command_line(tmp_path):
     for k in range(2):
         np.save(tmp_path / f"latents/{k}.npy", rng.normal(size=(6, 4, 8, 8)).astype(np.float32))
         np.save(tmp_path / f"latents/{k}.actions.npy", rng.normal(size=(6, 19)))
-    small = "--width 32 --head-dim 32 --size 8 --frames 4 --steps 2 --batch 2 --marks 1 --sampling-steps 1 --device cpu"
+    small = ("--width 32 --head-dim 32 --mults 1 2 --attention 1 2 --blocks 1 --size 8 --frames 4 --steps 2 --batch 2 --marks 1 "
+             "--sampling-steps 1 --device cpu")
     state = {}
     for name, flags in dict(a="--checkpoint-activations --micro 1", b="").items():
         train.main(["--preset", "vista", "--data", str(tmp_path / "latents"), "--out", str(tmp_path / name), *small.split(),
@@ -4313,7 +4314,7 @@ def test_meter_counts_storages_once_and_until_they_die():
     assert z.shape == (100, 10)
 
 
-@cases("flags", ["--batch 4", "--preset svd --width 32 --head-dim 32 --size 16 --frames 4"])
+@cases("flags", ["--batch 4", "--preset svd --width 32 --head-dim 32 --blocks 1 --size 16 --frames 4"])
 def test_memory_against_the_allocator(flags):
     """The peak of a real step by the events of PyTorch's own allocator, which the profiler lists."""
     _, config = train.parse(flags.split())
@@ -4386,6 +4387,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     for words in commands:
         small = dict(train="--steps 2 --batch 2 --marks 2 --sampling-steps 2", sample="--steps 2")
         flags = small.get(words[1].removesuffix(".py"), "").split() + (["--n", "2"] if "sample" in words[1] else [])
+        flags += ["--blocks", "1"] if "--dry-run" in words else []
         monkeypatch.setattr(sys, "argv", [*words[1:], *flags])
         runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     assert (tmp_path / "out/tiny/samples/final.mp4").exists() and (tmp_path / "samples.mp4").exists()
