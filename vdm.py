@@ -210,8 +210,8 @@ def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
 def stratified(n):
-    """(n,) uniform numbers in (0, 1) that together cover it evenly: a batch that sees all noise
-    levels has a less noisy gradient (Kingma et al. 2021, app. I)."""
+    """(n,) numbers, each uniform in (0, 1), that together cover it evenly: a batch that sees all
+    noise levels has a less noisy gradient (Kingma et al. 2021, app. I)."""
     return ((torch.rand(1) + torch.arange(n) / n) % 1).clamp(1e-5, 1 - 1e-5)
 
 def independent_levels(u, frames, chance):
@@ -326,13 +326,15 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     return weights[weighting]
 
 class Balance(nn.Module):
-    """Weights by which all cases pull equally: a squared error is divided by the running mean of
-    its kind, which is one of 16 octaves of sigma, frames given or none, one frequency in time (of
-    discrete cosines). Else, at high noise, the error about where things are, which cannot be known,
-    drowns that about how they move. EDM2 learns such weights per noise level (Karras et al. 2023).
+    """Weights by which all cases pull equally: every squared error is divided by a running mean of
+    its kind. A kind is one of 16 octaves of sigma, frames given or none, one frequency in time (of
+    discrete cosines, from what stands still to what flickers). At high noise nearly all of the
+    error is about where things are, which cannot be known; it would drown the error about how they
+    move. EDM2 learns such weights per noise level (Karras et al. 2023).
 
-    sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, their weights (B, T);
-    with sigma (B, T), by frame. With hold the mean waits for fold(), after all parts of a batch."""
+    sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
+    (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames. With hold
+    the mean waits for fold(), called once per step when a batch comes in parts."""
 
     def __init__(self, frames, rate=0.1):
         super().__init__()
@@ -930,16 +932,20 @@ class Block(nn.Module):
         return x + each_frame(self.leave, h) if self.leave else h
 
 class VideoUNet(nn.Module):
-    """x (B, T, in_channels, H, W) and c_noise (B,) or (B, T), the noise level as scalings gives it,
-    -> (B, T, out_channels, H, W). label (B,), -1: none, and action (B, T, `actions`), NaN: untold,
-    are added to the embedded level by layers that start at 0. temporal, a number or (B,), is how
-    far temporal layers are heeded: at 0 it is an image model (1 - alpha of Video LDM and SVD).
+    """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
+    the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
+    `labels` or -1, none; action (B, T, `actions`), numbers per frame, NaN if untold. Each is added
+    to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
+    temporal, a number or (B,), tells how far temporal layers are heeded, 1 - alpha of Video LDM and
+    SVD: at 0 it is an image model.
 
-    A level has width x mults channels, `blocks` residual blocks each way (ddpm_layout: one more up
-    and in the middle, and skips from every layer) and attention, or joint attention over space and
-    time, if its downsampling factor is among these. feed_forward both: attentions are told the
-    action, too (Vista). detail: channels of a full-resolution path around the patch x patch tiles.
-    second_embedding: another MLP embeds c_noise where given (B, T) is True (Vista)."""
+    width x mults are the channels of the levels; blocks the residual blocks of a level on each way
+    (ddpm_layout: one more on the way up and in the middle, and skips from all layers); attention
+    the downsampling factors with attention, joint those where it is joint over space and time.
+    feed_forward is none, time, or both: SVD's transformers, each told the action again, as 128
+    waves per number (Vista). Frames are cut into patch x patch tiles; around large ones a path of
+    `detail` channels at full resolution keeps edges sharp. convs: whether there are temporal ones.
+    With second_embedding, another MLP embeds c_noise wherever given (B, T) is True (Vista)."""
 
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
@@ -1102,8 +1108,8 @@ def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 
 
 def shift_attention(q, k, v, code=False):
     """SimDA's latent-shift attention, all (B, T, H, W, heads, d): each frame looks at 2 H W tokens
-    instead of T H W, its own, and its own shifted; in the authors' code those of the frame before
-    (of the first: its own) shifted, and its own shifted."""
+    instead of T H W. The paper: its own, and its own shifted; code=True, as its code has it: those
+    of the frame before (of the first: its own) shifted, and its own shifted."""
     def seen(x):
         moved = shift_tokens(x)
         first = moved[:, [0, *range(x.shape[1] - 1)]] if code else x
