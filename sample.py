@@ -43,6 +43,8 @@ def parse(argv):
                    "image or upsample, a share of that in training)")
     p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
     p.add_argument("--actions", help="of every frame: letters of L, S, R, X (stop); or an .npy file (T, A), NaN where untold")
+    p.add_argument("--motion", type=float, help="0 to 1: how far things move, as the share of the clips trained on that move less "
+                   "(default: as in --context or, if that is a picture or none, by chance, another for each video)")
     p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
     p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
     p.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1: as trained; more exaggerates what is given")
@@ -63,7 +65,7 @@ def parse(argv):
     o = p.parse_args(argv)
     limit("n length context_frames interpolate steps batch overlap", "1 or more", 1, MOST, o)
     limit("reconstruction guidance temporal_guidance jump seed context_noise", "0 or more", 0, MOST, o)
-    limit("rescale", "0 to 1", 0, 1, o)
+    limit("rescale motion", "0 to 1", 0, 1, o)
     limit("fps", "0.1 to 1000", 0.1, 1000, o)
     o.out = Path(o.out)
     o.folder = o.out.with_suffix("")
@@ -144,6 +146,7 @@ def plan(o, config):
                   f"--label, --actions or, without --reconstruction and --keep-frames, {on}"),
         temporal_guidance=(config.images or o.temporal_guidance == 1, "a model trained with --images above 0"),
         reconstruction=(given and not config.previous, f"{on}, and a model of no --previous"),
+        motion=(config.motion and not o.interpolate, "a model trained with --motion, and no --interpolate"),
         rescale=(guides, guided), keep_frames=(guides and given and not o.reconstruction, f"{guided}, and given frames"),
         guidance_shape=(guides or o.guidance_shape == "constant", guided),
         context_frames=(o.context and not hints, "--context, and neither --task image nor upsample"),
@@ -154,7 +157,7 @@ def plan(o, config):
                      f"trained with --task any or, to be {T - 1}, with --task ends, not {config.task}"))
     for name, (met, need) in needs.items():
         value = getattr(o, name)
-        if (value and value != [1.0] or name == "temporal_guidance" and value == 0) and not met:
+        if (value and value != [1.0] or name in ("temporal_guidance", "motion") and value == 0) and not met:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
     if o.interpolate and not all(1 < factor < T for factor in o.interpolate):
         raise ValueError(f"--interpolate is {' '.join(map(str, o.interpolate))}, expected factors of 2 to {T - 1}, for windows "
@@ -221,6 +224,8 @@ def pieces(o, config, w, denoiser, autoencoder, clips):
     given = None if w.context is None else w.context.expand(len(clips), *w.context.shape).to(device)
     if o.label is not None:
         options["label"] = torch.full((len(clips),), o.label, device=device)
+    if o.motion is not None:
+        options["motion"] = torch.full((len(clips),), o.motion, device=device)
     if w.actions is not None:
         options["action"] = w.actions.expand(len(clips), *w.actions.shape).to(device)
     with autocast(device, w.dtype):
@@ -230,6 +235,8 @@ def pieces(o, config, w, denoiser, autoencoder, clips):
             stream = [given]
         elif w.hints:
             noise = vdm.clip_noise(o.seed, clips, device)
+            if config.motion and config.task == "image":               # which, unlike a clip, does not show it
+                options.setdefault("motion", torch.special.ndtr(noise()))
             seen, mask = vdm.draw_context(given, torch.ones(given.shape[:2]), config.task, vdm.constant(w.level, given),
                                           noise(*shape[1:]))
             if w.actions is not None:                                  # after the last, none
@@ -273,6 +280,9 @@ def main(argv=None):
     w.dtype = pick_dtype(o.dtype, w.device)
     w.sigmas = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
     w.context = give(o, config, w, autoencoder) if o.context else None
+    if o.motion is not None:
+        pace = np.interp(o.motion, np.linspace(0, 1, len(denoiser.paces)), denoiser.paces)
+        print(f"motion  {o.motion:.0%} of the clips trained on move less: by {pace:.1%} of the frame per frame")
     print(f"{o.checkpoint}: {o.n} videos of {w.length} frames, {w.how['sampler']} with {steps} steps, averaged weights, on "
           f"{w.device} in {str(w.dtype).removeprefix('torch.')}{f', noise of {w.level:g} on given frames' * bool(w.level)}")
 

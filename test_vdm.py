@@ -829,33 +829,36 @@ def test_conditions_change_the_answer():
         assert (last[i] - last[j]).abs().max() > 1e-4, (i, j)
 
 
-def told(labels=3, actions=2):
-    """A network with random weights, but for those that its label and action go through."""
-    net = vdm.VideoUNet(3, 1, 8, (1, 2), head_dim=8, labels=labels, actions=actions)
+def told(labels=3, actions=2, motion=True):
+    """A network with random weights, but for those that its label, action and motion go through."""
+    net = vdm.VideoUNet(3, 1, 8, (1, 2), head_dim=8, labels=labels, actions=actions, motion=motion)
     fresh = {k: v.clone() for k, v in net.state_dict().items() if "embed_" in k}
     randomize(net).load_state_dict(fresh, strict=False)
     return vdm.Denoiser(net)
 
 
-def test_label_and_action_start_as_nothing_and_learn_at_once():
+def test_what_is_told_starts_as_nothing_and_learns_at_once():
     """The same answer bit for bit; gradient in the first step, except for the row of no label."""
     denoiser, x, one = told(), torch.randn(3, 4, 1, 4, 4), torch.ones(3)
-    cond = dict(label=torch.tensor([-1, 0, 2]), action=torch.randn(3, 4, 2))
+    cond = dict(label=torch.tensor([-1, 0, 2]), action=torch.randn(3, 4, 2), motion=torch.tensor([0.0, 0.5, -1]))
     got = denoiser(x, one, **cond)
     assert torch.equal(got, denoiser(x, one)) and got.std() > 0.1
     got.square().mean().backward()
     rows = denoiser.net.embed_label.weight.grad.abs().amax(1)          # of -1, 0, 1, 2
     assert (rows > 1e-6).tolist() == [False, True, False, True] and rows[0] == 0
     assert (denoiser.net.embed_action.weight.grad.abs().amax(0) > 1e-6).all()
+    assert (denoiser.net.embed_motion.weight.grad[:, :24].abs().amax(0) > 1e-6).all()          # cosines, of 0 too
 
 
-def test_label_and_action_change_the_answer():
-    """Each frame heeds its own action; -1 and NaN are none; a network built without either says so."""
+def test_what_is_told_changes_the_answer():
+    """Each frame heeds its own action; -1 and NaN are none; a network built without says so."""
     denoiser, x, one = told(), torch.randn(2, 4, 1, 4, 4), torch.ones(2)
     nn.init.normal_(denoiser.net.embed_action.weight)
+    nn.init.normal_(denoiser.net.embed_motion.weight)
     nn.init.normal_(denoiser.net.embed_label.weight[1:])
     free, action = denoiser(x, one), torch.randn(2, 4, 2)
-    assert torch.equal(free, denoiser(x, one, label=torch.tensor([-1, -1]), action=action * torch.nan))
+    none = dict(label=torch.tensor([-1, -1]), action=action * torch.nan, motion=torch.tensor([-1.0, -1]))
+    assert torch.equal(free, denoiser(x, one, **none))
     assert (free - denoiser(x, one, action=0 * action)).abs().amax() > 1e-3           # 0 is told
     moved = denoiser(x, one, action=action) - free
     assert (moved.abs().amax((2, 3, 4)) > 1e-3).all()
@@ -864,12 +867,118 @@ def test_label_and_action_change_the_answer():
     assert (less[:, 2] == 0).all() and torch.equal(less[:, [0, 1, 3]], moved[:, [0, 1, 3]])
     labels = torch.stack([denoiser(x[:1], one[:1], label=torch.tensor([k])) for k in (-1, 0, 1, 2)])
     assert (torch.pdist(labels.flatten(1)) > 1e-2).all()
-    both = dict(label=torch.tensor([0, 1]), action=action)
-    close(vdm.guided(denoiser, 3.0)(x, one, **both), 3 * denoiser(x, one, **both) - 2 * free,
+    ranks = torch.stack([denoiser(x[:1], one[:1], motion=torch.tensor([k])) for k in (-1, 0, 0.05, 0.5, 1)])
+    assert (torch.pdist(ranks.flatten(1)) > 1e-2).all()
+    every = dict(label=torch.tensor([0, 1]), action=action, motion=torch.tensor([0.2, 0.9]))
+    close(vdm.guided(denoiser, 3.0)(x, one, **every), 3 * denoiser(x, one, **every) - 2 * free,
           rtol=1e-4, atol=1e-4)
-    for name, given in both.items():
-        with pytest.raises(ValueError, match=f"{name} was given, but .* {name}s=0"):
-            told(labels=0, actions=0)(x, one, **{name: given})
+    for name, given in every.items():
+        with pytest.raises(ValueError, match=f"{name} was given, but .* without"):
+            told(labels=0, actions=0, motion=False)(x, one, **{name: given})
+
+
+def blob(v, angle, size=64, width=6.0, T=6):
+    """A soft bump that moves by v pixels a frame: a clip (1, T, 2, size, size)."""
+    at = torch.arange(size) + 0.5
+    y, x = (size / 2 + v * f(angle) * (torch.arange(T) - T / 2) for f in (math.sin, math.cos))
+    far = (at[:, None] - y[:, None, None]) ** 2 + (at - x[:, None, None]) ** 2                  # (T, H, W)
+    return (2 * torch.exp(-far / 2 / width ** 2) - 1)[None, :, None].expand(1, T, 2, size, size)
+
+
+def test_motion_is_how_far_things_move():
+    """Of a bump that moves by v pixels of 64 it is v / 64, in any direction, light and size; what stands still has none, one
+    frame too; in MovingShapes it is the speed that was drawn."""
+    for v, angle in product((0.5, 1.0, 3.0), (0.0, 0.4, 2.0)):
+        clip = blob(v, angle)
+        for changed in (clip, 0.1 * clip + 0.5, -clip, blob(2 * v, angle, 128, 12.0)):
+            assert vdm.motion_score(changed).item() == pytest.approx(v / 64, rel=0.06)
+    assert vdm.motion_score(blob(0.0, 0.0)).item() == 0 and vdm.motion_score(torch.zeros(3, 4, 1, 8, 8)).tolist() == [0, 0, 0]
+    assert vdm.motion_score(blob(1.0, 0.0)[:, :1]).item() == 0
+    two = torch.cat([blob(1.0, 0.3), blob(2.0, 1.0)])
+    close(vdm.motion_score(two), torch.cat([vdm.motion_score(two[:1]), vdm.motion_score(two[1:])]))
+    jolt = blob(1.0, 0.0, T=8)
+    jolt = torch.cat([jolt[:, :4], jolt[:, 4:].flip(3)], 1).roll(20, 4)          # one frame of seven is elsewhere
+    assert vdm.motion_score(jolt).item() == pytest.approx(1 / 64, rel=0.06)
+    world = vdm.MovingShapes(seed=3)
+    speeds = [world_draw(world, i)["speed"] for i in range(200)]
+    scores = vdm.motion_score(torch.stack([world[i]["video"] for i in range(200)]))
+    assert np.corrcoef(scores, speeds)[0, 1] > 0.97 and np.median(scores / torch.tensor(speeds)) == pytest.approx(1, abs=0.08)
+
+
+def world_draw(world, i):
+    """What MovingShapes draws for its clip i, in its order."""
+    rng = np.random.default_rng([world.seed, i])
+    rng.permutation(6), rng.integers(3), rng.uniform(*world.RADIUS)
+    return dict(speed=rng.uniform(*world.SPEED))
+
+
+def test_the_rank_of_a_motion_is_the_share_that_move_less():
+    """numpy's interpolation; of scores as they come, each rank as often as any other."""
+    scores = torch.distributions.LogNormal(-3.0, 1.0).sample((4000,))
+    paces = scores[:2000].quantile(torch.linspace(0, 1, 17))
+    asked = torch.cat([paces, torch.tensor([0.0, 99.0]), scores[2000:]])
+    want = np.interp(asked, paces, np.linspace(0, 1, 17))
+    close(vdm.motion_rank(asked, paces), torch.from_numpy(want).float(), rtol=0, atol=1e-5)
+    even = vdm.motion_rank(scores[2000:], paces).sort()[0]
+    assert (even - (torch.arange(2000) + 0.5) / 2000).abs().max() < 0.06                        # 1.36 (2 / 2000)^(1/2) = 0.043
+    for never in (torch.zeros(17), -torch.ones(17)):                   # nothing ever moved; nothing was ever measured
+        ranks = vdm.motion_rank(torch.tensor([0.0, 0.3]), never)
+        assert ((ranks >= 0) & (ranks <= 1)).all()
+
+
+class Paced(nn.Module):
+    """A denoiser that says in all frames what motion it is told, and notes what it is given."""
+
+    def __init__(self, takes_previous=False):
+        super().__init__()
+        self.p, self.takes_previous, self.seen = nn.Parameter(torch.ones(1)), takes_previous, []
+        self.register_buffer("paces", torch.linspace(0, 0.08, 17))
+
+    def forward(self, x, sigma, motion=None, **given):
+        self.seen.append((motion, given))
+        return 0 * x + (torch.full_like(sigma, -2) if motion is None else motion).view(-1, 1, 1, 1, 1)
+
+
+def test_motion_is_drawn_evenly_unless_it_is_told_or_shown():
+    """Each rank as often as any other, a clip's own whatever is drawn beside it; none where frames are given; guidance leaves
+    it."""
+    sigmas, shape = vdm.karras_sigmas(1), (400, 2, 1, 2, 2)
+    ranks = vdm.generate(Paced(), shape, sigmas, seed=3)[:, 0, 0, 0, 0]
+    assert (ranks.sort()[0] - (torch.arange(400) + 0.5) / 400).abs().max() < 0.09               # 1.36 / 400^(1/2) = 0.068
+    close(vdm.generate(Paced(), (1, *shape[1:]), sigmas, noise=vdm.clip_noise(3, [7]))[0, 0, 0, 0, 0], ranks[7])
+    assert (vdm.generate(Paced(), shape, sigmas, motion=torch.full((400,), 0.7)) == 0.7).all()
+    context, mask = torch.zeros(2, 2, 1, 2, 2), torch.tensor([[1.0, 0.0]] * 2)
+    assert (vdm.generate(Paced(), context.shape, sigmas, context=context, mask=mask)[:, 1] == -1).all()
+    moves = torch.cat([blob(v, 0.0, width=4.0, size=32) for v in (0.64, 1.92)])      # 0.02 and 0.06 of the frame: 1/4, 3/4
+    close(vdm.generate(Paced(), moves.shape, sigmas, previous=moves)[:, 0, 0, 0, 0], torch.tensor([0.25, 0.75]), rtol=0, atol=0.04)
+    spy = Paced()                                                       # a model that sees no given frames is told
+    vdm.generate(spy, context.shape, sigmas, context=context, mask=mask, reconstruction=1.0)
+    close(spy.seen[0][0], vdm.generate(Paced(), context.shape, sigmas)[:, 0, 0, 0, 0])
+    spy, motion = Paced(), torch.tensor([0.3, 0.6])
+    vdm.generate(spy, context.shape, sigmas, guidance=2.0, motion=motion, context=context, mask=mask)
+    assert [set(given) for _, given in spy.seen] == [set(), {"context", "mask"}] and all(m is motion for m, _ in spy.seen)
+    made = vdm.interpolate(Paced(), torch.zeros(2, 3, 1, 2, 2), 2, 3, sigmas)
+    assert (made[:, 1::2] == -1).all()
+
+
+@cases("previous", [False, True])
+def test_all_windows_of_a_video_are_told_one_motion(previous):
+    """That of the frames given or, if that is one or none, one that is drawn, another for each video; or what is asked for."""
+    sigmas, shape = vdm.karras_sigmas(1), (2, 6, 2, 64, 64)
+    moves = torch.cat([blob(v, 0.0) for v in (1.28, 3.84)])            # 0.02 and 0.06 of the frame: ranks 1/4 and 3/4
+    for start, want in ((moves, (0.25, 0.75)), (None, None)) + (((moves[:, :1], None),) if not previous else ()):
+        spy = Paced(previous)
+        video = torch.cat(list(vdm.rollout(spy, 20, shape, sigmas, 2, None if start is None else start[:, -6 if previous else -4:],
+                                           seed=5)), 1)
+        ranks = torch.stack([motion for motion, _ in spy.seen])
+        assert len(ranks) > 2 and (ranks == ranks[0]).all() and video.shape[1] == 20
+        if want:
+            close(ranks[0], torch.tensor(want), rtol=0, atol=0.04)
+        else:
+            assert 0 < ranks[0].min() and ranks[0].max() < 1 and (ranks[0][0] - ranks[0][1]).abs() > 0.01
+    spy = Paced(previous)
+    list(vdm.rollout(spy, 20, shape, sigmas, 2, motion=torch.tensor([0.1, 0.2])))
+    assert all(motion.tolist() == pytest.approx([0.1, 0.2]) for motion, _ in spy.seen)
 
 
 def test_modes_are_dropped_at_their_rates_together_and_each_on_its_own():
@@ -1803,7 +1912,7 @@ def test_ema_of_bfloat16_weights():
     assert ema.model.weight.item() - 1 == pytest.approx((1 - 0.999 ** 10) * 2 ** -7, rel=0.01)
 
 
-SMALL = vdm.Config(size=(8, 8), frames=3, width=8, head_dim=8, patch=2, channels=1, context=(1.0,))
+SMALL = vdm.Config(size=(8, 8), frames=3, width=8, head_dim=8, patch=2, channels=1, context=(1.0,), motion=False)
 
 
 def checkpoint(path, **changes):
@@ -2380,9 +2489,9 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,767 lines of at most 100 columns, read in an evening."""
+    """At most 1,816 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1767
+    assert len(lines) <= 1816
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 
@@ -2737,15 +2846,14 @@ def same(a, b):
 def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, flags):
     """10 steps = 5, a crash at step 8, resume: weights, averages, optimisers and log, bit for bit."""
     whole = run_train(tmp_path / "whole", "--steps", 10, "--save-every", 5, *flags)
-    world, broken = vdm.Drive if "drive" in flags else vdm.MovingShapes, tmp_path / "broken"
-    get = world.__getitem__
+    draw, broken = train.draw, tmp_path / "broken"
 
-    def stumble(self, i):
-        if i >= 2 * 7:
+    def stumble(step, config, seed):
+        if step == 7:
             raise KeyboardInterrupt
-        return get(self, i)
+        return draw(step, config, seed)
 
-    monkeypatch.setattr(world, "__getitem__", stumble)
+    monkeypatch.setattr(train, "draw", stumble)
     with pytest.raises(KeyboardInterrupt):
         run_train(broken, "--steps", 10, "--save-every", 5, *flags)
     assert torch.load(broken / "last.pt", weights_only=True)["step"] == 5
@@ -3174,6 +3282,7 @@ def test_init_and_train(tmp_path, trained, capsys):
     state = run_train(tmp_path / "lora", "--steps", 2, *init, "--adapters", "lora", "--rank", 2, "--train", "lora")
     said = capsys.readouterr().out
     n, total = (sum(w.numel() for name, w in state["model"].items() if word in name and "balance" not in name) for word in ("lora_", ""))
+    total -= 17                                                        # paces, which are measured
     assert f"{n:,} of {total:,} parameters are trained ({n / total:.1%})\n" in said and "down.*.space.conv1.lora_up.weight: 2 tensors" in said
     for weights in (state["model"], state["ema"]):
         plain = {name.replace(".layer.", "."): w for name, w in weights.items()}
@@ -3194,7 +3303,7 @@ def test_init_and_train(tmp_path, trained, capsys):
 @cases("flags, words", [
     (["--width", 16], r"it has width 32 \(here 16\); \d+ of its \d+ tensors would fit: give the flags"),
     (["--kind", "v"], r"kind x0 \(here v\); (\d+) of its \1 tensors"), (["--patch", 2], r"patch 4 \(here 2\)"),
-    (["--train", "lora"], "train is lora, but the parts of this model are all, spatial, temporal"),
+    (["--train", "lora"], "train is lora, but the parts of this model are actions, all, spatial, temporal"),
     (["--train", "adapters", "--adapters", "lora"], "train is adapters, but"), (["--adapters", "dora"], "adapters is 'dora'")])
 def test_init_says_what_is_wrong(tmp_path, trained, flags, words):
     with pytest.raises(ValueError, match=words):
@@ -3601,6 +3710,32 @@ def test_sample_interpolates(tmp_path, monkeypatch):
                    "--interpolate", 3, "--context-frames", 1)
 
 
+def test_sample_tells_how_far_things_move(trained, tmp_path, monkeypatch, capsys):
+    """One rank for all videos if it is asked for, even 0; else one each, or that of a clip that is given; a model that was never
+    told refuses it, and none is told in an interpolation."""
+    told, generate, paces = [], vdm.generate, vdm.load(trained / "last.pt")[0].paces
+    monkeypatch.setattr(vdm, "generate", lambda *a, **o: told.append(o.get("motion")) or generate(*a, **o))
+    for rank in (0, 0.25, 1):
+        run_sample(trained, tmp_path / "a.mp4", "--n", 2, "--length", 6, "--motion", rank)
+        assert f"motion  {rank:.0%} of the clips trained on move less: by {paces[int(16 * rank)]:.1%} of" in capsys.readouterr().out
+        assert len(told) == 2 and all(motion.tolist() == [rank, rank] for motion in told)
+        told.clear()
+    run_sample(trained, tmp_path / "a.mp4", "--n", 2)
+    assert len(told) == 1 and told[0][0] != told[0][1] and ((told[0] > 0) & (told[0] < 1)).all()
+    np.save(tmp_path / "clip.npy", vdm.to_uint8(vdm.MovingShapes(4, (16, 16), seed=9)[0]["video"]))
+    given = vdm.read_video(tmp_path / "clip.npy", (16, 16))[-2:]
+    run_sample(trained, tmp_path / "a.mp4", "--n", 2, "--context", tmp_path / "clip.npy")
+    want = np.interp(vdm.motion_score(given[None]).item(), paces, np.linspace(0, 1, 17))
+    assert told[1].tolist() == pytest.approx([want, want], abs=1e-3)
+    run_train(tmp_path / "image", "--steps", 2, *WAYS["image"].split())
+    told.clear()                                                       # of the pictures train.py draws
+    run_sample(tmp_path / "image", tmp_path / "a.mp4", "--n", 2, "--context", tmp_path / "clip.npy")
+    assert told[0][0] != told[0][1] and ((told[0] > 0) & (told[0] < 1)).all()
+    run_train(tmp_path / "still", "--steps", 2, "--no-motion")
+    with pytest.raises(ValueError, match="--motion does nothing here: it needs a model trained with --motion"):
+        run_sample(tmp_path / "still", tmp_path / "a.mp4", "--motion", 0)
+
+
 WAYS = {                                # flags of train.py; whether a picture or a clip is given
     "noise": "--context-noise 0.5", "image": "--task image --context-noise 0.1",
     "upsample": "--task upsample --context-noise 0.1", "ends": "--task ends --give replace",
@@ -3715,6 +3850,36 @@ def test_training_at_several_rates(monkeypatch, previous):
     assert (shown[~slow] == 3 * torch.arange(frames)).all() and 0.4 < slow.float().mean() < 0.6
 
 
+@cases("rates, anchor", [((1,), 1.0), ((1,), 0.0), ((2, 1), 1.0)])
+def test_training_tells_how_far_things_move(monkeypatch, rates, anchor):
+    """The rank, by numpy, of the score of the frames in a row that end an item, whatever is put in their place as anchors, among
+    those of 256 items; it is withheld from half of the clips."""
+    told, loss = [], vdm.diffusion_loss
+    monkeypatch.setattr(vdm, "diffusion_loss", lambda denoiser, clean, **o: told.append(o["motion"]) or loss(denoiser, clean, **o))
+    config = vdm.Config(width=8, head_dim=8, mults=(1, 1), attention=(), joint=(), patch=4, batch=128, rates=rates, anchor=anchor,
+                        context=(0.4, 0, 0, 0, 0.6), drop=0.5)
+    need = train.earlier(config) + 7 * max(rates) + 1
+    data, denoiser = vdm.MovingShapes(need, seed=4), vdm.build(config)
+    assert need == 8 * (1 + 3 * (anchor > 0)) + 7 * (max(rates) - 1)
+    assert (denoiser.paces == -1).all()                                # the first step measures them
+    chance = train.draw(0, vdm.dataclasses.replace(config, batch=256, size=(1, 1)), 0)
+    rows = [{name: x[i : i + 1] for name, x in chance.items()} for i in range(256)]
+    rate = lambda drawn: int(drawn["rate"][0]) if len(rates) > 1 else 1
+    first = need - 7 * max(rates) - 1                                  # where the frames that are learnt start
+    score = lambda i, rate: vdm.motion_score(data[i]["video"][None, first : first + 7 * rate + 1 : rate]).item()
+    want = np.quantile([score(i, rate(row)) for i, row in enumerate(rows)], np.linspace(0, 1, 17))
+    ema = vdm.EMA(denoiser)
+    train.train_step(0, config, data, denoiser, ema, train.make_optimizers(config, denoiser.net), torch.device("cpu"),
+                     torch.float32, 0)
+    close(denoiser.paces, torch.from_numpy(want).float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(denoiser.paces, ema.model.paces)
+    chance, (motion,) = train.draw(0, config, 0), told
+    held = motion == -1
+    assert 0.35 < held.float().mean() < 0.65
+    ranks = [np.interp(score(i, rate({k: x[i : i + 1] for k, x in chance.items()})), want, np.linspace(0, 1, 17)) for i in range(128)]
+    close(motion[~held], torch.tensor(ranks).float()[~held], rtol=0, atol=1e-3)
+
+
 @cases("frames, rate", [(16, 1), (7, 1), (6, 1), (24, 2)])
 def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch, frames, rate):
     """The loss gets frames in a row, but for the first two where 4 are given: each from the start of the clip on is as likely.
@@ -3785,6 +3950,7 @@ def test_training_with_the_first_frames_of_any_time_before(tmp_path, monkeypatch
     (["--length", "9", "--overlap", "4"], r"trained on \[2\] given frames, not on overlap 4"),
     (["--jump", "-1", "--length", "9"], "--jump is -1, expected 0 or more"),
     (["--rescale", "1.5", "--guidance", "2"], "--rescale is 1.5, expected 0 to 1"),
+    (["--motion", "1.5"], "--motion is 1.5, expected 0 to 1"),
     (["--length", "0"], "--length is 0"), (["--context", "CLIP", "--context-frames", "-2"], "--context-frames is -2"),
     (["--n", "0"], "--n is 0"), (["--out", "x.wmv"], "mp4 or .gif"), (["--device", "quantum"], "--device quantum"),
 ])
@@ -4195,7 +4361,7 @@ def test_every_number_has_limits():
 @cases("flag, without, met", [
     ("gamma 4", "", "weighting min_snr"), ("sigma-data 1", "", "kind edm"), ("mean 1", "schedule cosine", ""),
     ("std 1", "schedule cosine", ""), ("offset-per-frame", "", "offset 0.1"), ("rank 2", "", "adapters lora"),
-    ("joint-weight 0.2", "", "previous"), ("context 0.5 0.5", "previous", ""), ("drop 0.2", "", "labels 18"),
+    ("joint-weight 0.2", "", "previous"), ("context 0.5 0.5", "previous", ""), ("drop 0.2", "no-motion", "labels 18"), ("motion", "frames 1 --context 1", ""),
     ("mode-drop 0.2", "labels 18", "data drive"), ("muon-lr 0.1", "optimizer adamw", ""), ("stride 2", "data drive", "data clips"),
     ("kl 0.1", "", "factor 2"), ("ae-width 8", "", "factor 2"), ("given-noise 2", "context 1", ""), ("latent-scale 2", "data clips latents x.pt", "data x.npy")])
 def test_flags_that_would_do_nothing_are_refused(flag, without, met):
@@ -4267,7 +4433,7 @@ def test_presets_of_papers_train(preset):
     gates = {name: p for name, p in denoiser.named_parameters() if name.endswith("gate")}
     optimizers[0].register_step_pre_hook(lambda *_: grads.update({name: p.grad.item() for name, p in gates.items()}))
     ema, device = vdm.EMA(denoiser, config.ema), torch.device("cpu")
-    record = train.train_step(0, config, [clip] * 4, denoiser, ema, optimizers, device, torch.float32, 0)
+    record = train.train_step(0, config, [clip] * 256, denoiser, ema, optimizers, device, torch.float32, 0)
     assert math.isfinite(record["loss"]) and len(optimizers) == 1
     assert grads.keys() == gates.keys() and len(gates) >= 16 and all(grads.values())
     config.sampling_steps = 1
@@ -4298,7 +4464,7 @@ def test_operations_against_a_hand_count():
     res = lambda a: conv(a, C, 9) + conv(C, C, 3) + T * 192 * 2 * C + conv(C, C, 9) + (a != C) * conv(a, C, 1)
     space = conv(C, 4 * C, 1) + T * 2 * L * L * C
     time = conv(C, 4 * C, 1) + L * 2 * T * T * C + conv(C, 8 * C, 1)
-    total = conv(5, C, 9) + T * (48 * 192 + 192 * 192) + conv(C, 2, 9)
+    total = conv(5, C, 9) + T * (48 * 192 + 192 * 192) + 48 * 192 + conv(C, 2, 9)              # 48 x 192 of motion, once a clip
     total += 3 * (conv(C, C, 3) + space + time) + 2 * res(C) + res(up)
     for gpu, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         assert train.rehearse(config, 1, dtype, gpu)["operations"] == 2 * total
@@ -4367,7 +4533,7 @@ def test_dry_run_of_vista(tmp_path, capsys):
     assert sum_light - ema + light < card                                # without averages there is room for 2
     sharded = row("8 --shard")
     assert sharded[1:4] == pytest.approx([gradients / 8, optimiser / 8, ema / 8], rel=0.02) and weights / 8 < sharded[0] < weights / 2
-    assert "1,508.84 M parameters" in out and "0, 2 (GPUs: 1 or more)" in out and "20000 steps at 150 TFLOPS" in out
+    assert "1,509.25 M parameters" in out and "0, 2 (GPUs: 1 or more)" in out and "20000 steps at 150 TFLOPS" in out
     assert not (tmp_path / "run").exists()
 
 

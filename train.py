@@ -55,7 +55,8 @@ import vdm
 STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16, anchor=0.0),                          # their defaults
               decoder=dict(steps=240, batch=4, anchor=0.0))
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
-USUAL = dict(shapes={}, drive=dict(jump=0.0, temporal_guidance=1.0, sampling_steps=40))      # guided, the car hardly ever stops
+USUAL = dict(shapes={}, drive=dict(jump=0.0, temporal_guidance=1.0, sampling_steps=40, sigma_min=0.2, motion=False))
+# of drive: guided, the car hardly ever stops, and its commands tell how far it moves
 BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=110)
 
 
@@ -111,6 +112,8 @@ def parse(argv):
     name += f"-{options.stage}" * (options.stage != "diffusion")
     options.given, options.out = given, Path(options.out or f"out/{name}")
     usual = USUAL.get(options.data, dict(jump=0.0))                    # elsewhere the past need not tell the future
+    if given.get("frames") == 1 or given.get("task") in ("ends", "any", "upsample"):     # nothing moves, or given frames show how
+        usual = usual | dict(motion=False)
     return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | usual | given)
 
 
@@ -152,7 +155,9 @@ def check(options, config):
                  context=(not (config.previous and sum(config.context[1:])), "a run without --previous"),
                  joint_weight=(config.previous, "--previous"),
                  given_noise=(sum(config.context[1:]) and not config.previous, "--context with odds of given frames"),
-                 drop=(told, "--labels or actions"), mode_drop=(told and options.data != "shapes", "actions"),
+                 drop=(told or config.motion, "--motion, --labels or actions"),
+                 motion=(config.frames > 1 or not config.motion, "2 or more --frames"),
+                 mode_drop=(told and options.data != "shapes", "actions"),
                  muon_lr=(config.optimizer == "muon", "--optimizer muon"), stride=(own, "--data of your own"),
                  kl=(config.factor, "--factor"), ae_width=(config.factor, "--factor"),
                  latent_scale=(own and not options.latents, "--data of latents made elsewhere"))
@@ -236,6 +241,8 @@ def draw(step, config, seed):
     drawn = dict(sigma=vdm.noise_schedule(config)(u))
     if config.labels:
         drawn["label"] = torch.rand(B) >= config.drop
+    if config.motion:
+        drawn["motion"] = torch.rand(B) >= config.drop
     if config.actions:
         drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop, config.mode_drop)
     if config.context_noise or config.anchors:
@@ -260,22 +267,34 @@ def earlier(config):
 
 
 def cut(batch, drawn, config):
-    """Of the frames of each item those to train on: the last, at the rate drawn. Anchors, the first frames of all, which rollout
-    shows every window, are of any time before."""
+    """Of the frames of each item those to train on: the last, at the rate drawn. How far things move there is measured. Anchors,
+    the first frames of all, which rollout shows every window, are of any time before."""
     n, rows = config.frames * (1 + config.previous), torch.arange(len(batch["video"]), device=drawn["sigma"].device)[:, None]
     before = batch["video"].shape[1] - (n - 1) * max(config.rates) - 1
     at = before + torch.arange(n, device=rows.device) * drawn.get("rate", torch.ones_like(rows[:, 0]))[:, None]        # (B, n)
+    batch = batch | dict(pace=vdm.motion_score(batch["video"][rows, at]))                            # (B,)
     if config.anchors:
         back = (drawn["time"] * (before + 1)).long() - before
         at[:, :config.anchors] += torch.where(drawn["mask"].sum(1) > config.anchors + 1, back, 0)[:, None]
     return batch | {name: batch[name][rows, at] for name in ("video", "action") if name in batch}
 
 
+def measure_paces(data, config, seed):
+    """The motion scores that 0, 1/16 ... 1 of 256 items, cut as for training, stay below (17,)."""
+    chance = draw(0, dataclasses.replace(config, batch=256, size=(1, 1), stills=0), seed)
+    rows = [{name: x[i : i + 1] for name, x in chance.items()} for i in range(256)]
+    scores = torch.cat([cut(default_collate([data[i]]), row, config)["pace"] for i, row in enumerate(rows)])
+    return scores.nanquantile(torch.linspace(0, 1, 17))
+
+
 def conditions(batch, config, drawn={}):
-    """What the model is told of a batch besides frames: label (B,), action (B, T, A), but for what draw() withholds."""
+    """What the model is told of a batch besides frames: label (B,), motion (B,), action (B, T, A), but for what draw()
+    withholds."""
     told = {}
     if config.labels:
         told["label"] = batch["label"].where(drawn["label"], -1) if drawn else batch["label"]
+    if config.motion and drawn:                                        # else vdm.generate draws it
+        told["motion"] = batch["motion"].where(drawn["motion"], -1)
     if config.actions:                                                 # with --previous, those of the second half
         told["action"] = batch["action"][:, -config.frames:] * drawn.get("action", 1)
     return told
@@ -308,6 +327,8 @@ def loss_of(denoiser, batch, drawn, config, weighting):
 def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed, parts=None, batches=None, ddp=None):
     """One optimiser step -> what to log of it. A large run passes the `parts` of the batch that this process takes, one after
     another; `batches`, which yields them read ahead; and `ddp`, the denoiser as it shares gradients with other processes."""
+    if config.motion and denoiser.paces[-1] < 0:                       # before the first step
+        denoiser.paces.copy_(measure_paces(data, config, seed))
     chance, parts, seen, waited = draw(step, config, seed), parts or [range(config.batch)], [], 0.0
     balance = getattr(denoiser, "balance", None)
     if balance:
@@ -320,8 +341,10 @@ def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, see
         waited += time.perf_counter() - began
         # noise, and all else that is drawn
         drawn = {name: x[part.start : part.stop].to(device) for name, x in chance.items()}
-        if config.anchors or "rate" in drawn:
+        if config.anchors or config.motion or "rate" in drawn:
             batch = cut(batch, drawn, config)
+        if config.motion:
+            batch["motion"] = vdm.motion_rank(batch["pace"], denoiser.paces)
         if part.start:                                                 # dropout alone depends on how a batch is shared
             torch.manual_seed(hash((seed, step, part.start)))
         # loss and backward
@@ -735,7 +758,7 @@ def main(argv=None):
 
 MAY_CHANGE = "steps sampler sampling_steps temporal_guidance sigma_min sigma_max rho jump overlap fps".split()     # on --resume
 MODEL = ("kind sigma_data head_dim give channels factor width mults blocks attention joint patch detail convs feed_forward "
-         "ddpm_layout previous labels actions adapters rank").split()                          # may not where --init is to fit
+         "ddpm_layout previous labels motion actions adapters rank").split()                   # may not where --init is to fit
 
 
 def resume(options, config):
@@ -777,11 +800,11 @@ def start_from(path, denoiser, config):
     fits = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
     other = {name: f"{name} {getattr(saved, name)} (here {getattr(config, name)})" for name in MODEL
              if getattr(saved, name) != getattr(config, name)}
-    misfits = {name for name in (ours.keys() - new | theirs.keys()) - fits if not name.startswith("balance.")}
+    misfits = {name for name in (ours.keys() - new | theirs.keys()) - fits if not name.startswith(("balance.", "paces"))}
     if misfits or other.keys() & {"kind", "sigma_data", "head_dim"}:
         raise ValueError(f"--init {path} is another model: it has {', '.join(other.values())}; {len(fits)} of its {len(theirs)} "
                          "tensors would fit: give the flags that it was trained with")
-    for name in fits:
+    for name in fits - {"paces"}:                                      # those of the new data are measured
         ours[name].copy_(theirs[name])
     print(f"init    {path}, averaged weights after {state['step']} steps{f'; new, as nothing: {len(new)} tensors' * bool(new)}")
 
@@ -1188,6 +1211,7 @@ def rehearse(config, clips, dtype, gpu=True, light=False):
         x = torch.empty(clips, T, net.input.in_channels // config.patch ** 2, *config.size)
         x.requires_grad_(config.train != ("all",))                     # as in loss_of, if some are frozen
         told = dict(label=torch.zeros(clips, dtype=torch.long)) if config.labels else {}
+        told |= dict(motion=torch.zeros(clips)) if config.motion else {}
         told |= dict(action=torch.empty(clips, T, sum(config.actions))) if config.actions else {}
         told |= dict(given=torch.zeros(clips, T, dtype=torch.bool)) if config.give == "replace" else {}
         before, loss = meter.now, 0

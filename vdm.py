@@ -30,6 +30,7 @@ Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or 
        denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
        context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
        label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; NaN: untold
+       motion   how far things move (B,), as the share of clips that move less, 0 to 1; -1: untold
        scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
 
 arXiv  DDPM 2006.11239, DDIM 2010.02502, LoRA 2106.09685, VDM 2204.03458, EDM 2206.00364,
@@ -115,10 +116,11 @@ class Config:
     joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
     images: float = 0.08            # share of clips trained as pictures, without temporal layers
     stills: int = 0                 # pictures from elsewhere trained beside every clip (VDM: 8)
-    # labels and actions
+    # labels, motion and actions
+    motion: bool = True             # tell how far things move: the share of clips that move less
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    drop: float = 0.15              # odds that the label is withheld, and the whole action
+    drop: float = 0.15              # odds that label, motion and the whole action are withheld
     mode_drop: tuple = (0.15,)      # odds that a mode of the action is: one for all, or one each
     # training
     steps: int = 1800               # optimiser steps
@@ -140,7 +142,7 @@ class Config:
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
     temporal_guidance: float = 1.6  # more than 1 exaggerates how frames tell each other to change
-    sigma_min: float = 0.2          # smallest noise level visited
+    sigma_min: float = 0.35         # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
     jump: float = 2.5               # roll-outs skip noise levels from sigma_max to this (0: off)
@@ -264,19 +266,22 @@ class Denoiser(nn.Module):
               and so has no loss. 0: it is not, context is not read there. Between, a hint: context
               has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
     previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
-    cond      for the network, as it is: label (B,), action (B, T, A)
+    cond      for the network, as it is: label (B,), motion (B,), action (B, T, A)
+    paces     motion is told, and these are the scores that 0, 1/16 ... 1 of the training clips stay
+              below (17,): a buffer, below 0 until training measures them
 
     give says how net(inputs, c_noise (B, T)) is shown the context; zeros stand for none:
     concat     with its mask, as C + 1 more channels, at c_noise of clean frames (Video LDM, SVD)
     replace    in the place of x, scaled like x, marked by given=(B, T); no hints (Vista)
     per_frame  in the place of x, each frame at its own sigma (FVDM)"""
 
-    def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat"):
+    def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat", paces=None):
         super().__init__()
         if give not in ("concat", "replace", "per_frame"):
             raise ValueError(f"give is {give!r}, expected concat, replace or per_frame")
         self.net, self.kind, self.sigma_data, self.takes_previous = net, kind, sigma_data, previous
         self.give = give
+        self.register_buffer("paces", paces)
 
     def forward(self, x, sigma, context=None, mask=None, previous=None, **cond):
         if previous is not None and not self.takes_previous:
@@ -480,6 +485,28 @@ def draw_context(clean, mask, task="predict", sigma=None, noise=None, anchors=0)
     noise = noise[:, :1] if task == "image" else noise
     return augment(context, mask, sigma[:, None] * hint, noise)
 
+def motion_score(clip, cells=16):
+    """How far things move per frame, as a share of the frame: (B,), of clips (B, T, C, H, W), the
+    median over time. Where light only moves, change = -velocity * slope; hence, of frames averaged
+    to cells x cells, |velocity|^2 = 2 sum change^2 / sum |slope|^2, whatever the direction."""
+    if clip.shape[1] == 1:
+        return clip.new_zeros(len(clip))
+    x = F.adaptive_avg_pool2d(clip.float().flatten(0, 1), cells).unflatten(0, clip.shape[:2])
+    change = x.diff(dim=1).square().sum((2, 3, 4))                                      # (B, T - 1)
+    slope = sum(x.diff(dim=axis).square().sum((2, 3, 4)) for axis in (3, 4))                # (B, T)
+    slope = (slope[:, 1:] + slope[:, :-1]) / 2                                          # (B, T - 1)
+    return (2 * change / slope.clamp(min=1e-6)).sqrt().median(1)[0] / cells
+
+def motion_rank(score, paces):
+    """The share of clips that move less than score (B,): (B,), 0 to 1. paces (n,) are the scores
+    that 0, 1 / (n - 1) ... 1 of them stay below. A model that is told it can be asked for slow or
+    fast video and, asked for all ranks evenly, is as fast as its data (SVD's motion bucket, there
+    by optical flow)."""
+    last = len(paces) - 1
+    i = torch.searchsorted(paces, score).clamp(1, last)
+    part = (score - paces[i - 1]) / (paces[i] - paces[i - 1]).clamp(min=1e-9)
+    return (i - 1 + part.clamp(0, 1)) / last
+
 def drop_modes(action, sizes, rate, mode_rates):
     """Withhold (set to NaN) parts of action (B, T, A), A = sum(sizes), for whole clips: all of it
     with odds `rate`, so that guidance has an estimate without, and each mode on its own with odds
@@ -653,13 +680,20 @@ def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
              keep=(), temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
     """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
     context and mask (or, with reconstruction > 0, to reconstruction_guided as its weight),
-    previous, label, action. noise is a clip_noise, by default that of clips 0 ... B - 1."""
+    previous, label, action and motion, which by default is that of previous, untold where frames
+    are given, or else drawn. noise is a clip_noise, by default that of clips 0 ... B - 1."""
     noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
+    if getattr(denoiser, "paces", None) is not None and "motion" not in cond:
+        cond["motion"] = torch.special.ndtr(noise())                 # (B,), evenly from 0 to 1
+        if "previous" in cond:
+            cond["motion"] = motion_rank(motion_score(cond["previous"]), denoiser.paces)
+        elif "mask" in cond and not reconstruction:
+            cond["motion"].fill_(-1)
     given = (cond.pop("context"), cond.pop("mask")) if reconstruction and "mask" in cond else ()
     if temporal_guidance != 1:
         denoiser = temporally_guided(denoiser, temporal_guidance)
     if cond and (torch.as_tensor(guidance) != 1).any():
-        denoiser = guided(denoiser, guidance, rescale, keep)
+        denoiser = guided(denoiser, guidance, rescale, (*keep, "motion"))
     denoise = partial(denoiser, **cond)
     if given:
         denoise = reconstruction_guided(denoise, *given, reconstruction)
@@ -685,7 +719,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
                    things look and how fast they go (StreamingT2V), the others where
     jump           where two or more frames are given skip the noise levels from the first to this,
                    and temporal guidance: of a certain future one estimate, the mean, is best
-    action         (B, length, A), with those of context's frames; after its end none is told"""
+    action         (B, length, A), with those of context's frames; after its end none is told
+    motion         (B,), of all windows: by default that of context or, if that is less than two
+                   frames, drawn by the noise"""
     B, T, *chw = shape
     device = next(denoiser.parameters()).device
     noise = clip_noise(seed, range(B) if clips is None else clips, device)
@@ -695,6 +731,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
             done < T and (anchors < overlap < T or length <= T)):
         raise ValueError(f"a window of {T} frames cannot go on: overlap is {overlap}, with "
                          f"{anchors} anchors, and context has {done} frames")
+    if getattr(denoiser, "paces", None) is not None and "motion" not in options:
+        even = torch.special.ndtr(noise())                                                # (B,)
+        options["motion"] = motion_rank(motion_score(tail), denoiser.paces) if done > 1 else even
     if done:
         yield tail
     while done < length:
@@ -932,10 +971,11 @@ class Block(nn.Module):
         return x + each_frame(self.leave, h) if self.leave else h
 
 class VideoUNet(nn.Module):
-    """forward(x, c_noise, label, action): x (B, T, in_channels, H, W) and c_noise (B,) or (B, T),
-    the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int below
-    `labels` or -1, none; action (B, T, `actions`), numbers per frame, NaN if untold. Each is added
-    to the embedded noise level by a layer that starts at 0: a fresh network does not heed them.
+    """forward(x, c_noise, label, action, motion): x (B, T, in_channels, H, W) and c_noise (B,) or
+    (B, T), the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int
+    below `labels` or -1, none; action (B, T, `actions`), numbers per frame, NaN if untold; motion
+    (B,) the rank of motion_rank, or -1. Each is added to the embedded noise level by a layer that
+    starts at 0: a fresh network does not heed them.
     temporal, a number or (B,), tells how far temporal layers are heeded, 1 - alpha of Video LDM and
     SVD: at 0 it is an image model.
 
@@ -950,7 +990,7 @@ class VideoUNet(nn.Module):
     def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
                  joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
                  second_embedding=False, convs=True, feed_forward="time", ddpm_layout=False,
-                 fp32_residuals=False):
+                 fp32_residuals=False, motion=False):
         super().__init__()
         waves = max(width, 48)                  # with fewer, given frames are told apart less well
         self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * waves
@@ -960,6 +1000,7 @@ class VideoUNet(nn.Module):
         self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
         self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
         self.embed_action = zero(nn.Linear(2 * actions, dim_emb, False)) if actions else None
+        self.embed_motion = zero(nn.Linear(waves, dim_emb, False)) if motion else None
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
@@ -994,7 +1035,7 @@ class VideoUNet(nn.Module):
             detail, out_channels)) if detail else nn.Identity()
         zero((self.output_detail if detail else self.output)[-1])
 
-    def forward(self, x, c_noise, label=None, action=None, given=None, temporal=1.0):
+    def forward(self, x, c_noise, label=None, action=None, motion=None, given=None, temporal=1.0):
         B, T = x.shape[:2]
         strength = expand(torch.as_tensor(temporal).to(x), x)                # (B or 1, 1, 1, 1, 1)
         c_noise = c_noise if c_noise.ndim == 2 else c_noise[:, None].expand(B, T)          # (B, T)
@@ -1003,15 +1044,18 @@ class VideoUNet(nn.Module):
         emb = self.embed(waves)                                                         # (B, T, E)
         if given is not None:
             emb = torch.where(given[..., None], self.embed_given(waves), emb)
-        for name, told in dict(label=label, action=action).items():
+        for name, told in dict(label=label, action=action, motion=motion).items():
             if told is not None and getattr(self, f"embed_{name}") is None:
-                raise ValueError(f"{name} was given, but this model was built with {name}s=0")
+                raise ValueError(f"{name} was given, but this model was built without")
         if label is not None:
             emb = emb + self.embed_label(label + 1)[:, None]             # row 0, for none, stays 0
         if action is not None:
             told, action = ~action.isnan(), action.nan_to_num()
             emb = emb + self.embed_action(torch.cat([action, told.to(action)], -1))
             action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
+        if motion is not None:
+            told = self.embed_motion(fourier(10 * motion, self.embed_motion.in_features))
+            emb = emb + torch.where(motion[:, None] < 0, 0, told)[:, None]
 
         def step(layer, x):                    # a block, or to half or twice the height and width
             block = isinstance(layer, Block)
@@ -1145,7 +1189,7 @@ def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "det
 def part_of(name):
     """The part of a model to which a parameter of this name belongs."""
     words = dict(lora_="lora", adapter_="adapters", embed_label="actions", embed_action="actions",
-                 time="temporal")
+                 embed_motion="actions", time="temporal")
     return next((part for word, part in words.items() if word in name), "spatial")
 
 def trainable(model, parts=("all",)):
@@ -1622,7 +1666,7 @@ class VideoFolder:
 
 paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
                 patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0)
+                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0, motion=False)
 early = partial(paper, frames=16, width=256, convs=False, feed_forward="none", kind="eps",
                 weighting="eps", context=(1.0,), sampler="ddpm")
 stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
@@ -1634,11 +1678,11 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     jump=0.0, temporal_guidance=2.0),
+                     jump=0.0, temporal_guidance=2.0, sigma_min=0.2, motion=False),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0),
+                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0, sigma_min=0.2),
     # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). Theirs samples evenly in u,
     # with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
     "ucf101": early(size=(64, 64), channels=3, factor=0, fps=25.0, mults=(1, 2, 4, 8),
@@ -1655,16 +1699,18 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
                   context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
                   lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
-    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B. Ours lacks CLIP, fps, motion, and keeps
-    # frame 0; there the noise on it is log-normal. Unverified: odds of context, clip_norm
+    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B. Ours lacks CLIP, fps, keeps frame 0;
+    # there the noise on it is log-normal. Unverified: odds of context, clip_norm, scale of motion
     "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
-                  overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5, sampling_steps=25),
+                  motion=True, drop=0.0, overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5,
+                  sampling_steps=25),
     # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
     # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
                     offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
-                    overlap=3, actions=(1, 8, 4, 4, 2), steps=20_000, batch=256, gate_lr=1e-5,
-                    drop=0.0, spatial_lr=0.1, warmup=1000, clip_norm=0.3, sampling_steps=50),
+                    overlap=3, motion=True, actions=(1, 8, 4, 4, 2), drop=0.0, steps=20_000,
+                    batch=256, gate_lr=1e-5, spatial_lr=0.1, warmup=1000, clip_norm=0.3,
+                    sampling_steps=50),
 }
 
 def noise_schedule(config):
@@ -1698,8 +1744,10 @@ def build(config):
     net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
                     config.attention, config.joint, config.head_dim, config.patch, config.detail,
                     config.dropout, config.labels, sum(config.actions), config.give == "replace",
-                    config.convs, config.feed_forward, config.ddpm_layout, config.fp32_residuals)
-    denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give)
+                    config.convs, config.feed_forward, config.ddpm_layout, config.fp32_residuals,
+                    config.motion)
+    paces = torch.full((17,), -1.0) if config.motion else None
+    denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give, paces)
     if config.weighting == "balance":
         denoiser.balance = Balance(config.frames)              # kept, and resumed, with the weights
     if config.adapters:

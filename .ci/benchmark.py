@@ -131,7 +131,7 @@ def steps(name):
         denoiser = vdm.build(c)
         state = denoiser, vdm.EMA(denoiser), train.make_optimizers(c, denoiser.net)
         for i in range(2):
-            train.train_step(i, c, [clip] * 2 * c.batch, *state, torch.device("cpu"), torch.float32, 0)
+            train.train_step(i, c, [clip] * max(256, 2 * c.batch), *state, torch.device("cpu"), torch.float32, 0)
     measured = 2 ** 20 * (peak() - before)
     kinds = {key: need[key] for key in ("weights", "gradients", "optimiser", "EMA", "activations")}
     return dict(measured=measured, predicted=sum(kinds.values()), **kinds)
@@ -166,7 +166,7 @@ def cost(kind, frames, batch):
         state = denoiser, vdm.EMA(denoiser), train.make_optimizers(config, denoiser.net)
         for step in range(2):                                    # the second has the optimisers' state
             began = time.process_time()
-            train.train_step(step, config, [dict(video=clip)] * 2 * batch, *state, device, dtype, 0)
+            train.train_step(step, config, [dict(video=clip)] * max(256, 2 * batch), *state, device, dtype, 0)
     else:
         began, shape = time.process_time(), (1, config.frames, config.channels, *config.size)
         sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
@@ -282,9 +282,10 @@ def animation(denoiser, config, dtype, n=64):
         clips, noise = real[i : i + 16], vdm.clip_noise(2, range(i, min(i + 16, n)))
         level = torch.full((len(clips),), config.context_noise / 2)
         context, given = vdm.draw_context(clips, mask[i : i + 16], config.task, level, noise(*clips.shape[1:]))
+        told = dict(motion=torch.special.ndtr(noise())) if config.motion else {}
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             made.append(vdm.generate(denoiser, clips.shape, sigmas, noise=noise, context=context, mask=given,
-                                     **train.sampling(config)).float())
+                                     **train.sampling(config), **told).float())
     made = torch.cat(made)
     marks, true = world.check(made), world.check(real)
     same = (marks["kinds"] == true["kinds"]) & (marks["colors"] == true["colors"])
