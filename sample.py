@@ -2,6 +2,7 @@
 sample.py: generate videos from a checkpoint; it takes no model settings, they are all in there.
 
     python sample.py                                            16 clips from the newest run under out/
+    python sample.py --motion 0.9                               faster than nine of ten clips that it was trained on
     python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
     python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
     python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive); prints
