@@ -267,8 +267,8 @@ class Denoiser(nn.Module):
               has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
     previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
     cond      for the network, as it is: label (B,), motion (B,), action (B, T, A)
-    paces     motion is told, and these are the scores that 0, 1/16 ... 1 of the training clips stay
-              below (17,): a buffer, below 0 until training measures them
+    paces     motion is told, and 0, 1/16 ... 1 of the training clips have a motion_score below
+              these (17,): a buffer, itself below 0 until training measures them
 
     give says how net(inputs, c_noise (B, T)) is shown the context; zeros stand for none:
     concat     with its mask, as C + 1 more channels, at c_noise of clean frames (Video LDM, SVD)
@@ -1054,7 +1054,8 @@ class VideoUNet(nn.Module):
             emb = emb + self.embed_action(torch.cat([action, told.to(action)], -1))
             action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
         if motion is not None:
-            told = self.embed_motion(fourier(10 * motion, self.embed_motion.in_features))
+            # 10: from rank 0 to 1 the fastest wave turns 1.6 times, and most hardly turn
+            told = self.embed_motion(fourier(10 * motion, self.embed_motion.in_features))   # (B, E)
             emb = emb + torch.where(motion[:, None] < 0, 0, told)[:, None]
 
         def step(layer, x):                    # a block, or to half or twice the height and width

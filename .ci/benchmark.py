@@ -130,7 +130,7 @@ def steps(name):
         clip = dict(video=torch.zeros(c.frames, c.channels, *c.size))
         denoiser = vdm.build(c)
         state = denoiser, vdm.EMA(denoiser), train.make_optimizers(c, denoiser.net)
-        for i in range(2):
+        for i in range(2):                                       # the first looks at 256 clips, how far things move
             train.train_step(i, c, [clip] * max(256, 2 * c.batch), *state, torch.device("cpu"), torch.float32, 0)
     measured = 2 ** 20 * (peak() - before)
     kinds = {key: need[key] for key in ("weights", "gradients", "optimiser", "EMA", "activations")}

@@ -49,7 +49,8 @@ def flags_of(setting, seed, o):
     batch = int(setting.split()[1]) if setting.startswith("batch") else 16
     steps, folder = o.steps * 16 // batch, o.out / f"{setting.replace(',', '').replace(' ', '_')}-{seed}"
     fixed = f"--steps {steps} --sample-every {steps} --seed {seed} --marks 2 --device cpu --context 0.5 0.125 0.125 0.125 0.125"
-    return [*fixed.split(), "--anchor", "0", "--no-motion", "--sigma-min", "0.2", *SETTINGS[setting].split(), *o.more, "--out", str(folder)]
+    fixed += " --anchor 0 --no-motion --sigma-min 0.2"
+    return [*fixed.split(), *SETTINGS[setting].split(), *o.more, "--out", str(folder)]
 
 
 def train_once(flags):
