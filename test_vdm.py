@@ -847,7 +847,7 @@ def test_what_is_told_starts_as_nothing_and_learns_at_once():
     rows = denoiser.net.embed_label.weight.grad.abs().amax(1)          # of -1, 0, 1, 2
     assert (rows > 1e-6).tolist() == [False, True, False, True] and rows[0] == 0
     assert (denoiser.net.embed_action.weight.grad.abs().amax(0) > 1e-6).all()
-    assert (denoiser.net.embed_motion.weight.grad[:, :24].abs().amax(0) > 1e-6).all()          # cosines, of 0 too
+    assert (denoiser.net.embed_motion.weight.grad.abs().amax(0) > 1e-6).all()
 
 
 def test_what_is_told_changes_the_answer():
@@ -875,6 +875,17 @@ def test_what_is_told_changes_the_answer():
     for name, given in every.items():
         with pytest.raises(ValueError, match=f"{name} was given, but .* without"):
             told(labels=0, actions=0, motion=False)(x, one, **{name: given})
+
+
+def test_a_rank_is_told_with_mean_0_and_deviation_1():
+    """An even distribution has mean 1 / 2 and deviation 1 / sqrt(12); that a rank is told is told beside it."""
+    net, seen = vdm.VideoUNet(3, 1, 8, (1,), attention=(), joint=(), motion=True), []
+    net.embed_motion.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0]))
+    n = 1000
+    net(torch.zeros(n + 1, 1, 3, 1, 1), torch.zeros(n + 1), motion=torch.cat([(torch.arange(n) + 0.5) / n, -torch.ones(1)]))
+    rank, told = seen[0].T
+    assert rank[:n].mean().item() == pytest.approx(0, abs=1e-5) and rank[:n].std().item() == pytest.approx(1, rel=1e-2)
+    assert (told[:n] == 1).all() and rank[n] == told[n] == 0 and (rank[:n].diff() > 0).all()
 
 
 def blob(v, angle, size=64, width=6.0, T=6):
@@ -3407,7 +3418,7 @@ def test_memory_that_is_kept_is_not_asked_for_again():
 
 def test_training_learns(tmp_path):
     """After 300 steps the estimate beats the best constant, the mean of the data, at low noise."""
-    run_train(tmp_path / "run", "--steps", 300, "--batch", 8, "--no-motion")                   # which is slower at first
+    run_train(tmp_path / "run", "--steps", 300, "--batch", 8, "--no-motion")                  # else 15 % of clips are untold
     denoiser, config = vdm.load(tmp_path / "run/last.pt")
     world = vdm.MovingShapes(4, (16, 16), seed=5)
     clean = torch.stack([world[i]["video"] for i in range(32)])
@@ -4465,7 +4476,7 @@ def test_operations_against_a_hand_count():
     res = lambda a: conv(a, C, 9) + conv(C, C, 3) + T * 192 * 2 * C + conv(C, C, 9) + (a != C) * conv(a, C, 1)
     space = conv(C, 4 * C, 1) + T * 2 * L * L * C
     time = conv(C, 4 * C, 1) + L * 2 * T * T * C + conv(C, 8 * C, 1)
-    total = conv(5, C, 9) + T * (48 * 192 + 192 * 192) + 48 * 192 + conv(C, 2, 9)              # 48 x 192 of motion, once a clip
+    total = conv(5, C, 9) + T * (48 * 192 + 192 * 192) + 2 * 192 + conv(C, 2, 9)                # 2 x 192 of motion, once a clip
     total += 3 * (conv(C, C, 3) + space + time) + 2 * res(C) + res(up)
     for gpu, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         assert train.rehearse(config, 1, dtype, gpu)["operations"] == 2 * total

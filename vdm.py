@@ -1000,7 +1000,7 @@ class VideoUNet(nn.Module):
         self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
         self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
         self.embed_action = zero(nn.Linear(2 * actions, dim_emb, False)) if actions else None
-        self.embed_motion = zero(nn.Linear(waves, dim_emb, False)) if motion else None
+        self.embed_motion = zero(nn.Linear(2, dim_emb, False)) if motion else None
 
         def block(dim_in, dim, factor):
             return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
@@ -1054,9 +1054,9 @@ class VideoUNet(nn.Module):
             emb = emb + self.embed_action(torch.cat([action, told.to(action)], -1))
             action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
         if motion is not None:
-            # 10: from rank 0 to 1 the fastest wave turns 1.6 times, and most hardly turn
-            told = self.embed_motion(fourier(10 * motion, self.embed_motion.in_features))   # (B, E)
-            emb = emb + torch.where(motion[:, None] < 0, 0, told)[:, None]
+            told = (motion >= 0).to(x)                                                       # (B,)
+            rank = (motion - 0.5) * math.sqrt(12) * told        # even ranks: mean 0, deviation 1
+            emb = emb + self.embed_motion(torch.stack([rank, told], -1))[:, None]
 
         def step(layer, x):                    # a block, or to half or twice the height and width
             block = isinstance(layer, Block)
