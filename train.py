@@ -272,11 +272,11 @@ def cut(batch, drawn, config):
     n, rows = config.frames * (1 + config.previous), torch.arange(len(batch["video"]), device=drawn["sigma"].device)[:, None]
     before = batch["video"].shape[1] - (n - 1) * max(config.rates) - 1
     at = before + torch.arange(n, device=rows.device) * drawn.get("rate", torch.ones_like(rows[:, 0]))[:, None]        # (B, n)
-    batch = batch | dict(pace=vdm.motion_score(batch["video"][rows, at]))                            # (B,)
+    pace = dict(pace=vdm.motion_score(batch["video"][rows, at])) if config.motion else {}            # (B,)
     if config.anchors:
         back = (drawn["time"] * (before + 1)).long() - before
         at[:, :config.anchors] += torch.where(drawn["mask"].sum(1) > config.anchors + 1, back, 0)[:, None]
-    return batch | {name: batch[name][rows, at] for name in ("video", "action") if name in batch}
+    return batch | pace | {name: batch[name][rows, at] for name in ("video", "action") if name in batch}
 
 
 def measure_paces(data, config, seed):
