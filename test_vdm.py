@@ -4545,7 +4545,7 @@ def test_dry_run_of_vista(tmp_path, capsys):
     assert sum_light - ema + light < card                                # without averages there is room for 2
     sharded = row("8 --shard")
     assert sharded[1:4] == pytest.approx([gradients / 8, optimiser / 8, ema / 8], rel=0.02) and weights / 8 < sharded[0] < weights / 2
-    assert "1,509.25 M parameters" in out and "0, 2 (GPUs: 1 or more)" in out and "20000 steps at 150 TFLOPS" in out
+    assert "1,508.84 M parameters" in out and "0, 2 (GPUs: 1 or more)" in out and "20000 steps at 150 TFLOPS" in out
     assert not (tmp_path / "run").exists()
 
 
