@@ -1055,7 +1055,7 @@ class VideoUNet(nn.Module):
             action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
         if motion is not None:
             told = (motion >= 0).to(x)                                                       # (B,)
-            rank = (motion - 0.5) * math.sqrt(12) * told        # even ranks: mean 0, deviation 1
+            rank = (motion - 0.5) * math.sqrt(12) * told  # even ranks: mean 0, deviation 1; (B,)
             emb = emb + self.embed_motion(torch.stack([rank, told], -1))[:, None]
 
         def step(layer, x):                    # a block, or to half or twice the height and width
