@@ -211,6 +211,8 @@ def give(o, config, w, autoencoder):
         if len(context) < 2:
             raise ValueError(f"--interpolate fills in between frames, but --context gives {len(context)}: expected 2 or more")
         w.length = math.prod(o.interpolate) * (len(context) - 1) + 1
+    elif config.previous and len(context) != T:
+        raise ValueError(f"--context gives {len(context)} frames, but {o.checkpoint} goes on from a whole clip: expected {T}")
     elif not config.previous and len(context) not in w.trained:
         raise ValueError(f"--context gives {len(context)} frames, but {o.checkpoint} was trained on {w.trained or 'no'} given "
                          f"frames (--task {config.task}): choose with --context-frames, or try --interpolate or --reconstruction")
@@ -327,5 +329,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full: a smaller --batch draws fewer videos at a time")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

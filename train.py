@@ -129,11 +129,12 @@ def limit(names, expected, low, high, *sources):
 MOST, TINY = sys.float_info.max, sys.float_info.min
 LIMITS = {("1 or more", 1, MOST): "steps batch frames stride rates size channels width mults blocks patch head_dim rank "
                                   "ae_width actions sampling_steps marks encode save_every sample_every keep_every micro",
-          ("0 or more", 0, MOST): "factor detail base stills labels seed workers kl dynamics structure offset context_noise "
+          ("0 or more", 0, MOST): "factor detail base stills labels workers kl dynamics structure offset context_noise "
                                   "anchor overlap context lr gate_lr muon_lr warmup weight_decay spatial_lr jump "
                                   "temporal_guidance",
           ("more than 0", TINY, MOST): "sigma_min sigma_max rho std sigma_data gamma given_noise clip_norm latent_scale "
                                       "gpu_memory speed",
+          ("0 to 10^12", 0, 10 ** 12): "seed",
           ("0 to 1", 0, 1): "dropout independent joint_weight images drop mode_drop ema",
           ("0.1 to 1000", 0.1, 1000): "fps",
           ("a number", -MOST, MOST): "mean"}
@@ -168,7 +169,9 @@ def check(options, config):
     whole = config.previous or not sum(p[1:])                          # no single frames are given
     for wrong, sentence in (
             (len(p) > config.frames or not sum(p), f"--context is {p}: expected odds of 0, 1, 2 ... given frames, of which a "
-             f"window of {config.frames} has room for {config.frames - 1}"),
+             f"window of {config.frames} has room for {config.frames - 1}, as --context 0.5 0.5 has of 0 and 1"),
+            (not whole and not p[0], f"--context is {p}: expected more than 0 as its first number, the odds that no frame is "
+             "given, for samples and the start of a long video have none"),
             (config.task != "predict" and (whole or config.frames < 3), f"--task is {config.task}: it needs 3 --frames or more, "
              f"odds in --context, {p}, that some are given, and no --previous"),
             (config.task in ("image", "upsample") and not (concat and noisy),
@@ -633,6 +636,8 @@ def make_learner(options, config, autoencoder, state, device, processes):
         if options.init and not state:                                 # which has what it started from
             start_from(options.init, model, config)
         vdm.trainable(model, config.train)
+        if not (options.init or state or {"all", "spatial"} & set(config.train)):
+            raise ValueError(f"--train is {' '.join(config.train)}, but all else of the model would stay random: it needs --init")
     else:
         model = (autoencoder or vdm.build_autoencoder(config)).to(device)
         for name, p in model.named_parameters():

@@ -79,13 +79,13 @@ class Config:
     width: int = 16                 # channels of the first level
     mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
     blocks: int = 1                 # residual blocks per level
-    attention: tuple = (2, 4)       # downsampling factors at which there is attention
+    attention: tuple = (2, 4)       # downsampling factors, of tiles, at which there is attention
     joint: tuple = (4,)             # those where one attention sees all places of all frames
     head_dim: int = 16              # channels per attention head
     patch: int = 2                  # frames are cut into patch x patch tiles first
     detail: int = 0                 # channels of a full-resolution path around the tiles (0: none)
     convs: bool = True              # temporal convolutions in and after every residual block
-    feed_forward: str = "time"      # none, in temporal attention, or both: transformers as in SVD
+    feed_forward: str = "time"      # none, time: after temporal attention, or both: as in SVD
     ddpm_layout: bool = False       # one more block in the middle and per level on the way up
     dropout: float = 0.0            # dropout in the residual blocks
     fp32_residuals: bool = False    # add up residuals in float32, not bf16: slower; for long runs
@@ -109,7 +109,7 @@ class Config:
     given_noise: float = 3.5        # factor of sigma where frames are given: they make it easy
     give: str = "concat"            # how the network is shown them: concat, replace or per_frame
     context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # largest noise on given frames but 2, the anchors (0: off)
+    anchor: float = 1.0             # largest noise on given frames after 2, the anchors (0: off)
     independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
     overlap: int = 4                # frames a window of a long video takes over from the one before
     previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
@@ -240,8 +240,8 @@ def scalings(sigma, kind, sigma_data=0.5):
     eps  the noise: clean = x - sigma eps (DDPM)
     v    alpha noise - sigma_z clean: the noise at small sigma, minus the clip at large (VDM)
     edm  minus v, for data of standard deviation sigma_data (EDM table 1)
-    x0   the clean clip itself. Noise has no structure that a narrow network could squeeze through,
-         clips have: the choice where a token holds many pixels, as 4 x 4 patches do (JiT)"""
+    x0   the clean clip itself. To give back noise a network has to carry every pixel of it, clips
+         have structure and need less width: the choice where a token holds many pixels (JiT)"""
     data = sigma_data if kind == "edm" else 1.0
     root = (sigma ** 2 + data ** 2).sqrt()
     choices = dict(eps=(torch.ones_like(sigma), -sigma),
@@ -267,11 +267,12 @@ class Denoiser(nn.Module):
               has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
     previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
     cond      for the network, as it is: label (B,), motion (B,), action (B, T, A)
-    paces     motion is told, and 0, 1/16 ... 1 of the training clips have a motion_score below
-              these (17,): a buffer, itself below 0 until training measures them
+    paces     if motion is told: the scores (17,) below which are the motion_score of 0, 1/16 ... 1
+              of the training clips, for motion_rank; a buffer, -1 until training measures them
 
     give says how net(inputs, c_noise (B, T)) is shown the context; zeros stand for none:
-    concat     with its mask, as C + 1 more channels, at c_noise of clean frames (Video LDM, SVD)
+    concat     with its mask, as C + 1 more channels (Video LDM; SVD, without a mask); besides, and
+               this is ours, at c_noise of clean frames
     replace    in the place of x, scaled like x, marked by given=(B, T); no hints (Vista)
     per_frame  in the place of x, each frame at its own sigma (FVDM)"""
 
@@ -303,7 +304,7 @@ class Denoiser(nn.Module):
         inputs = [expand(c_in, x) * x]
         if self.give == "concat":
             inputs += [context, given.expand_as(x[:, :, :1])]
-            # ours: every layer is told the noise level, so it knows which frames are given
+            # every layer is told the noise level, so every layer knows which frames are given
             c_noise = scalings(torch.where(mask == 1, 0, sigma), self.kind)[3]
         if self.takes_previous:
             inputs.append(torch.zeros_like(x) if previous is None else previous)
@@ -428,7 +429,7 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
 
 def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
     """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) from elsewhere (VDM sec.
-    3.1), the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
+    3), the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
     attention, so that each sees itself alone. That is a clip of one frame, which is what we make of
     it, at the noise level of its clip; it is told nothing. sigma is (B,), noise (B, T + N, C, H, W)
     and weighting a name; other arguments as in diffusion_loss."""
@@ -510,7 +511,8 @@ def motion_rank(score, paces):
 def drop_modes(action, sizes, rate, mode_rates):
     """Withhold (set to NaN) parts of action (B, T, A), A = sum(sizes), for whole clips: all of it
     with odds `rate`, so that guidance has an estimate without, and each mode on its own with odds
-    mode_rates, one or one each, so that any may be left out (Vista sec. 3.2: 0 and 0.15)."""
+    mode_rates, one or one each, so that any may be left out (0.15 in Vista's configuration, whose
+    clips come with one mode each, as sec. 3.2 has it; ours with all that there are)."""
     u = torch.rand(len(action), 1 + len(sizes))                                    # (B, 1 + modes)
     keep = (u[:, :1] >= rate) & (u[:, 1:] >= torch.as_tensor(mode_rates))              # (B, modes)
     keep = keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action.device)    # (B, 1, A)
@@ -570,9 +572,9 @@ def sample_heun(denoise, x, sigmas, randn=None):
 
 @torch.no_grad()
 def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
-    """DPM-Solver++(2M) (alg. 2): exact for a constant estimate, which it extrapolates from the last
-    two in -log sigma. Error O(step^2) for one evaluation a step. eta 1: its SDE form, which is
-    DDPM with that extrapolation."""
+    """DPM-Solver++(2M) (alg. 2): the exact path if the estimate were constant; it is extrapolated
+    from the last two, in -log sigma. Error O(step^2) for one evaluation a step. eta 1: its SDE
+    form, which is DDPM with that extrapolation."""
     last = h_last = None
     for s, t in pairs(sigmas):
         clean = denoise(x, constant(s, x))
@@ -717,8 +719,9 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
                    on with their faults (GameNGen, diffusion forcing); once written, frames stay
     anchors        so many of the frames given are the first of all, without noise: they tell how
                    things look and how fast they go (StreamingT2V), the others where
-    jump           where two or more frames are given skip the noise levels from the first to this,
-                   and temporal guidance: of a certain future one estimate, the mean, is best
+    jump           where two or more frames are given, skip the noise levels between the first and
+                   this, and temporal guidance: if they settle what comes, one estimate, the mean,
+                   is nearer to it than a draw
     action         (B, length, A), with those of context's frames; after its end none is told
     motion         (B,), of all windows: by default that of context or, if that is less than two
                    frames, drawn by the noise"""
@@ -766,7 +769,7 @@ def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, cl
 def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
     """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1, which stay
     as they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM
-    sec. 3.2). The denoiser must know such masks (task any of draw_mask). frames is the length of a
+    sec. 3.3). The denoiser must know such masks (task any of draw_mask). frames is the length of a
     window; other arguments as in rollout."""
     if not 1 < factor < frames:
         raise ValueError(f"factor is {factor}, expected 2 to {frames - 1}, in windows of {frames}")
@@ -850,8 +853,8 @@ class TemporalConv(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions on every frame, scaled and shifted by the noise level, with a temporal
-    one between them: what moves has to be followed through space and time in turn. The gate of that
-    one waits for conv2, which starts at zero but, having an input, leaves it at its first step."""
+    one between them: what moves has to be followed through space and time in turn. Its gate has no
+    gradient while conv2 is zero; conv2 has one at once, and is zero for the first step alone."""
 
     def __init__(self, dim_in, dim, dim_emb, dropout=0.0, convs=True):
         super().__init__()
@@ -944,9 +947,9 @@ class TemporalAttention(nn.Module):
         return x + (strength * self.gate).to(x) * h
 
 class Block(nn.Module):
-    """One step of the UNet: space, then time; then, where there is attention, once more with it, or
-    joint attention in the place of both. With mode both, a layer leads into the attentions and one,
-    which starts at 0, out of them (latent diffusion)."""
+    """One step of the UNet: convolutions over space, then time; then, where there is attention, the
+    same by attention, or by one over both if it is joint. With mode both, a layer leads into the
+    attentions and one, which starts at 0, out of them (latent diffusion)."""
 
     def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout, convs=True,
                  mode="time", told=0, fp32=False):
@@ -962,7 +965,7 @@ class Block(nn.Module):
         self.leave = zero(conv(dim, dim, 1)) if both else None
 
     def forward(self, x, emb, strength=1.0, told=None):                 # (B, T, C, H, W), (B, T, E)
-        # bf16 has three digits: sums of many layers lose by how little things move between frames
+        # bf16 has three digits: in sums of many layers the little that moves a frame is rounded off
         x = self.space(x.float() if self.fp32 else x, emb, strength)
         x = self.time(x, strength) if self.time else x
         h = each_frame(self.enter, x) if self.enter else x
@@ -1676,7 +1679,7 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention
 PRESETS = {                             # a preset is a set of defaults; any flag after it wins
     "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
-    # give them standard deviation 1, as 0.18215 about does: hence sigma_data, and SVD's noise fits
+    # give them standard deviation 1: hence sigma_data (which --kind or --weighting edm would heed)
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
                      jump=0.0, temporal_guidance=2.0, sigma_min=0.2, motion=False),
@@ -1695,18 +1698,18 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     "sky": early(size=(32, 32), mults=(1, 2, 4, 4), attention=(1, 2, 4), schedule="scaled_linear",
                  previous=True, joint_weight=0.2, steps=850_000, batch=64, lr=1e-4, gate_lr=1e-4,
                  sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
-    # Video LDM, key frames, 128 x 256 pixels, without labels. Unverified: frames, betas, context,
-    # clip_norm, ema, sampling and widths (these: its text model's, 860 M, kept fixed, + 649 M)
+    # Video LDM, key frames, 128 x 256 pixels, without labels; theirs trains temporal layers alone.
+    # Unverified: frames, betas, context, clip_norm, ema, sampling, widths (its text model's)
     "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
                   context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
                   lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
-    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B. Ours lacks CLIP, fps, keeps frame 0;
-    # there the noise on it is log-normal. Unverified: odds of context, clip_norm, scale of motion
+    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B, ours 1.42: no CLIP, no fps, keeps frame
+    # 0; there its noise is log-normal. Unverified: odds of context, clip_norm, scale of motion
     "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
                   motion=True, drop=0.0, overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5,
                   sampling_steps=25),
     # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
-    # angle, goal): 1.65 B, 111 M without gradient. Ours lacks CLIP, SVD's weights, frame 0 as input
+    # angle, goal; theirs one a clip): 1.65 B, ours 1.51: no CLIP, SVD's weights, frame 0 as input
     "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
                     offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
                     overlap=3, motion=True, actions=(1, 8, 4, 4, 2), drop=0.0, steps=20_000,
