@@ -4622,6 +4622,38 @@ def test_table_of_claims(tmp_path):
     assert "* c against a: better: pass (nothing found: error)" in text and "* d against a: no difference was found" in text
 
 
+def test_bfloat16_by_way_of_float32(tmp_path):
+    """.ci/bf16.py against sums in float64 of the same bfloat16 numbers, rounded once; float32 comes out as without; and it
+    hands a script its words, its folder, and a CPU that is said to be fast at bfloat16."""
+    spec = importlib.util.spec_from_file_location("bf16", ROOT / ".ci/bf16.py")
+    bf16 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bf16)
+    g = torch.Generator().manual_seed(0)
+
+    def products(dtype):
+        """What the layers of a UNet, and their gradients, come to: numbers of bfloat16 in, computed in dtype."""
+        draw = lambda *shape: torch.randn(shape, generator=g.manual_seed(sum(shape))).bfloat16().to(dtype).requires_grad_()
+        x, w, b, y, v, m, u = draw(2, 8, 6, 6), draw(4, 8, 3, 3), draw(4), draw(2, 4, 5, 3, 3), draw(4, 4, 3, 1, 1), draw(6, 20), draw(5, 20)
+        made = [F.conv2d(x, w, b, padding=1), F.conv3d(y, v, padding=(1, 0, 0)), F.linear(m, u), F.linear(m, u, draw(5)), m.view(2, 3, 20) @ draw(2, 20, 7)]
+        # each gradient is one product of bfloat16 numbers, too
+        ones = [draw(*z.shape).detach() for z in made]
+        return [*made, *(grad for z, one, of in zip(made, ones, ((x, w, b), (y, v), (m, u), (m, u), (m,)))
+                         for grad in torch.autograd.grad(z, of, one, retain_graph=True))]
+
+    plain = products(torch.float32)
+    with bf16.Products():
+        found, same = products(torch.bfloat16), products(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(plain, same))
+    for z, exact in zip(found, products(torch.float64)):
+        assert z.dtype == torch.bfloat16
+        off = (z.double() - exact).abs() / exact.abs().clamp(min=1e-2)
+        assert off.max() < 2 ** -8 and (z == exact.bfloat16()).float().mean() > 0.98           # but for ties, the nearest of 8 bits
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch\nprint(sys.argv[1:], sys.path[0], torch.cpu._is_avx512_bf16_supported(), __name__)")
+    run = subprocess.run([sys.executable, ROOT / ".ci/bf16.py", script, "--n", "3"], capture_output=True, text=True)
+    assert run.stdout.strip() == f"['--n', '3'] {script.resolve().parent} True __main__", run.stdout + run.stderr
+
+
 def test_least_possible_error():
     """Of one frame, against a sum over all kinds, colours, sizes and places on a grid of half a pixel, each weighted by how
     probable it makes what is seen: what chance does to the chain, and half pixels to the grid, is small beside the error."""
