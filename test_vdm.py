@@ -3829,7 +3829,7 @@ def test_training_levels_per_frame(tmp_path, monkeypatch):
     calls, loss = [], vdm.diffusion_loss
     monkeypatch.setattr(vdm, "diffusion_loss", lambda denoiser, clean, **o: calls.append((clean, o)) or loss(
         denoiser, clean, **o))
-    run_train(tmp_path / "a", "--steps", 2, "--give", "per_frame", "--context", 0, 0, 1, "--context-noise", 2)
+    run_train(tmp_path / "a", "--steps", 2, "--give", "per_frame", "--context", 1e-9, 0, 1, "--context-noise", 2)
     run_train(tmp_path / "b", "--steps", 2, "--give", "per_frame", "--independent", 1)
     hinted, exact = calls[:4], calls[4:]                               # with the two of the rehearsal
     for clean, o in hinted:
