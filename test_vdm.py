@@ -2500,7 +2500,7 @@ def test_map_matches_the_banners():
 
 
 def test_the_file_stays_short():
-    """At most 1,816 lines of at most 100 columns, read in an evening."""
+    """At most 1,819 lines of at most 100 columns, read in an evening."""
     lines = SOURCE.splitlines()
     assert len(lines) <= 1819
     assert not [i + 1 for i, line in enumerate(lines) if len(line) > 100]

@@ -1704,7 +1704,7 @@ PRESETS = {                             # a preset is a set of defaults; any fla
                   context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
                   lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
     # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B, ours 1.42: no CLIP, no fps, keeps frame
-    # 0; there its noise is log-normal. Unverified: odds of context, clip_norm, scale of motion
+    # 0; theirs has log-normal noise on it. Unverified: odds of context, clip_norm, scale of motion
     "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
                   motion=True, drop=0.0, overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5,
                   sampling_steps=25),
