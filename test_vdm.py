@@ -3515,7 +3515,7 @@ def test_sample_drives(driver, tmp_path, capsys):
     sample.main([*command, "--device", "cpu", "--out", str(tmp_path / "next.mp4")])
 
 
-@cases("data, jump, guidance", [("shapes", 2.5, 1.6), ("drive", 0, 1), ("a.mp4", 0, 1.6)])
+@cases("data, jump, guidance", [("shapes", 2.5, 2), ("drive", 0, 1), ("a.mp4", 0, 2)])
 def test_how_to_sample_depends_on_the_data(data, jump, guidance):
     """A shape's past tells its future; a car that is guided hardly stops. A flag wins over both, and a clip costs the same."""
     config, same = (train.parse(["--data", data, *flags])[1] for flags in ([], ["--jump", "3", "--temporal-guidance", "1.2"]))
@@ -4343,7 +4343,7 @@ def test_a_run_is_never_overwritten(trained):
     (["--optimizer", "sgd"], "--optimizer is sgd .* expected adamw or muon"), (["--size", "32", "32", "32"], "one or two numbers"),
     (["--attention", "8", "16"], r"--attention is \(8, 16\) and --joint \(4,\): expected .* \[1, 2, 4\]"),
     (["--attention", "4", "--joint", "2"], "and as --joint some of --attention"),
-    (["--images", "0"], "--temporal-guidance is 1.6, but what it asks .* taught by --images above 0"),
+    (["--images", "0"], "--temporal-guidance is 2, but what it asks .* taught by --images above 0"),
     (["--task", "any", "--anchor", "2"], "--anchor is 2, but does nothing"),
 ])
 def test_the_command_line_answers_in_one_sentence(tmp_path, monkeypatch, capsys, flags, words):

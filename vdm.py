@@ -123,7 +123,7 @@ class Config:
     drop: float = 0.15              # odds that label, motion and the whole action are withheld
     mode_drop: tuple = (0.15,)      # odds that a mode of the action is: one for all, or one each
     # training
-    steps: int = 1800               # optimiser steps
+    steps: int = 2000               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -141,7 +141,7 @@ class Config:
     # sampling
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
-    temporal_guidance: float = 1.6  # more than 1 exaggerates how frames tell each other to change
+    temporal_guidance: float = 2.0  # more than 1 exaggerates how frames tell each other to change
     sigma_min: float = 0.35         # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
@@ -1682,7 +1682,7 @@ PRESETS = {                             # a preset is a set of defaults; any fla
     # give them standard deviation 1: hence sigma_data (which --kind or --weighting edm would heed)
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     jump=0.0, temporal_guidance=2.0, sigma_min=0.2, motion=False),
+                     jump=0.0, sigma_min=0.2, motion=False),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
