@@ -1,328 +1,341 @@
 """
-sample.py: generate videos from a checkpoint; it takes no model settings, they are all in there.
+sample.py: generate videos from a checkpoint, which holds all settings of its model.
 
-    python sample.py                                            16 clips from the newest run under out/
-    python sample.py --motion 0.9                               faster than nine of ten clips that it was trained on
-    python sample.py out/tiny/last.pt --n 4 --length 32         four times as long as the clips trained on
-    python sample.py --context clip.mp4 --length 16             go on from a clip, or from a picture
-    python sample.py --actions LLSSRRXX                         left, straight, right, stop (train with --data drive); prints
-                                                                Vista's reward: how sure the model is of what they lead to
-    python sample.py --context clip.mp4 --interpolate 2 2       put 3 new frames between each two of a clip, in two passes
-    python sample.py --context clip.mp4 --reconstruction 2      the same by a model that was never trained to go on
+    python sample.py                                    16 videos, by the newest run under out/
+    python sample.py out/tiny --n 4 --length 32         longer than the clips it was trained on
+    python sample.py --context clip.mp4 --length 16     go on from a clip, or from a picture
+    python sample.py --actions LLSSRRXX                 left, straight, right, stop (--data drive)
+    python sample.py --context clip.mp4 --interpolate 2 2      new frames between those of a clip
 
-A model of latents has its autoencoder in its checkpoint: what is given is encoded, what is made decoded. If its latents come
-from elsewhere, --context is an .npy file of them (T, c, h, w), and so is what comes out, (T, c, h, w) per video.
-With a model trained with --task image, --context is the picture to animate, with --task upsample the clip to enlarge.
+A model of --task image animates the picture in --context, one of --task upsample enlarges a clip.
+If a model's latents come from elsewhere, --context and all videos are .npy files (T, c, h, w).
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 import tempfile
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import vdm
-from train import BAR, MOST, Parser, autocast, limit, pick_device, pick_dtype, pixels, rolling, sampling
+from train import BAR, Parser, autocast, guided, limit, pick_device, pick_dtype, pixels, sampling
 
+SHAPES = dict(constant=lambda low, high, frames: high, ramp=torch.linspace, triangle=vdm.triangle)
+MANY = 10 ** 9                         # --seed is at most this: seed + MANY has noise of its own
+
+# ---- the ways to sample --------------------------------------------------------------------------
+# job holds the flags, and what main adds to them. clips are the numbers of B videos, shape is that
+# of a window, given are the frames to start from, or None. What comes are pieces (B, n, C, H, W).
+
+def roll_out(job, clips, shape, given):
+    """Start from nothing or from given frames, and go on window by window (Video LDM, Vista)."""
+    noise = vdm.clip_noise(job.seed + MANY, clips, job.device)
+
+    def tell(context, mask, start):
+        frames = vdm.given_frames(context, mask, start)
+        if job.config.give == "hint":                          # faults do not grow then (GameNGen)
+            frames = vdm.hint(context, mask, job.level, noise(*shape[1:]))
+        return told(job, start) | frames
+
+    return vdm.rollout(job.denoise, job.length, shape, job.sigmas, job.overlap, given, job.seed,
+                       clips, tell, sampler=job.sampler)
+
+def follow_clip(job, clips, shape, given):
+    """Start from nothing or from a given clip, and let clip follow clip (PVDM)."""
+    return vdm.rollout_previous(job.denoise, job.length, shape, job.sigmas, given, job.seed, clips,
+                                sampler=job.sampler, **told(job))
+
+def follow_hint(job, clips, shape, given):
+    """Animate a given picture (SVD), or enlarge a given clip (Video LDM's up-sampler)."""
+    noise = vdm.clip_noise(job.seed, clips, job.device)
+    hint = dict(image=vdm.image_hint, upsample=vdm.hint)[job.config.task]
+    everywhere = torch.ones(shape[:2], device=job.device)
+    hints = hint(given, everywhere, job.level, noise(*given.shape[1:]))
+    window = vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **hints, **told(job))
+    yield window[:, :job.length]
+
+def interpolate(job, clips, shape, given):
+    """Put new frames between given ones, in as many passes as --interpolate has numbers."""
+    for k, factor in enumerate(job.interpolate):               # each pass has noise of its own
+        given = vdm.interpolate(job.denoise, given, factor, shape[1], job.sigmas,
+                                job.seed + k * MANY, clips, sampler=job.sampler, **told(job))
+    yield given
+
+def choose(job):
+    """Return the way to sample, and the numbers of frames that can be given, e.g. [1, 2, 3, 4]."""
+    config = job.config
+    T = config.frames
+    need(job.actions is None or not (job.interpolate or config.give == "previous"),
+         "--actions goes neither with --interpolate nor with a model of --give previous")
+    if job.interpolate:
+        limit("interpolate", f"2 to {T - 1}, in windows of {T} frames", 2, T - 1, job)
+        ends = config.task == "ends" and job.interpolate == [T - 1]
+        need(ends or (config.task == "any" and config.give != "hint"), "--interpolate needs a model"
+             f" of --task any or, to be {T - 1}, of --task ends, or else --reconstruction 2")
+        return interpolate, range(2, MANY)
+    if config.give == "previous":
+        return follow_clip, [T]
+    if job.context and config.task in ("image", "upsample"):
+        return follow_hint, [dict(image=1, upsample=T)[config.task]]
+    trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
+    return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
+
+# ---- what they need ------------------------------------------------------------------------------
+
+def need(met, sentence):
+    if not met:
+        raise ValueError(sentence)
+
+def told(job, start=0):
+    """Return label and actions of the window that begins at frame `start`, the same for all."""
+    return {name: x[:, start:start + job.config.frames] for name, x in job.told.items()}
+
+def steered(job, denoise):
+    """Return the function (x, sigma, **conditions) that samplers ask: the model, with guidance."""
+    denoise = guided(denoise, job.config)
+    low, high = (1.0, 1.0, *job.guidance)[-2:]
+    scale = SHAPES[job.guidance_shape](low, high, job.config.frames)
+    if job.guidance and job.keep_frames:
+        denoise = vdm.guided_by(denoise, scale, ("label", "action"))
+    elif job.guidance:
+        denoise = vdm.guided(denoise, scale)
+    if job.reconstruction is None:
+        return denoise
+
+    def reconstruct(x, sigma, context=None, mask=None, **conditions):
+        steer = denoise
+        if mask is not None:
+            steer = vdm.reconstruction_guided(denoise, context, mask, job.reconstruction)
+        return steer(x, sigma, **conditions)
+
+    return reconstruct
+
+def plan(job):
+    """Read what is given and told, and find the length of the videos."""
+    T = job.config.frames
+    job.way, known = choose(job)
+    usual = job.config.overlap
+    if usual not in known:
+        usual = max(known[:T], default=1)
+    job.overlap = job.overlap or usual
+    job.given = read_context(job)
+    n = len(job.given)
+    some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
+    need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
+         f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
+    lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1}
+    length = lengths.get(job.way, T)
+    job.told = read_told(job)
+    if job.actions is not None:
+        length = job.told["action"].shape[1] - T
+    if job.interpolate or job.actions is not None:
+        limit("length", f"{length}, by --actions or --interpolate", length, length, job)
+    job.length = job.length or length
+    if job.way is not follow_hint:
+        limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
+    need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
+         f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
+         f"model was {some}: try --reconstruction 2")
+
+# ---- flags and files -----------------------------------------------------------------------------
 
 def parse(argv):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("checkpoint", nargs="?", help="a last.pt (default: the newest under out/)")
-    p.add_argument("--n", type=int, default=16, help="number of videos (16)")
-    p.add_argument("--length", type=int, help="frames of each, those of --context among them (default: as many as trained "
-                   "on, twice as many with --context of a --previous model, or as --actions has)")
-    p.add_argument("--context", help="a clip or picture to start from: it gives the first frames of every video")
-    p.add_argument("--context-frames", type=int, help="how many of its last frames (default: all that fit, and were trained)")
-    p.add_argument("--interpolate", type=int, nargs="+", help="how many times as many frames to make of --context; 2 2: twice 2")
-    p.add_argument("--context-noise", type=float, help="sigma of noise on given frames (default: 0; with anchors, or with --task "
-                   "image or upsample, a share of that in training)")
-    p.add_argument("--reconstruction", type=float, default=0.0, help="give frames by reconstruction guidance of this weight")
-    p.add_argument("--actions", help="of every frame: letters of L, S, R, X (stop); or an .npy file (T, A), NaN where untold")
-    p.add_argument("--motion", type=float, help="0 to 1: how far things move, as the share of the clips trained on that move less "
-                   "(default: as in --context or, if that is a picture or none, by chance, another for each video)")
-    p.add_argument("--label", type=int, help="class of all videos, for a model trained with --labels")
-    p.add_argument("--overlap", type=int, help="frames a window of a long video takes over from the one before")
-    p.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1: as trained; more exaggerates what is given")
-    p.add_argument("--guidance-shape", choices=["constant", "ramp", "triangle"], default="constant", help="over a window: "
-                   "ramp: from 1 up to --guidance (1.5 3: from 1.5); triangle: and down again")
-    p.add_argument("--keep-frames", action="store_true", help="--guidance exaggerates label and actions alone (Vista)")
-    p.add_argument("--temporal-guidance", type=float, help="more than 1 exaggerates change; not where windows jump")
-    p.add_argument("--rescale", type=float, default=0.0, help="0 to 1: how far to undo the contrast --guidance adds (0)")
-    p.add_argument("--sampler", choices=vdm.SAMPLERS, help="default: the one in the checkpoint")
-    p.add_argument("--steps", type=int, help="noise levels visited; more is slower and better (default: the checkpoint's)")
-    p.add_argument("--jump", type=float, help="skip noise levels above this where two or more frames are given; 0: none")
-    p.add_argument("--seed", type=int, default=0, help="another seed, other videos; video i depends on (seed, i) alone")
-    p.add_argument("--batch", type=int, default=16, help="videos generated at a time; lower it if memory runs out (16)")
-    p.add_argument("--fps", type=float, help="frames per second of the files (default: the checkpoint's)")
-    p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
-    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
-    p.add_argument("--out", default="samples.mp4", help="file for the grid of all videos, and folder for each (samples.mp4)")
-    o = p.parse_args(argv)
-    limit("n length context_frames interpolate steps batch overlap", "1 or more", 1, MOST, o)
-    limit("reconstruction guidance temporal_guidance jump seed context_noise", "0 or more", 0, MOST, o)
-    limit("rescale motion", "0 to 1", 0, 1, o)
-    limit("fps", "0.1 to 1000", 0.1, 1000, o)
-    o.out = Path(o.out)
-    o.folder = o.out.with_suffix("")
-    if o.out.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"--out is {o.out}, expected a name that ends in .mp4 or .gif")
-    written = [o.out.with_suffix(suffix).resolve() for suffix in (".mp4", ".gif", ".png")]
-    for name, value in (("context", o.context), ("actions", o.actions)):
-        if value == "":
-            raise ValueError(f"--{name} is empty: expected a value, or leave the flag out")
-        if value and ((path := Path(value).resolve()) in written or path.parent == o.folder.resolve()):
-            raise ValueError(f"--{name} {path} might be overwritten by what is written to {o.out}: name another --out")
-    for path, taken in ((o.out, Path.is_dir), (o.folder, Path.is_file)):
-        if taken(path):
-            raise ValueError(f"--out is {o.out}, for a file and a folder, {o.folder}, but {path} is "
-                             f"{'a folder' if path.is_dir() else 'a file'}: name another")
-    if o.checkpoint is None:
-        found = sorted(Path("out").glob("**/last.pt"), key=lambda f: f.stat().st_mtime)
-        if not found:
-            raise ValueError("there is no out/*/last.pt here: train first (python train.py --preset tiny), or name a checkpoint")
-        o.checkpoint = found[-1]
-    return o
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    add = p.add_argument
+    add("checkpoint", nargs="?", help="a last.pt, or the folder of a run")
+    add("--n", type=int, default=16, help="number of videos (16)")
+    add("--length", type=int, help="frames of each, given ones among them (default: a window)")
+    add("--context", help="a clip or picture whose last frames every video starts from")
+    add("--context-frames", type=int, help="how many of them (default: --overlap)")
+    add("--interpolate", type=int, nargs="+", default=[], metavar="F", help="make F times as many")
+    add("--hint-noise", type=float, help="noise on given frames (default: half of that trained)")
+    add("--reconstruction", type=float, metavar="W", help="give frames by reconstruction guidance")
+    add("--actions", help="per frame: letters of L, S, R, X, or .npy (T, A), NaN for none")
+    add("--label", type=int, help="class of all videos, for a model trained with --labels")
+    add("--overlap", type=int, help="frames of a window that the next one is given")
+    add("--guidance", type=float, nargs="+", default=[], metavar="S", help="above 1 exaggerates")
+    add("--guidance-shape", choices=SHAPES, default="constant", help="from 1, or a first S, to S")
+    add("--keep-frames", action="store_true", help="--guidance by label and actions alone (Vista)")
+    add("--skip-guidance", type=float, help="above 1 exaggerates what frames tell each other")
+    add("--sampler", choices=vdm.SAMPLERS, help="default, as for the next two: the checkpoint's")
+    add("--sampling-steps", "--steps", type=int, help="noise levels visited")
+    add("--fps", type=float, help="frames per second of the files")
+    add("--seed", type=int, default=0, help="video i depends on the seed and on i alone (0)")
+    add("--batch", type=int, default=16, help="videos made at a time (16); fewer take less memory")
+    add("--device", default="auto", help="auto (a GPU if there is one), or a name torch knows")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
+    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
+    job = p.parse_args(argv)
+    limit("n length context_frames interpolate sampling_steps batch overlap", "1 up", 1, MANY, job)
+    limit("reconstruction guidance skip_guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
+    limit("fps", "0.1 to 1000", 0.1, 1000, job)
+    job.folder = job.out.with_suffix("")
+    need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
+         f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
+    need("" not in (job.context, job.actions), "--context or --actions is empty: leave it out")
+    for name in filter(None, (job.context, job.actions)):
+        path = Path(name).resolve()
+        need(job.folder.resolve() not in (path.with_suffix(""), path.parent),
+             f"{name} might be overwritten by what is written to {job.out}: name another --out")
+    return job
 
+def read_array(path, shape):
+    """Read an .npy file of numbers (T, *shape)."""
+    try:
+        x = torch.from_numpy(np.load(path).astype(np.float32))
+    except Exception as e:                                         # each kind of damage has its own
+        raise ValueError(f"{path} cannot be read as an .npy file ({e})") from e
+    need(x.shape[1:] == shape, f"{path} holds {tuple(x.shape)}, but the model knows (T, *{shape})")
+    return x
 
 def read_actions(text, config):
-    """Letters of vdm.Drive, or the name of an .npy file of numbers -> actions (T, A)."""
+    """Read letters of vdm.Drive, or an .npy file of numbers, as actions (length, A)."""
     if text.endswith(".npy"):
-        try:
-            actions = np.load(text).astype(np.float32)
-        except Exception as e:                                         # each kind of damage has its own
-            raise ValueError(f"--actions {text} cannot be read ({e})") from e
-    elif set(text) - set(vdm.Drive.KEYS):
-        raise ValueError(f"--actions is {text!r}, expected letters of {vdm.Drive.KEYS}, or the name of an .npy file")
+        return read_array(text, (sum(config.actions),))
+    keys = vdm.Drive.KEYS
+    need(text and set(text) <= set(keys) and sum(config.actions) == 6, f"--actions is {text!r}, "
+         f"expected letters of {keys} for a model of --data drive, or an .npy file")
+    return torch.tensor(vdm.Drive.ACTIONS[[keys.index(letter) for letter in text]])
+
+def read_told(job):
+    """Read what is told of each frame: label (1, frames), actions (1, frames, A), then NaN."""
+    told = {}
+    if job.label is not None:
+        told["label"] = torch.tensor(job.label, device=job.device).expand(1, MANY)
+    if job.actions is not None:
+        actions = read_actions(job.actions, job.config).to(job.device)
+        told["action"] = F.pad(actions, (0, 0, 0, job.config.frames), value=math.nan)[None]
+    return told
+
+def read_context(job):
+    """Read the last frames of --context as the model knows frames, (n, C, H, W)."""
+    if job.context is None:
+        return torch.empty(0)
+    stride = 1 if job.interpolate else job.config.stride
+    shrink = dict(upsample=4).get(job.config.task, 1)
+    channels, *size = job.frame
+    if job.latents:
+        clip = read_array(job.context, job.frame)
     else:
-        actions = vdm.Drive.ACTIONS[[vdm.Drive.KEYS.index(letter) for letter in text]]
-    if np.isinf(actions).any():
-        raise ValueError(f"--actions {text} holds infinite numbers: expected finite ones, or NaN where nothing is told")
-    if actions.ndim != 2 or actions.shape[1] != sum(config.actions):
-        raise ValueError(f"--actions {text} is of shape {actions.shape}, but the model was trained on "
-                         f"{sum(config.actions)} numbers per frame")
-    return torch.from_numpy(actions)
+        clip = vdm.read_video(job.context, [n // shrink for n in size], channels)
+        clip = F.interpolate(clip, scale_factor=shrink, mode="bilinear")
+    clip = clip[(len(clip) - 1) % stride::stride].to(job.device)
+    limit("context_frames", f"at most {len(clip)}, as --context has", 1, len(clip), job)
+    usual = len(clip) if job.interpolate else job.overlap
+    clip = clip[-(job.context_frames or usual):]
+    if job.autoencoder:
+        return job.autoencoder.encode(clip[None])[0]
+    return clip
 
+def record(job):
+    """Make all videos (n, T, C, H, W), in a file, as they may be larger than memory.
 
-def read_context(path, config, autoencoder, size=None, stride=1):
-    """The frames that are given (T, C, H, W), every stride-th up to the last, as pixels or as the model's latents."""
-    (whole, channels), elsewhere = pixels(config), config.factor and not autoencoder
-    if elsewhere:
-        try:
-            clip = torch.from_numpy(np.load(path).astype(np.float32)) * config.latent_scale
-            if clip.shape[1:] != (config.channels, *config.size):
-                raise ValueError(f"they are {tuple(clip.shape)}, the model's (T, {config.channels}, *{config.size})")
-        except Exception as e:                                         # each kind of damage has its own
-            raise ValueError(f"--context {path} is no .npy file of latents that fit: {e}") from e
-    else:
-        clip = vdm.read_video(path, size or whole, channels)                                   # (T, C, H, W)
-    clip = clip[(len(clip) - 1) % stride :: stride]
-    if not elsewhere:
-        print(f"context {path}: {len(clip)} frames, cut and scaled to {clip.shape[2]}x{clip.shape[3]}x{channels}")
-    return autoencoder.encode(clip[None])[0] if autoencoder else clip
+    After Ctrl-C these are the videos that are complete or, of the first, the frames that are."""
+    spool = tempfile.TemporaryFile(dir=job.out.parent)
+    whole = (job.n, job.length, *job.frame)
+    videos = torch.from_numpy(np.memmap(spool, np.float32, "w+", shape=whole))
+    bar = tqdm(total=job.n * job.length, unit="frame", **BAR)
+    try:
+        for first in range(0, job.n, job.batch):
+            clips = range(first, min(first + job.batch, job.n))
+            shape = (len(clips), job.config.frames, job.config.channels, *job.config.size)
+            given = job.given.expand(len(clips), *job.given.shape) if job.context else None
+            done = 0
+            pieces = job.way(job, clips, shape, given)
+            if job.autoencoder:
+                pieces = job.autoencoder.stream(pieces)
+            for piece in pieces:
+                videos[clips.start:clips.stop, done:done + piece.shape[1]] = piece
+                done += piece.shape[1]
+                bar.update(len(clips) * piece.shape[1])
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C")
+        if first == 0:
+            return videos[:len(clips), :done]
+        return videos[:first]
+    return videos
 
+def write(job, videos):
+    """Write every video into the folder; all of them as a grid, the first ones as a film strip."""
+    class Grid:                                       # its frames are made when they are asked for
+        def __getitem__(self, t):
+            return vdm.grid(videos[:, t:t + 1])[0]
 
-def plan(o, config):
-    """What the flags, and what the model was trained to do, come to."""
-    T, actions = config.frames, None if o.actions is None else read_actions(o.actions, config)                  # (length, A)
-    length = o.length or (T * (1 + (config.previous and bool(o.context))) if actions is None else len(actions))
-    told, given = o.label is not None or actions is not None, bool(o.context) or length > T    # given: some frames are
-    goes_on = given and not (o.interpolate or o.reconstruction)
-    hints = goes_on and bool(o.context) and config.task in ("image", "upsample")
-    anchors = config.anchors * goes_on
-    # from how many given frames the model can go on: e.g. [1, 2, 3, 4]
-    anything = config.task == "any" or config.independent > 0 or o.reconstruction > 0
-    trained = [n for n, odds in enumerate(config.context) if n and odds] if config.task == "predict" else []
-    trained = list(range(1, T)) if anything else trained
-    fills = anything or config.task == "ends" and o.interpolate == [T - 1]
+    length = videos.shape[1]
+    grids = {job.out, job.out.with_suffix(".gif")}
+    if length > 64:                                            # all of a GIF has to be in memory
+        grids = {job.out}
+    for i, video in enumerate(videos):
+        vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+    for path in grids:
+        vdm.write_video(path, Grid(), job.config.fps)
+    strip = vdm.film_strip(videos[:8, ::-(-length // 32)])                 # more is too wide to see
+    vdm.write_video(job.out.with_suffix(".png"), strip[None], scale=2)
 
-    guides, guided, on = o.guidance != [1.0], "a --guidance other than 1", f"--context or --length above {T}"
-    needs = dict(
-        guidance=(told or given and not (o.reconstruction or o.keep_frames),
-                  f"--label, --actions or, without --reconstruction and --keep-frames, {on}"),
-        temporal_guidance=(config.images or o.temporal_guidance == 1, "a model trained with --images above 0"),
-        reconstruction=(given and not config.previous, f"{on}, and a model of no --previous"),
-        motion=(config.motion and not o.interpolate, "a model trained with --motion, and no --interpolate"),
-        rescale=(guides, guided), keep_frames=(guides and given and not o.reconstruction, f"{guided}, and given frames"),
-        guidance_shape=(guides or o.guidance_shape == "constant", guided),
-        context_frames=(o.context and not hints, "--context, and neither --task image nor upsample"),
-        context_noise=(goes_on, f"{on}, and neither --interpolate nor --reconstruction"),
-        overlap=(length > T and not config.previous and not o.interpolate, f"--length above {T}, and a model of no --previous"),
-        jump=(goes_on and not hints, f"{on}, and neither --interpolate nor --reconstruction"),
-        interpolate=(o.context and not o.length and not o.actions and fills, "--context, no --length or --actions, and a model "
-                     f"trained with --task any or, to be {T - 1}, with --task ends, not {config.task}"))
-    for name, (met, need) in needs.items():
-        value = getattr(o, name)
-        if (value and value != [1.0] or name in ("temporal_guidance", "motion") and value == 0) and not met:
-            raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
-    if o.interpolate and not all(1 < factor < T for factor in o.interpolate):
-        raise ValueError(f"--interpolate is {' '.join(map(str, o.interpolate))}, expected factors of 2 to {T - 1}, for windows "
-                         f"of {T} frames")
-    if len(o.guidance) > 1 + (o.guidance_shape != "constant"):
-        raise ValueError(f"--guidance is {o.guidance}, expected one number or, with --guidance-shape ramp or triangle, two")
-    if o.label is not None and not 0 <= o.label < config.labels:
-        raise ValueError(f"--label is {o.label}, but {o.checkpoint} knows {config.labels} labels, counted from 0")
-    if actions is not None and len(actions) != length:
-        raise ValueError(f"--actions has {len(actions)} frames, but --length is {length}: each frame needs one")
-    low, high = (1.0, *o.guidance)[-2:]
-    overlap, able = o.overlap or min(config.overlap, T), [n for n in trained if n > 3 or not anchors]
-    if length > T and not config.previous and not o.interpolate and (hints or overlap not in able):
-        raise ValueError(f"--length {length} is more than the {T} frames of a window, so each window must be given the end of "
-                         f"the one before: the model was trained on {able or 'no'} given frames, not on overlap {overlap}")
-    usual, most = rolling(config), config.sigma_max if config.independent else config.anchor if anchors else config.context_noise
-    level = (config.context_noise / 2 if hints else usual["context_noise"]) if o.context_noise is None else o.context_noise
-    level *= goes_on
-    if level > most or (hints or anchors) and not level:
-        raise ValueError(f"--context-noise is {level:g}, expected {'more than ' * bool(hints or anchors)}0 to the {most:g} that "
-                         f"{o.checkpoint} was trained with")
-    jump = (usual["jump"] if o.jump is None else o.jump) * (goes_on and not hints)             # hints tell too little to jump by
-    how = {name: usual[name] if getattr(o, name) is None else getattr(o, name) for name in sampling(config)}
-    guidance = dict(constant=high, ramp=torch.linspace(low, high, T), triangle=vdm.triangle(low, high, T))[o.guidance_shape]
-    how |= dict(guidance=guidance, rescale=o.rescale, reconstruction=o.reconstruction,
-                keep=("context", "mask", "previous") if o.keep_frames else ())
-    return SimpleNamespace(length=length, actions=actions, hints=hints, trained=trained, level=level, overlap=overlap, how=how,
-                           anchors=anchors, jump=jump)
-
-
-def give(o, config, w, autoencoder):
-    """--context (n, C, H, W) as the model takes it, all of it or its end. It decides the length of an interpolation."""
-    T, size = config.frames, [n // 4 for n in config.size] if w.hints and config.task == "upsample" else None
-    context = read_context(o.context, config, autoencoder, size, 1 if o.interpolate else config.stride)
-    if w.hints:
-        context = context[-1:].expand(T, -1, -1, -1) if config.task == "image" else context[:T]
-        if len(context) < T:
-            raise ValueError(f"{o.context} has {len(context)} frames, but {o.checkpoint} enlarges {T} at a time")
-        k = config.size[0] // context.shape[2]
-        return context.repeat_interleave(k, -1).repeat_interleave(k, -2)
-    most = len(context) if o.interpolate else T if config.previous else max(w.trained, default=1)
-    if (o.context_frames or 0) > len(context):
-        raise ValueError(f"--context-frames is {o.context_frames}, but {o.context} has {len(context)} frames: expected at most "
-                         "as many")
-    context = context[-(o.context_frames or most):]
-    if w.jump and o.temporal_guidance not in (None, 1) and len(context) > 1 and (w.length <= T or w.overlap > 1):
-        raise ValueError(f"--temporal-guidance is {o.temporal_guidance:g}, but here every window is given two or more frames, "
-                         "and those jump, which goes without guidance: add --jump 0")
-    if o.interpolate:
-        if len(context) < 2:
-            raise ValueError(f"--interpolate fills in between frames, but --context gives {len(context)}: expected 2 or more")
-        w.length = math.prod(o.interpolate) * (len(context) - 1) + 1
-    elif config.previous and len(context) != T:
-        raise ValueError(f"--context gives {len(context)} frames, but {o.checkpoint} goes on from a whole clip: expected {T}")
-    elif not config.previous and len(context) not in w.trained:
-        raise ValueError(f"--context gives {len(context)} frames, but {o.checkpoint} was trained on {w.trained or 'no'} given "
-                         f"frames (--task {config.task}): choose with --context-frames, or try --interpolate or --reconstruction")
-    elif w.length <= len(context):
-        raise ValueError(f"--length is {w.length}, but --context gives {len(context)} frames, which come first")
-    return context
-
-
-def pieces(o, config, w, denoiser, autoencoder, clips):
-    """The videos of these numbers, piece by piece (B, t, C, H, W)."""
-    shape, options, device = (len(clips), config.frames, config.channels, *config.size), dict(w.how), w.device
-    given = None if w.context is None else w.context.expand(len(clips), *w.context.shape).to(device)
-    if o.label is not None:
-        options["label"] = torch.full((len(clips),), o.label, device=device)
-    if o.motion is not None:
-        options["motion"] = torch.full((len(clips),), o.motion, device=device)
-    if w.actions is not None:
-        options["action"] = w.actions.expand(len(clips), *w.actions.shape).to(device)
-    with autocast(device, w.dtype):
-        if o.interpolate:
-            for k, factor in enumerate(o.interpolate):                 # each pass has noise of its own
-                given = vdm.interpolate(denoiser, given, factor, config.frames, w.sigmas, o.seed + k, clips, **options)
-            stream = [given]
-        elif w.hints:
-            noise = vdm.clip_noise(o.seed, clips, device)
-            if config.motion and config.task == "image":               # which, unlike a clip, does not show it
-                options.setdefault("motion", torch.special.ndtr(noise()))
-            seen, mask = vdm.draw_context(given, torch.ones(given.shape[:2]), config.task, vdm.constant(w.level, given),
-                                          noise(*shape[1:]))
-            if w.actions is not None:                                  # after the last, none
-                options["action"] = torch.nn.functional.pad(options["action"], (0, 0, 0, shape[1] - w.length), value=math.nan)
-            stream = [vdm.generate(denoiser, shape, w.sigmas, noise=noise, context=seen, mask=mask, **options)[:, :w.length]]
-        else:
-            stream = vdm.rollout(denoiser, w.length, shape, w.sigmas, w.overlap, given, seed=o.seed, clips=clips,
-                                 context_noise=w.level, anchors=w.anchors, jump=w.jump, **options)
-        yield from autoencoder.to(device).stream(stream) if autoencoder else stream
-
-
-class Lazy:
-    """A clip whose frame t, make(t), is made when it is asked for."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __getitem__(self, t):
-        return self.make(t)
-
-
-def write(o, stored, fps):
-    """uint8 videos (n, T, H, W, C) as files: all in one, and one each -> what to say of them."""
-    length = stored.shape[1]
-    # a film strip of more frames is too wide to look at; pictures and GIFs need all of their pixels in memory
-    strip = vdm.film_strip(vdm.from_uint8(stored[:8, :: -(-length // 32)]))
-    together = Lazy(lambda t: vdm.grid(vdm.from_uint8(stored[:, [t]]))[0])
-    files = [vdm.write_video(name, together, fps) for name in {o.out, o.out.with_suffix(".gif")} if length <= 64 or name == o.out]
-    image = vdm.write_video(o.out.with_suffix(".png"), strip[None], scale=2)
-    each = [vdm.write_video(o.folder / f"{i:03d}{o.out.suffix}", Lazy(lambda t: vdm.from_uint8(video[t])), fps)
-            for i, video in enumerate(stored)]
-    return (f"all videos: {' and '.join(map(str, sorted(files)))}; the first as a film strip: {image}; "
-            f"each: {each[0]} ... {each[-1].name}")
-
+def open_model(job):
+    """Load the model that a name means: by default the newest, or the one that comes along."""
+    ours = Path(__file__).with_name("notebooks") / "tiny.pt"
+    newest = max(Path("out").glob("**/last.pt"), key=lambda p: p.stat().st_mtime, default=ours)
+    path = Path(job.checkpoint or newest)
+    if path.is_dir():
+        path = path / "last.pt"
+    need(path.is_file(), f"there is no {path}: train first (python train.py), or name a checkpoint")
+    model, config = vdm.load(path)
+    job.autoencoder, _ = vdm.load_autoencoder(path)
+    job.latents = config.factor > 0 and job.autoencoder is None
+    size, channels = pixels(config)
+    job.frame = (channels, *size)
+    if job.latents:
+        job.frame = (config.channels, *config.size)
+    for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
+        if getattr(job, name) is not None:
+            setattr(config, name, getattr(job, name))
+    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
+    need(config.skip_guidance == 1 or config.images, "--skip-guidance must be 1: the model was "
+         "trained with --images 0, so it does not know frames on their own")
+    if job.hint_noise is None:
+        job.hint_noise = config.hint_noise / 2
+    if job.reconstruction is not None or config.independent:       # then any frames may be given
+        config = dataclasses.replace(config, task="any", give="concat")
+    job.config = config
+    print(f"model   {path}")
+    return model
 
 def main(argv=None):
-    o = parse(argv)
-    (denoiser, config), (autoencoder, _) = vdm.load(o.checkpoint), vdm.load_autoencoder(o.checkpoint)
-    w, steps, latents = plan(o, config), o.steps or config.sampling_steps, config.factor and not autoencoder
-    w.device = pick_device(o.device)
-    w.dtype = pick_dtype(o.dtype, w.device)
-    w.sigmas = vdm.karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
-    w.context = give(o, config, w, autoencoder) if o.context else None
-    if o.motion is not None:
-        pace = np.interp(o.motion, np.linspace(0, 1, len(denoiser.paces)), denoiser.paces)
-        print(f"motion  {o.motion:.0%} of the clips trained on move less: by {pace:.1%} of the frame per frame")
-    print(f"{o.checkpoint}: {o.n} videos of {w.length} frames, {w.how['sampler']} with {steps} steps, averaged weights, on "
-          f"{w.device} in {str(w.dtype).removeprefix('torch.')}{f', noise of {w.level:g} on given frames' * bool(w.level)}")
-
-    # all goes to a file as it comes: a video may be longer than fits into memory
-    (H, W), channels = pixels(config)
-    frame, kind = ((config.channels, *config.size), np.float32) if latents else ((H, W, channels), np.uint8)
-    as_stored = (lambda x: x.cpu().numpy() / config.latent_scale) if latents else vdm.to_uint8
-    o.folder.mkdir(parents=True, exist_ok=True)
-    spool, n, length, began = tempfile.TemporaryFile(dir=o.out.parent), o.n, w.length, time.time()
-    denoiser, bar = denoiser.to(w.device), tqdm(total=n * length, unit="frame", **BAR)
-    try:
-        for i in range(0, o.n, o.batch):
-            clips, done = range(i, min(i + o.batch, o.n)), 0
-            for piece in pieces(o, config, w, denoiser, autoencoder, clips):
-                for k, frames in zip(clips, as_stored(piece)):
-                    spool.seek((k * w.length + done) * math.prod(frame) * kind().itemsize)
-                    spool.write(frames.tobytes())
-                done += piece.shape[1]
-                bar.update(piece.shape[0] * piece.shape[1])
-    except KeyboardInterrupt:                                          # whole videos are kept or, of the first, what there is
-        n, length = (i, length) if i else (len(clips), done)
-        print(f"\nstopped by Ctrl-C: {n * bool(length)} videos of {length} frames are written")
-        if not length:
-            return
-    finally:
-        bar.close()
-    spool.truncate(o.n * w.length * math.prod(frame) * kind().itemsize)
-    stored = np.memmap(spool, kind, "r", shape=(o.n, w.length, *frame))[:n, :length]
-    if latents:
-        for i, video in enumerate(stored):
-            np.save(o.folder / f"{i:03d}.npy", video)
-        return print(f"{time.time() - began:.0f} s; latents, for the decoder where they come from: {o.folder}/*.npy")
-    if w.actions is not None and n > 1:                                # as vdm.reward, frame by frame
-        variance = np.mean([(stored[:, t] / 127.5).var(0, ddof=1).mean() for t in range(length)])
-        print(f"reward  {math.exp(-variance):.3f} of these actions: exp(-variance among the {n} videos), 1 if all are the same")
-    print(f"{time.time() - began:.0f} s; {write(o, stored, o.fps or config.fps)}")
-
+    job = parse(argv)
+    model = open_model(job)
+    job.device = pick_device(job.device)
+    dtype = pick_dtype(job.dtype, job.device)
+    if job.autoencoder:
+        job.autoencoder.to(job.device)
+    plan(job)
+    job.denoise = steered(job, model.to(job.device))
+    job.level = torch.tensor([job.hint_noise], device=job.device)                           # (1,)
+    sigmas, job.sampler = sampling(job.config)
+    job.sigmas = sigmas.to(job.device)
+    print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
+          f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with autocast(job.device, dtype):
+        videos = record(job)
+    need(videos.numel(), "there was no frame yet: nothing is written")
+    if job.actions is not None and len(videos) > 1:
+        spread = sum(videos[:, t].clamp(-1, 1).var(0).mean() for t in range(videos.shape[1]))
+        print(f"reward  {math.exp(-spread / videos.shape[1]):.3f}: exp(-variance among the videos)")
+    if job.latents:
+        for i, video in enumerate(videos):
+            np.save(job.folder / f"{i:03d}.npy", video)
+    else:
+        write(job, videos)
+    print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
 
 if __name__ == "__main__":
     try:
@@ -330,6 +343,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\nstopped")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: a smaller --batch draws fewer videos at a time")
+        sys.exit("error: the GPU's memory is full: a smaller --batch makes fewer videos at a time")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

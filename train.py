@@ -1,382 +1,141 @@
 """
 train.py: train a video diffusion model.
 
-    python train.py --preset tiny                        a toy world: no data, no download, no GPU
-    python train.py --preset tiny --data drive           another, whose clips obey commands: left, straight, right, stop
-    python train.py --preset tiny --data my_videos/      your own files: videos, GIFs, picture folders, arrays
-    python train.py --preset tiny --resume               go on where a run was stopped
-    torchrun --nproc_per_node 8 train.py ...             many GPUs: the same run, each step's clips shared among them
+    python train.py --preset tiny                      a toy world: no data, no download, no GPU
+    python train.py --preset tiny --data drive         another, whose clips obey commands
+    python train.py --preset tiny --data my_videos/    your own videos, GIFs, pictures, arrays
+    python train.py --preset tiny --resume             go on where a run was stopped
+    python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
+    python train.py --preset ucf101 --dry-run          what a run would need
+    torchrun --nproc_per_node 8 train.py ...           many GPUs share every step's clips
 
-    python train.py --preset latent --stage autoencoder                                       latent diffusion: frames to
-    python train.py --preset latent --stage decoder --latents out/latent-autoencoder/last.pt  latents and back; the same
-    python train.py --preset latent --latents out/latent-decoder/last.pt                      for clips; then diffusion
-
-    python train.py --preset tiny --init out/tiny/last.pt --adapters lora --train lora --out out/lora
-                                                         start from a trained model, train a twentieth of it
-
-A preset is a set of defaults; every field of vdm.Config is a flag that changes it. A run writes to out/NAME:
-config.json, log.csv, last.pt (all that --resume and sample.py need) and samples/ (pictures and GIFs on the way).
-To read: flags, a training step, optimisers, samples, the run. What comes after main() is for runs that need more.
+A preset is a set of defaults, and every field of vdm.Config is a flag. A run writes to out/NAME:
+log.csv, samples/, and last.pt, which is all that --resume and sample.py need.
 """
 
 import argparse
 import copy
 import csv
-import ctypes
 import dataclasses
 import inspect
-import json
 import math
 import os
 import re
 import signal
 import sys
 import time
-import weakref
 import zlib
-from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, default_collate
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict as whole
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vdm
 
-STAGES = dict(diffusion={}, autoencoder=dict(steps=1600, batch=16, anchor=0.0),                          # their defaults
-              decoder=dict(steps=240, batch=4, anchor=0.0))
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
-USUAL = dict(shapes={}, drive=dict(jump=0.0, temporal_guidance=1.0, sampling_steps=40, sigma_min=0.2, motion=False))
-# of drive: guided, the car hardly ever stops, and its commands tell how far it moves
-BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=110)
+LOSSES = dict(plain=partial(vdm.diffusion_loss, change=0.0), change=vdm.diffusion_loss,
+              vista=vdm.vista_loss)
+SIGMA_EDGES = (0, 0.1, 0.3, 1, 3, 10, math.inf)      # log.csv has the error between these levels
+BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)
 
+# ---- a training step -----------------------------------------------------------------------------
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
-
-
-def parse(argv):
-    """Flags -> (options, Config). The comment beside each field of Config is its --help line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
-    p.add_argument("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder of your own")
-    p.add_argument("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on from last.pt in the folder of the run")
-    p.add_argument("--stage", default="diffusion", choices=STAGES, help="what to train: diffusion (default), or its autoencoder")
-    p.add_argument("--latents", help="last.pt of an autoencoder: to train on its latents or, with another --stage, to go on with")
-    p.add_argument("--encode", type=int, default=2048, help="with --latents: how many clips are cut and encoded, once (2048)")
-    p.add_argument("--init", help="a last.pt to start from: its averaged weights, of a run with the same network")
-    p.add_argument("--seed", type=int, default=0, help="fixes weights, data and noise")
-    p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name that torch knows")
-    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is fast")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
-    p.add_argument("--sample-every", type=int, help="steps between sample pictures (default: a fifth of the run)")
-    p.add_argument("--keep-every", type=int, help="keep a checkpoint step_000500.pt as well, every so many steps")
-    p.add_argument("--marks", type=int, default=64, help="clips generated and marked at the end")
-    p.add_argument("--dry-run", action="store_true", help="print parameters, operations and memory of the run, and stop")
-    p.add_argument("--gpu-memory", type=float, metavar="GIB", help="of --dry-run: the largest batch that fits such a GPU")
-    p.add_argument("--speed", type=float, metavar="TFLOPS", help="of --dry-run: the time of all steps at this speed per GPU")
-    large = p.add_argument_group("large runs; none of these changes what is learnt, but for rounding")
-    large.add_argument("--micro", type=int, help="clips that a process handles at a time (default: its share of --batch)")
-    large.add_argument("--shard", action="store_true", help="torchrun: divide weights, AdamW and averages among processes")
-    large.add_argument("--checkpoint-activations", action="store_true", help="less memory for a third more work")
-    large.add_argument("--compile", action="store_true", help="compile the network, where there is a compiler")
-    large.add_argument("--workers", type=int, default=0, help="processes that read clips ahead: for data_wait above a few %%")
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
-    fields = p.add_argument_group("Config fields, with the defaults of --preset tiny")
-    for f in dataclasses.fields(vdm.Config):
-        flag, default = "--" + f.name.replace("_", "-"), getattr(vdm.PRESETS["tiny"], f.name)
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(nargs="+", type=type((*default, 0)[0])) if f.type is tuple else dict(type=f.type)
-        fields.add_argument(flag, default=argparse.SUPPRESS, help=f"{comments[f.name]} ({default})", **kind)
-    options = p.parse_args(argv)
-    for flag in ("data", "out", "init", "latents"):
-        if getattr(options, flag) == "":
-            raise ValueError(f"--{flag} is empty: expected a path, or leave the flag out")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items() if k in comments}
-    if len(given.get("size", (0, 0))) == 1:
-        given["size"] *= 2                                             # one number: square frames
-    name = options.preset if options.data == "shapes" else f"{options.preset}-{Path(options.data).stem}"
-    name += f"-{options.stage}" * (options.stage != "diffusion")
-    options.given, options.out = given, Path(options.out or f"out/{name}")
-    usual = USUAL.get(options.data, dict(jump=0.0))                    # elsewhere the past need not tell the future
-    if given.get("frames") == 1 or given.get("task") in ("ends", "any", "upsample"):     # nothing moves, or given frames show how
-        usual = usual | dict(motion=False)
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **STAGES[options.stage] | usual | given)
-
-
-def limit(names, expected, low, high, *sources):
-    """Refuse what is outside low to high, as infinity and NaN always are, of the numbers called so in one of the sources."""
-    for name in names.split():
-        value = next(getattr(source, name) for source in sources if hasattr(source, name))
-        if value is not None and not all(low <= x <= high for x in np.atleast_1d(value)):
-            value = " ".join(f"{x:g}" for x in np.atleast_1d(value))
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
-
-
-MOST, TINY = sys.float_info.max, sys.float_info.min
-LIMITS = {("1 or more", 1, MOST): "steps batch frames stride rates size channels width mults blocks patch head_dim rank "
-                                  "ae_width actions sampling_steps marks encode save_every sample_every keep_every micro",
-          ("0 or more", 0, MOST): "factor detail base stills labels workers kl dynamics structure offset context_noise "
-                                  "anchor overlap context lr gate_lr muon_lr warmup weight_decay spatial_lr jump "
-                                  "temporal_guidance",
-          ("more than 0", TINY, MOST): "sigma_min sigma_max rho std sigma_data gamma given_noise clip_norm latent_scale "
-                                      "gpu_memory speed",
-          ("0 to 10^12", 0, 10 ** 12): "seed",
-          ("0 to 1", 0, 1): "dropout independent joint_weight images drop mode_drop ema",
-          ("0.1 to 1000", 0.1, 1000): "fps",
-          ("a number", -MOST, MOST): "mean"}
-
-
-def check(options, config):
-    """Refuse settings that nothing could run with, or that would do nothing. Names and sizes that do not fit: vdm.build."""
-    for expected, names in LIMITS.items():
-        limit(names, *expected, config, options)
-    if config.sigma_min >= config.sigma_max:
-        raise ValueError(f"--sigma-min is {config.sigma_min:g}, expected less than --sigma-max, {config.sigma_max:g}")
-    own, told = options.data not in WORLDS, config.labels or config.actions or options.data != "shapes"
-    needs = dict(gamma=(config.weighting == "min_snr", "--weighting min_snr"),
-                 sigma_data=("edm" in (config.kind, config.weighting), "--kind edm or --weighting edm"),
-                 mean=(config.schedule == "lognormal", "--schedule lognormal"),
-                 std=(config.schedule == "lognormal", "--schedule lognormal"),
-                 offset_per_frame=(config.offset, "--offset above 0"), dynamics_toy=(config.dynamics, "--dynamics above 0"),
-                 independent=(config.give == "per_frame", "--give per_frame"), rank=(config.adapters, "--adapters"),
-                 context=(not (config.previous and sum(config.context[1:])), "a run without --previous"),
-                 joint_weight=(config.previous, "--previous"),
-                 given_noise=(sum(config.context[1:]) and not config.previous, "--context with odds of given frames"),
-                 drop=(told or config.motion, "--motion, --labels or actions"),
-                 motion=(config.frames > 1 or not config.motion, "2 or more --frames"),
-                 mode_drop=(told and options.data != "shapes", "actions"),
-                 muon_lr=(config.optimizer == "muon", "--optimizer muon"), stride=(own, "--data of your own"),
-                 kl=(config.factor, "--factor"), ae_width=(config.factor, "--factor"),
-                 latent_scale=(own and not options.latents, "--data of latents made elsewhere"))
-    for name, (met, need) in needs.items():
-        if name in options.given and not met and not options.resume:
-            raise ValueError(f"--{name.replace('_', '-')} does nothing here: it needs {need}")
-    p, concat, noisy = config.context, config.give == "concat", config.context_noise
-    whole = config.previous or not sum(p[1:])                          # no single frames are given
-    for wrong, sentence in (
-            (len(p) > config.frames or not sum(p), f"--context is {p}: expected odds of 0, 1, 2 ... given frames, of which a "
-             f"window of {config.frames} has room for {config.frames - 1}, as --context 0.5 0.5 has of 0 and 1"),
-            (not whole and not p[0], f"--context is {p}: expected more than 0 as its first number, the odds that no frame is "
-             "given, for samples and the start of a long video have none"),
-            (config.task != "predict" and (whole or config.frames < 3), f"--task is {config.task}: it needs 3 --frames or more, "
-             f"odds in --context, {p}, that some are given, and no --previous"),
-            (config.task in ("image", "upsample") and not (concat and noisy),
-             f"--task is {config.task}: it needs --give concat, and --context-noise above 0"),
-            (config.task == "upsample" and (config.factor or options.latents or any(n % 4 for n in config.size)),
-             f"--size is {config.size}: --task upsample needs multiples of 4, of pixels: --factor 0"),
-            (noisy and config.give == "replace", "--give replace needs --context-noise 0"),
-            (whole and (noisy or not (concat or config.independent)) or config.previous and config.independent,
-             "without single given frames (--previous, or --context 1) neither --give nor --context-noise does anything")):
-        if wrong and options.stage == "diffusion":
-            raise ValueError(sentence)
-    if pixels(config)[1] not in ([3] if options.data in WORLDS and not options.dry_run else [1, 3]):
-        raise ValueError(f"--channels is {config.channels}, but the toy world is in colour, 3, and files of pixels have 1 or 3: "
-                         "latents need a --factor, and --latents")
-    if (options.gpu_memory or options.speed) and not options.dry_run:
-        raise ValueError("--gpu-memory and --speed do nothing here: they need --dry-run")
-    if options.given.get("overlap", 0) >= config.frames:
-        raise ValueError(f"--overlap is {config.overlap}, expected less than --frames, {config.frames}: windows must add frames")
-    levels = [2 ** n for n in range(len(config.mults))]
-    if not set(config.joint) <= set(config.attention) <= set(levels):
-        raise ValueError(f"--attention is {config.attention} and --joint {config.joint}: expected some of the factors by which "
-                         f"the levels of this network are smaller, {levels}, and as --joint some of --attention")
-    if config.temporal_guidance != 1 and not config.images:
-        raise ValueError(f"--temporal-guidance is {config.temporal_guidance:g}, but what it asks the model is taught by --images "
-                         "above 0: without, it must be 1")
-    if config.stills and (config.previous or config.give == "per_frame" or config.weighting == "balance"):
-        raise ValueError(f"--stills is {config.stills}: it needs a --weighting other than balance, and neither --previous nor "
-                         "--give per_frame")
-    if config.optimizer not in ("adamw", "muon") or len(config.size) != 2:
-        raise ValueError(f"--optimizer is {config.optimizer} and --size {config.size}: expected adamw or muon, and one or two "
-                         "numbers")
-    if options.given.get("anchor") and not config.anchors:
-        raise ValueError(f"--anchor is {config.anchor:g}, but does nothing here: it is for --task predict and --give concat, "
-                         "without --previous and --context-noise, where --context has odds of 4 or more frames and --overlap is "
-                         "4 or more")
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        x = torch.zeros(1, device=name)
-        x.item()                                                       # which device meta cannot
-        return x.device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}): try --device auto") from e
-
-
-def pick_dtype(name, device):
-    """bf16 where the hardware multiplies it faster than fp32; weights stay in fp32 either way."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
-        device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-# ---- a training step -------------------------------------------------------------------------------------------------
+def train_step(step, config, options, batches, model, ema, optimizers):
+    """Make one step of training. Return its loss, and what else goes into the log."""
+    drawn = draw(step, config, options.seed)
+    seen = []
+    for rows in options.parts:             # usually one, all of the batch; else gradients add up
+        batch = {name: x.to(options.device) for name, x in next(batches).items()}
+        chance = {name: x[rows].to(options.device) for name, x in drawn.items()}
+        model.require_backward_grad_sync = rows is options.parts[-1]   # DDP's processes add up once
+        with autocast(options.device, options.dtype):
+            loss, error = loss_of(model, batch, chance, config)
+        (loss / len(options.parts)).backward()
+        seen.append((loss.detach(), error))
+    norm, rate = descend(step, config, model, optimizers)
+    ema.update(model)
+    losses, errors = zip(*seen)
+    loss = gather(torch.stack(losses)).mean().item()
+    error = gather(torch.cat(errors)).cpu()                       # (B,) or (B, T), like sigma
+    return dict(loss=loss, gradient_norm=norm, lr_share=rate, error=error, sigma=drawn["sigma"])
 
 def draw(step, config, seed):
-    """Whatever chance decides in a step, by name, a row per clip of the whole batch. It follows from (seed, step): resuming
-    needs no generator's state, and each process that takes part of a batch draws it all."""
-    torch.manual_seed(seed * 1_000_003 + step)
-    B, T, shape = config.batch, config.frames, (config.batch, config.frames, config.channels, *config.size)
-    u = vdm.stratified(B)                                                                            # (B,)
+    """Draw all that chance decides in a step, a row per clip, from (seed, step) alone.
+
+    So --resume needs no generator's state, and many processes learn what one alone would."""
+    torch.manual_seed(1_000_003 * seed + step)
+    clips = config.batch
+    shape = (clips, config.frames + config.stills, config.channels, *config.size)
+    u = vdm.stratified(clips)                                                                 # (B,)
     if config.independent:
-        u = vdm.independent_levels(u, T, config.independent)                                         # (B, T)
-    drawn = dict(sigma=vdm.noise_schedule(config)(u))
-    if config.labels:
-        drawn["label"] = torch.rand(B) >= config.drop
-    if config.motion:
-        drawn["motion"] = torch.rand(B) >= config.drop
-    if config.actions:
-        drawn["action"] = vdm.drop_modes(torch.ones(B, 1, sum(config.actions)), config.actions, config.drop, config.mode_drop)
-    if config.context_noise or config.anchors:
-        drawn |= dict(level=(config.context_noise or config.anchor) * torch.rand(B), unit=torch.randn(shape))
-    if config.rates != (1,):
-        drawn["rate"] = torch.tensor(config.rates)[torch.randint(len(config.rates), (B,))]           # (B,)
-    if config.anchors:
-        drawn["time"] = torch.rand(B)                                  # of the first frames: 0, long ago, to 1, where they are
-    if not config.previous:
-        drawn["mask"] = vdm.draw_mask(B, T, config.context, config.task)                             # (B, T)
-    if config.images:
-        drawn["temporal"] = (torch.rand(B) >= config.images).float()                                 # (B,)
-    drawn["noise"] = vdm.offset_noise(torch.randn(shape), config.offset, config.offset_per_frame)
-    if config.stills:
-        drawn["noise"] = torch.cat([drawn["noise"], torch.randn(B, config.stills, *shape[2:])], 1)
+        u = vdm.independent_levels(u, config.frames, config.independent)                    # (B, T)
+    task = "all" if config.task in ("image", "upsample") else config.task
+    drawn = dict(sigma=vdm.noise_schedule(config)(u),
+                 noise=vdm.offset_noise(torch.randn(shape), config.offset),
+                 mask=vdm.draw_mask(clips, config.frames, config.context, task),            # (B, T)
+                 temporal=(torch.rand(clips) >= config.images).float(),
+                 told=torch.rand(clips) >= config.drop)
+    if config.give == "hint":
+        drawn["level"] = config.hint_noise * torch.rand(clips)
+        drawn["unit"] = torch.randn(clips, config.frames, *shape[2:])
+    if config.actions:                                         # (B, 1, A): 0, or NaN if not told
+        zeros = torch.zeros(clips, 1, sum(config.actions))
+        drawn["withheld"] = vdm.drop_modes(zeros, config.actions, config.drop)
     return drawn
 
-
-def earlier(config):
-    """How many frames before an item's may be its anchors: so many that where things were does not tell how they move now."""
-    return 3 * config.frames * (config.anchors > 0)
-
-
-def cut(batch, drawn, config):
-    """Of the frames of each item those to train on: the last, at the rate drawn. How far things move there is measured. Anchors,
-    the first frames of all, which rollout shows every window, are of any time before."""
-    n, rows = config.frames * (1 + config.previous), torch.arange(len(batch["video"]), device=drawn["sigma"].device)[:, None]
-    before = batch["video"].shape[1] - (n - 1) * max(config.rates) - 1
-    at = before + torch.arange(n, device=rows.device) * drawn.get("rate", torch.ones_like(rows[:, 0]))[:, None]        # (B, n)
-    pace = dict(pace=vdm.motion_score(batch["video"][rows, at])) if config.motion else {}            # (B,)
-    if config.anchors:
-        back = (drawn["time"] * (before + 1)).long() - before
-        at[:, :config.anchors] += torch.where(drawn["mask"].sum(1) > config.anchors + 1, back, 0)[:, None]
-    return batch | pace | {name: batch[name][rows, at] for name in ("video", "action") if name in batch}
-
-
-def measure_paces(data, config, seed):
-    """The motion scores that 0, 1/16 ... 1 of 256 items, cut as for training, stay below (17,)."""
-    chance = draw(0, dataclasses.replace(config, batch=256, size=(1, 1), stills=0), seed)
-    rows = [{name: x[i : i + 1] for name, x in chance.items()} for i in range(256)]
-    scores = torch.cat([cut(default_collate([data[i]]), row, config)["pace"] for i, row in enumerate(rows)])
-    return scores.nanquantile(torch.linspace(0, 1, 17))
-
-
-def conditions(batch, config, drawn={}):
-    """What the model is told of a batch besides frames: label (B,), motion (B,), action (B, T, A), but for what draw()
-    withholds."""
+def conditions(batch, drawn, config):
+    """Return what the denoiser is told: given frames, and label and action unless withheld."""
+    clean = batch["video"]
     told = {}
-    if config.labels:
-        told["label"] = batch["label"].where(drawn["label"], -1) if drawn else batch["label"]
-    if config.motion and drawn:                                        # else vdm.generate draws it
-        told["motion"] = batch["motion"].where(drawn["motion"], -1)
-    if config.actions:                                                 # with --previous, those of the second half
-        told["action"] = batch["action"][:, -config.frames:] * drawn.get("action", 1)
-    return told
-
-
-def loss_of(denoiser, batch, drawn, config, weighting):
-    """-> the loss, the noise levels, and the squared errors at them, unweighted."""
-    clean, sigma, noise = batch["video"], drawn["sigma"], drawn["noise"]               # (B, T, C, H, W), (B,) or (B, T)
-    # PyTorch 2.13 dies on a CPU where a GroupNorm learns but what comes before it is frozen: give noise a gradient, too
-    noise.requires_grad_(not all(p.requires_grad for p in denoiser.parameters()))
-    options = dict(conditions(batch, config, drawn), weighting=weighting, sigma_data=config.sigma_data, gamma=config.gamma,
-                   dynamics=config.dynamics, dynamics_toy=config.dynamics_toy, structure=config.structure)
-    if config.previous:                                                # items are of twice the length
-        previous, clean = clean.chunk(2, 1)
-        loss_fn, options = vdm.joint_loss, dict(options, previous=previous, share=config.joint_weight)
-    else:
-        context, mask = vdm.draw_context(clean, drawn["mask"], config.task, drawn.get("level"), drawn.get("unit"), config.anchors)
-        sigma = sigma * vdm.expand(torch.where(mask.amax(1) > 0, config.given_noise, 1.0), sigma)
-        if config.give == "per_frame":                                 # then this is the level of what is given
-            sigma = torch.where(mask > 0, 1 / mask - 1, vdm.expand(sigma, mask))                     # (B, T)
-        loss_fn, options = vdm.diffusion_loss, dict(options, context=context, mask=mask)
-    if config.stills:
-        loss_fn, options = vdm.joint_image_loss, dict(options, images=batch["stills"])
     if config.images:
-        options["temporal"] = drawn["temporal"]
-    loss, parts = loss_fn(denoiser, clean, sigma=sigma, noise=noise, **options)
-    return loss, sigma, parts["error"]
+        told["temporal"] = drawn["temporal"]
+    if config.labels:
+        told["label"] = batch["label"].where(drawn["told"], -1)                               # (B,)
+    if config.actions:
+        told["action"] = batch["action"][:, -config.frames:] + drawn["withheld"]         # (B, T, A)
+    if config.give == "previous":
+        return told | dict(previous=clean[:, :config.frames])
+    if config.give != "hint":
+        return told | dict(context=clean, mask=drawn["mask"])
+    if config.task == "image":
+        return told | vdm.image_hint(clean[:, :1], drawn["mask"], drawn["level"],
+                                     drawn["unit"][:, :1])
+    if config.task == "upsample":
+        clean = vdm.blurred(clean)
+    return told | vdm.hint(clean, drawn["mask"], drawn["level"], drawn["unit"])
 
-
-def train_step(step, config, data, denoiser, ema, optimizers, device, dtype, seed, parts=None, batches=None, ddp=None):
-    """One optimiser step -> what to log of it. A large run passes the `parts` of the batch that this process takes, one after
-    another; `batches`, which yields them read ahead; and `ddp`, the denoiser as it shares gradients with other processes."""
-    if config.motion and denoiser.paces[-1] < 0:                       # before the first step
-        denoiser.paces.copy_(measure_paces(data, config, seed))
-    chance, parts, seen, waited = draw(step, config, seed), parts or [range(config.batch)], [], 0.0
-    balance = getattr(denoiser, "balance", None)
-    if balance:
-        balance.hold = True                                            # until the whole batch has been seen
-    for part in parts:
-        # batch
-        began = time.perf_counter()
-        batch = next(batches) if batches else default_collate([data[step * config.batch + i] for i in part])
-        batch = {name: x.to(device) for name, x in batch.items()}
-        waited += time.perf_counter() - began
-        # noise, and all else that is drawn
-        drawn = {name: x[part.start : part.stop].to(device) for name, x in chance.items()}
-        if config.anchors or config.motion or "rate" in drawn:
-            batch = cut(batch, drawn, config)
-        if config.motion:
-            batch["motion"] = vdm.motion_rank(batch["pace"], denoiser.paces)
-        if part.start:                                                 # dropout alone depends on how a batch is shared
-            torch.manual_seed(hash((seed, step, part.start)))
-        # loss and backward
-        with ddp.no_sync() if ddp and part is not parts[-1] else nullcontext():
-            with autocast(device, dtype):
-                loss, *levels = loss_of(ddp or denoiser, batch, drawn, config, balance or config.weighting)
-            (loss / len(parts)).backward()
-        seen.append((loss.detach()[None], *levels))
-    loss, sigma, error = (gather(torch.cat(x)) for x in zip(*seen))
-    # step
-    norm, rate = descend(step, config, denoiser, optimizers)
-    if balance:
-        balance.seen = gather(balance.seen[None]).sum(0)
-        balance.fold()
-    # EMA
-    ema.update(denoiser)
-    noisy = sigma > 0                                                  # what is given has no error to log
-    return dict(loss=loss.mean().item(), norm=norm.item(), rate=rate, waited=waited, sigma=sigma[noisy].cpu(),
-                error=error[noisy].cpu())
-
+def loss_of(model, batch, drawn, config):
+    """Return the loss of a batch and, for the log, its squared errors, of the shape of sigma."""
+    told = conditions(batch, drawn, config)
+    clean = batch["video"][:, -config.frames:]                                     # (B, T, C, H, W)
+    loss = LOSSES[config.loss]
+    if config.give == "previous":
+        loss = partial(vdm.joint_loss, share=config.context[1], loss=loss)
+    if config.stills:                                                # frames of the clips after it
+        stills = [clean.roll(-1 - k, 0)[:, k % config.frames] for k in range(config.stills)]
+        loss = partial(vdm.joint_image_loss, images=torch.stack(stills, 1), loss=loss)
+    # PyTorch 2.13 dies if a GroupNorm comes before all that has a gradient: so noise gets one.
+    noise = drawn["noise"].requires_grad_(config.train != ("all",))
+    weight = partial(vdm.loss_weight, weighting=config.weighting, sigma_data=config.sigma_data)
+    return loss(model, clean, sigma=drawn["sigma"], noise=noise, weight=weight, **told)
 
 def descend(step, config, model, optimizers):
-    """A step down the gradient, which is cut and then cleared; the learning rate rises, then falls to 0 in a straight line.
-    -> the gradient's norm, and the rate as a share of its peak."""
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-    if not norm.isfinite():
-        raise ValueError(f"the gradient is {norm.item()} at step {step + 1}: stopped, and the last checkpoint kept. A lower --lr "
-                         "or --muon-lr, or --dtype fp32, is the usual cure")
-    rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)
+    """Step down the clipped gradient. Return its norm and the share of the peak learning rate."""
+    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"the gradient is {norm} at step {step + 1}: the last checkpoint is kept; "
+                         "a lower --lr or --muon-lr, or --dtype fp32, is the usual cure")
+    rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)  # up, then down to 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
@@ -384,899 +143,781 @@ def descend(step, config, model, optimizers):
         optimizer.zero_grad()
     return norm, rate
 
-
-# ---- optimisers ------------------------------------------------------------------------------------------------------
+# ---- optimisers ----------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (Jordan et al. 2024): every weight matrix moves equally far in
-    all directions of its gradient, the rare ones too. With an earlier form of the tiny network the error at sigma 1
-    fell to 9.4e-3 in 240 core seconds, with AdamW to 15.7e-3."""
+    """Momentum whose steps are made orthogonal (Jordan et al. 2024).
+
+    A weight matrix then moves equally far in all directions of its gradient, the rare ones too, and
+    small networks learn several times faster than by AdamW."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
-            alike = {}                                                 # what has as many rows is handled together
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                m = p.grad.lerp(average, group["momentum"]).flatten(1)
-                m = m / (m.norm() + 1e-7)
-                m = m.mT if len(m) > m.shape[1] else m                                              # (rows, columns)
-                alike.setdefault(len(m), []).append((p, m))
-            for pairs in alike.values():
-                # Newton-Schulz brings all singular values to about 1; done on m m^T, which is smaller than m
-                g = torch.stack([m @ m.mT for _, m in pairs])                                       # (N, rows, rows)
-                r = eye = torch.eye(len(g[0]), dtype=g.dtype, device=g.device).expand_as(g)
-                for _ in range(5):
-                    factor = 3.4445 * eye - 4.7750 * g + 2.0315 * g @ g
-                    g, r = factor @ g @ factor, factor @ r
-                for (p, m), turn in zip(pairs, r):
-                    rows, columns = p.flatten(1).shape
-                    m = (turn @ m).mT if rows > columns else turn @ m
-                    p.add_(m.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                m = p.grad.lerp(average, group["momentum"]).flatten(1)            # (rows, columns)
+                rows, columns = m.shape
+                m = self.orthogonal(m.mT).mT if rows > columns else self.orthogonal(m)
+                p.add_(m.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
+    @staticmethod
+    def orthogonal(m):
+        """Bring all singular values of m near 1, by five steps of Newton and Schulz on m m^T."""
+        m = m / (m.norm() + 1e-7)
+        g = m @ m.mT                                                                  # (rows, rows)
+        turn = one = torch.eye(len(m), dtype=m.dtype, device=m.device)
+        for _ in range(5):
+            factor = 3.4445 * one - 4.7750 * g + 2.0315 * g @ g
+            g = factor @ g @ factor
+            turn = factor @ turn
+        return turn @ m
 
-def make_optimizers(config, net):
-    """AdamW for everything or, with --optimizer muon, Muon for the matrices inside and AdamW for the rest, what embeds the noise
-    level among it: no worse there, and a twentieth of a step saved. The gates of the temporal layers, which must first leave 0,
-    have a rate of their own, spatial layers may have a slower one, and what is frozen is in no group."""
-    rates, groups = dict(rest=config.lr, gates=config.gate_lr, inside=config.muon_lr), dict(rest={}, gates={}, inside={})
-    for name, p in net.named_parameters():
-        matrix = p.ndim > 1 and not re.match(r"input|output|embed|detail|.*\bemb\.", name)
-        part = "gates" if name.endswith("gate") else "inside" if matrix and config.optimizer == "muon" else "rest"
-        factor = config.spatial_lr if vdm.part_of(name) == "spatial" else 1.0
+def make_optimizers(config, model):
+    """Make AdamW for all that is trained; with muon, Muon for matrices in blocks, AdamW for others.
+
+    A group keeps its peak learning rate. That of spatial layers may be a share of the others'."""
+    make = dict(adamw=partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True,
+                              weight_decay=config.weight_decay), muon=Muon)
+    rates = dict(adamw=config.lr, muon=config.muon_lr)
+    matrices = {p for block in blocks(model) for p in block.parameters() if p.ndim > 1}
+    part = vdm.part_of(model)
+    groups = dict(adamw={}, muon={})
+    for p in model.parameters():
         if p.requires_grad:
-            groups[part].setdefault(factor, dict(params=[], peak=rates[part] * factor))["params"].append(p)
-    rest, gates, inside = ([*group.values()] for group in groups.values())
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
-    return [kind(some, lr) for kind, some, lr in ((adamw, rest + gates, config.lr), (Muon, inside, config.muon_lr)) if some]
+            name = config.optimizer if p in matrices else "adamw"
+            share = 5.0 if p.numel() == 1 else 1.0       # a gate, which first has to leave 0
+            if part[p] == "spatial":
+                share = config.spatial_lr
+            groups[name].setdefault(share * rates[name], []).append(p)
+    return [make[name]([dict(params=some, peak=peak) for peak, some in peaks.items()], rates[name])
+            for name, peaks in groups.items() if peaks]
 
-
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# ---- samples -------------------------------------------------------------------------------------
 
 def pixels(config):
-    """Size and channels of a run's frames, of which it may know only latents."""
-    return tuple(n * (config.factor or 1) for n in config.size), 3 if config.factor else config.channels
-
+    """Return size and channels of a run's frames, of which the network may know only latents."""
+    if config.factor:
+        return tuple(n * config.factor for n in config.size), 3
+    return tuple(config.size), config.channels
 
 def sampling(config):
-    """The sampler of a config and its guidance, as arguments of vdm.generate."""
-    return dict(sampler=config.sampler, temporal_guidance=config.temporal_guidance)
+    """Return the noise levels that a config's sampler visits, and the sampler."""
+    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max,
+                               config.rho)
+    return sigmas, vdm.SAMPLERS[config.sampler]
 
-
-def rolling(config):
-    """How vdm.rollout is to go on: its arguments for a config."""
-    return dict(sampling(config), overlap=config.overlap, anchors=config.anchors, jump=config.jump,
-                context_noise=config.anchor / 10 if config.anchors else 0.0)
-
-
-def evaluations(config):
-    """How often the network is evaluated to generate a clip."""
-    visited = 2 * config.sampling_steps - 1 if config.sampler == "heun" else config.sampling_steps
-    return visited * (1 + (config.temporal_guidance != 1))
-
+def guided(denoise, config):
+    """Return denoise with a config's skip guidance."""
+    if config.skip_guidance == 1:
+        return denoise
+    return vdm.skip_guided(denoise, config.skip_guidance)
 
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
-    """n clips (n, T, C, H, W) on the CPU, 16 at a time; clip i depends on (seed, i) and what it is told alone. With an
-    autoencoder they are decoded."""
-    sigmas, clips = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho), []
+    """Generate n clips (n, T, C, H, W), 16 at a time, and decode them if there is an autoencoder.
+
+    Clip i depends on (seed, i) alone and on what it is told: label (n,), action (n, T, A)."""
+    sigmas, sampler = sampling(config)
+    clips = []
     for i in range(0, n, 16):
         shape = (min(16, n - i), config.frames, config.channels, *config.size)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
-        cond = {name: given[i : i + shape[0]].to(device) for name, given in told.items()}
+        here = {name: x[i:i + shape[0]].to(device) for name, x in told.items()}
         with autocast(device, dtype):
-            clip = vdm.generate(denoiser, shape, sigmas, noise=noise, **sampling(config), **cond)
-        clips.append((autoencoder.decode(clip) if autoencoder else clip).cpu())
+            clip = vdm.generate(guided(denoiser, config), shape, sigmas.to(device), sampler, noise,
+                                **here)
+        if autoencoder is not None:
+            clip = autoencoder.decode(clip)
+        clips.append(clip.cpu())
     return torch.cat(clips)
 
-
-def write_samples(path, clips, config, autoencoder):
-    """Clips as film strip, GIF and video or, where latents have no decoder here, as .npy -> the files."""
-    if config.factor and not autoencoder:
+def write_samples(path, clips, config):
+    """Write clips as film strip and GIF or, where latents have no decoder here, as .npy."""
+    if clips.shape[3:] != pixels(config)[0]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path.with_suffix(".npy"), clips.numpy() / config.latent_scale)
+        np.save(path.with_suffix(".npy"), clips.numpy())
         return [path.with_suffix(".npy")]
-    return [vdm.write_video(path.with_suffix(".png"), vdm.film_strip(clips[:8])[None], scale=2),
+    strip = vdm.film_strip(clips[:8])[None]
+    return [vdm.write_video(path.with_suffix(".png"), strip, scale=2),
             vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
 
+def report(world, videos, action=None):
+    """Return the marks of a toy world as text, with those of as many real clips beside them."""
+    fresh = copy.copy(world)
+    fresh.frames = videos.shape[1]
+    fresh.seed = 987_654_321
+    real = default_collate([fresh[i] for i in range(len(videos))])
+    made = world.check(videos)
+    true = world.check(real["video"])
+    if action is not None:
+        made = world.check(videos, action[:len(videos)])
+        true = world.check(real["video"], real["action"])
+    lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
+    for name in made:
+        if made[name].dtype == bool:
+            lines.append(f"{name:>25} {made[name].mean():7.0%} {true[name].mean():6.0%}")
+    if "copies" in made:
+        lines.append(f"{'copies':>25} {np.sum(made['copies']):7} {np.sum(true['copies']):6}")
+    return "\n".join(lines)
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
-def open_data(options, config, autoencoder=None, device=None, rank=0, local=0):
-    """What to train on, what to hold out, and the configuration with what the data decides. It says what it found."""
-    (size, channels), diffusion, before = pixels(config), options.stage == "diffusion", earlier(config)
-    frames = before + (config.frames * (1 + config.previous) - 1) * max(config.rates) + 1
-    if options.data in WORLDS:
-        few = 1 if options.stage == "autoencoder" else frames          # which sees a frame at a time
-        data, held_out = (WORLDS[options.data](n, size, seed=options.seed + k) for n, k in ((few, 0), (frames, 1)))
-        print(f"data    {type(data).__name__}: made in code, {config.frames} frames of {size[0]}x{size[1]}"
-              f"{', and those before' * (frames > config.frames)}")
-    elif config.factor and diffusion and not autoencoder:
-        data = held_out = Latents(options.data, config, frames, config.latent_scale, options.seed)
-        print(data.report + data.check_scale())
-    else:
-        with one_first(local):                                         # one on each machine decodes, for all
-            data = held_out = vdm.VideoFolder(options.data, frames - before, size, config.stride, channels, options.seed,
-                                              progress=not local, read=Cache(Path(options.data)).decode, before=before)
-        print(data.report)
-        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
-    config = dataclasses.replace(config, actions=config.actions or data.actions)
-    if len(config.mode_drop) not in (1, len(config.actions)):
-        raise ValueError(f"--mode-drop is {config.mode_drop}: expected one for all modes of --actions, {config.actions}, or one "
-                         "for each")
-    if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
-        raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data has {data.labels} labels "
-                         f"and actions {data.actions}")
-    if autoencoder and diffusion:
-        n = min(options.encode, config.steps * config.batch)
-        with one_first(rank):
-            folder = encode_once(data, n, autoencoder, options.out.parent, device)
-        more = {f.stem: np.load(f) for f in folder.glob("*.npy") if f.stem != "video"}
-        whole_items = dataclasses.replace(config, stride=1, anchor=0.0)          # they were cut before they were encoded
-        data = Latents(folder / "video.npy", whole_items, frames, seed=options.seed, **more)
-        print(f"latents {n} clips in {folder}")
-    return WithStills(data, config.stills, options.seed) if config.stills else data, held_out, config
+def main(argv=None):
+    options, config = parse(argv)
+    config, state = resume(options, config)
+    check(options, config)
+    options.device = pick_device(options.device)
+    options.dtype = pick_dtype(options.dtype, options.device)
+    if config.frames == 2 and options.device.type == "cpu":
+        options.dtype = torch.float32              # PyTorch 2.13: Conv3d's gradient in bf16 is NaN
+    if options.dry_run:
+        return dry_run(config, options.dtype, make_optimizers)
+    join(options, config)
+    autoencoder, config = find_autoencoder(options, config, state)
+    data, held_out, config = open_data(options, config, autoencoder)
+    learner = make_learner(options, config, state)
+    told = {}
+    if config.actions:
+        some = [held_out[i]["action"] for i in range(max(6, options.marks))]
+        told["action"] = torch.stack(some)[:, -config.frames:]                           # (N, T, A)
+    store = partial(save, options, config, learner, autoencoder)
+    picture = partial(sample, config, learner[1].model, device=options.device,
+                      dtype=options.dtype, autoencoder=autoencoder, **told)
+    if not state:                                     # whenever a run is killed, --resume goes on
+        state = dict(step=0, seconds=0.0)
+        store(0, 0.0)
+    seconds = train(options, config, data, learner, store, picture, state["step"], state["seconds"])
+    if seconds is not None:
+        finish(options, config, held_out, picture, seconds)
 
+def make_learner(options, config, state):
+    """Make the network, its average and its optimisers: fresh, by --init, or as in a checkpoint."""
+    torch.manual_seed(options.seed)
+    net = vdm.build(config)
+    if options.init and not state:
+        start_from(options.init, net, config)
+    if config.train != ("all",):
+        vdm.trainable(net, config.train)
+        if not (options.init or state or "spatial" in config.train):
+            raise ValueError("--train without spatial needs --init: they would stay random")
+    net.to(options.device)
+    ema = vdm.EMA(net, config.ema)
+    model = spread(net, ema, options)
+    optimizers = make_optimizers(config, model)
+    if state:
+        restore(state, model, ema, optimizers)
+    if options.compile:
+        net.net.compile()
+    total = sum(p.numel() for p in net.parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    print(f"model   {total:,} parameters, of which {trained:,} are trained, by {config.optimizer}\n"
+          f"device  {options.device}, {options.dtype} arithmetic, float32 weights\n"
+          f"run     {config.steps} steps of {config.batch} clips, to {options.out}/")
+    return model, ema, optimizers
 
-def describe(model):
-    """How much of a model is trained and, unless that is all, which layers, and how many tensors of each."""
-    learns = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    n, total = sum(learns.values()), sum(p.numel() for p in model.parameters())
-    layers = Counter(re.sub(r"\b\d+\b", "*", name.replace(".layer.", ".")) for name in learns if n < total)
-    lines = [f"{n:,} of {total:,} parameters are trained ({n / total:.1%})", *(f"{k}: {n} tensors" for k, n in layers.items())]
-    return "\n        ".join(lines)
+def train(options, config, data, learner, store, picture, start, seconds):
+    """Make all steps from `start` on. Return the seconds that all took, or None if stopped."""
+    save_every = options.save_every or max(1, config.steps // 10)
+    keep_every = options.keep_every or config.steps
+    sample_every = options.sample_every or max(1, config.steps // 5)
+    batches = read_batches(data, config, options, start)
+    records = []
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps,
+               disable=options.rank > 0, **BAR)
+    with stop_signals() as stops:
+        for step in bar:
+            began = time.perf_counter()
+            records.append(train_step(step, config, options, batches, *learner))
+            seconds += time.perf_counter() - began
+            done = step + 1
+            stop = gather(torch.tensor([len(stops)], device=options.device)).any()
+            saving = stop or 0 in (done % save_every, done % keep_every, config.steps - done)
+            if saving or done % 10 == 0:                         # a resumed log then loses no step
+                bar.set_postfix(loss=f"{records[-1]['loss']:.4f}", refresh=False)
+                log(options, done, seconds, records)
+                records = []
+            if saving:
+                store(done, seconds)
+            if stop and done < config.steps:
+                bar.close()
+                name = stops[0] if stops else "another process"
+                print(f"stopped by {name} after step {done}, all saved: --resume goes on")
+                return None
+            if done % sample_every == 0 and done < config.steps:
+                clips = picture(6)                                    # always from the same noise
+                if options.rank == 0:
+                    write_samples(options.out / f"samples/step_{done:06d}", clips, config)
+    return seconds
 
+def read_batches(data, config, options, start):
+    """Yield all parts of batches from step `start` on, read ahead by workers if there are any."""
+    order = (range(step * config.batch + rows.start, step * config.batch + rows.stop)
+             for step in range(start, config.steps) for rows in options.parts)
+    return iter(DataLoader(data, batch_sampler=order, num_workers=options.workers,
+                           worker_init_fn=deaf))
 
-SIGMA_EDGES = 0.1, 0.3, 1, 3, 10                                       # log.csv: the error between these noise levels
-
-
-def log_line(step, seconds, records):
-    """A row of log.csv: means over the steps since the last row, and the error by noise level."""
-    mean = lambda key: sum(r[key] for r in records) / len(records)
-    row = dict(step=step, seconds=round(seconds, 2), loss=mean("loss"), gradient_norm=mean("norm"),
-               lr_share=mean("rate"), data_wait=sum(r["waited"] for r in records) / sum(r["took"] for r in records))
-    if "sigma" not in records[0]:                                      # an autoencoder has no noise levels
-        return row | {key: mean(key) for key in ("reconstruction", "kl")}
-    sigma, error = (torch.cat([r[key] for r in records]) for key in ("sigma", "error"))
-    bins = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES))
-    for i, (low, high) in enumerate(zip((0, *SIGMA_EDGES), (*SIGMA_EDGES, math.inf))):
-        row[f"error_sigma_{low}_{high}"] = error[bins == i].mean().item() if (bins == i).any() else ""
-    return row
-
-
-def write_row(path, row):
-    """Append a row to log.csv, which starts with its columns' names."""
-    with open(path, "a", newline="") as log:
-        table = csv.DictWriter(log, row)
-        if log.tell() == 0:
-            table.writeheader()
-        table.writerow(row)
-
+def deaf(worker):
+    """Let a worker leave signals to the process it reads for, which saves and then ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 @contextmanager
 def stop_signals():
-    """SIGTERM or Ctrl-C ask a run to end after the step at work, a second Ctrl-C at once -> the signals so far."""
+    """Yield a list to which SIGTERM and Ctrl-C add their names. A second Ctrl-C stops at once."""
     stops = []
 
-    def ask(number, _):
-        if number == signal.SIGINT and number in stops:
+    def ask(number, frame):
+        if number == signal.SIGINT and "Ctrl-C" in stops:
             raise KeyboardInterrupt
-        stops.append(number)
+        stops.append("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)
-              if signal.getsignal(number) != signal.SIG_IGN}           # as nohup sets it
+              if signal.getsignal(number) != signal.SIG_IGN}               # as it is under nohup
     try:
         yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+def log(options, step, seconds, records):
+    """Append a row to log.csv: means over the steps since the last, and errors by noise level."""
+    row = dict(step=step, seconds=round(seconds, 2))
+    for name in ("loss", "gradient_norm", "lr_share"):
+        row[name] = sum(record[name] for record in records) / len(records)
+    sigma = torch.cat([record["sigma"].flatten() for record in records])
+    error = torch.cat([record["error"].flatten() for record in records])
+    for low, high in zip(SIGMA_EDGES, SIGMA_EDGES[1:]):
+        here = error[(low < sigma) & (sigma <= high)]
+        row[f"error_sigma_{low}_{high}"] = here.mean().item() if len(here) else ""
+    if options.rank == 0:
+        with open(options.out / "log.csv", "a", newline="") as file:
+            table = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow(row)
 
-def report(world, videos, action=None):
-    """The marks of a toy world as text, with those of as many real clips beside them. For shapes also how far colours, kinds and
-    speeds are from the world's own, uniform, distributions (total variation distance: 0 same, 1 disjoint), and what real clips
-    stay below at 95 %."""
-    fresh = copy.copy(world)
-    fresh.frames, fresh.seed = videos.shape[1], 987_654_321
-    real = default_collate([fresh[i] for i in range(len(videos))])
-    lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
-    line = lambda name, made, true: lines.append(f"{name:>25} {made.mean():7.0%} {true.mean():6.0%}")
-    if isinstance(world, vdm.Drive):
-        made, true = world.check(videos, action), world.check(real["video"], real["action"])
-        line("frames that obey", made["obeys"], true["obeys"])
-        line("clips that obey", made["passed"], true["passed"])
-        for k, name in enumerate(("left", "straight", "right", "stop")):
-            line(name, made["commands"] == k, true["commands"] == k)
-        return "\n".join(lines)
-    made, true = world.check(videos), world.check(real["video"])
-    for law in made:
-        if made[law].dtype == bool:
-            line(law, made[law], true[law])
-    edges = np.array([-np.inf, *np.linspace(*world.SPEED, 7)[1:-1], np.inf])
-    bins = dict(colors=np.arange(len(world.palette) + 1), kinds=np.arange(4), speeds=edges)
-    distance = lambda n: np.abs(n / n.sum(-1, keepdims=True) - 1 / n.shape[-1]).sum(-1) / 2
-    for name, edges in bins.items():
-        m, t = (np.histogram(marks[name], edges)[0] for marks in (made, true))
-        chance = np.random.default_rng(0).multinomial(t.sum(), [1 / len(t)] * len(t), 1000)
-        lines.append(f"{'mismatch of ' + name:>25} {distance(m):7.2f} {distance(t):6.2f}   (real: below "
-                     f"{np.quantile(distance(chance), 0.95):.2f})")
-    return "\n".join(lines)
+def save(options, config, learner, autoencoder, step, seconds):
+    """Write last.pt and, every keep_every steps, a checkpoint that stays. All processes call it."""
+    held = state_of(*learner)
+    if autoencoder is not None:
+        held["autoencoder"] = autoencoder.state_dict()
+    paths = [options.out / "last.pt"]
+    if options.keep_every and step > 0 and step % options.keep_every == 0:
+        paths.append(options.out / f"step_{step:06d}.pt")
+    for path in paths:
+        if options.rank == 0:
+            vdm.save(path, config=dataclasses.asdict(config), step=step, seconds=seconds,
+                     seed=options.seed, data=options.data, encode=options.encode, **held)
 
-
-def finish(options, config, model, held_out, told, autoencoder, device, dtype, elapsed, rank):
-    """The end of a run: clips by the averaged weights, their marks, the files, and the command to go on with."""
-    began, checkpoint = time.perf_counter(), options.out / "last.pt"
-    clips = sample(config, model, options.marks, device, dtype, seed=1, autoencoder=autoencoder, **told)
-    if rank:                                                           # all took part: a sharded model needs them
+def finish(options, config, held_out, picture, seconds):
+    """End a run: clips by the averaged weights, their marks, files, and the next command."""
+    clips = picture(options.marks, seed=1)                  # by all, as a sharded model needs all
+    if options.rank:
         return
-    files = write_samples(options.out / "samples/final", clips, config, autoencoder)
-    if files[0].suffix == ".png":
-        files.append(vdm.write_video(options.out / "samples/final.mp4", vdm.grid(clips[:16]), config.fps))
-    print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes; sampled {len(clips)} clips in "
-          f"{time.perf_counter() - began:.0f} s ({config.sampler}, {evaluations(config)} evaluations each, averaged weights)")
+    print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
     if options.data in WORLDS:
-        print(report(held_out, clips, told["action"][:len(clips)] if options.data == "drive" else None))
-    print("files  ", *files, checkpoint, options.out / "log.csv", sep="\n        ")
-    goes_on = config.task == "any" or config.task == "predict" and sum(config.context[config.overlap : config.overlap + 1])
-    longer = config.previous or config.independent or sum(config.context[1:]) and goes_on and 0 < config.overlap < config.frames
-    flags = f" --length {4 * config.frames}" if longer else " --context FILE" if sum(config.context[1:]) else ""
-    flags += f" --interpolate {config.frames - 1}" if config.task == "ends" else ""
+        print(report(held_out, clips, picture.keywords.get("action")))
+    files = write_samples(options.out / "samples/final", clips, config)
+    last = options.out / "last.pt"
+    print("files  ", *files, last, options.out / "log.csv", sep="\n        ")
+    flags = ""
     if options.data == "drive":
-        flags = f" --actions {('LLSSRRXX' * config.frames)[:config.frames]}"
-    print(f"next    python sample.py {checkpoint} --n 16{flags}")
+        flags = " --actions " + "".join("LLSSRRXX"[t % 8] for t in range(config.frames))
+    elif sum(config.context[1:]):
+        flags = f" --length {4 * config.frames}" if config.task == "predict" else " --context FILE"
+    print(f"next    python sample.py {last}{flags}")
 
+# ---- data ----------------------------------------------------------------------------------------
 
-def make_learner(options, config, autoencoder, state, device, processes):
-    """A model, its average and its optimisers: fresh, from --init, or as in the checkpoint that is to go on."""
-    torch.manual_seed(options.seed)
-    if options.stage == "diffusion":
-        model = vdm.build(config).to(device)
-        if options.init and not state:                                 # which has what it started from
-            start_from(options.init, model, config)
-        vdm.trainable(model, config.train)
-        if not (options.init or state or {"all", "spatial"} & set(config.train)):
-            raise ValueError(f"--train is {' '.join(config.train)}, but all else of the model would stay random: it needs --init")
+def open_data(options, config, autoencoder):
+    """Return what to train on, what to hold out, and config with what the data decides."""
+    size, channels = pixels(config)
+    frames = config.frames
+    if config.give == "previous":                                  # an item is two clips in a row
+        frames *= 2
+    if options.data in WORLDS:
+        world = WORLDS[options.data]
+        data = world(frames, size, seed=options.seed)
+        held_out = world(frames, size, seed=options.seed + 1)
+        print(f"data    {world.__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+        if config.factor and autoencoder is None:
+            raise ValueError("this run needs latents: name an autoencoder (--latents CKPT, made by "
+                             "notebooks/autoencoder.py) or, as --data, .npy files of latents")
+        if channels != 3:
+            raise ValueError(f"--channels is {channels}, but toy worlds are in colour: expected 3")
     else:
-        model = (autoencoder or vdm.build_autoencoder(config)).to(device)
-        for name, p in model.named_parameters():
-            p.requires_grad_((options.stage == "decoder") == (".time." in name))
-    ema = vdm.EMA(model, config.ema)
-    if state:
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        ema.updates = state["ema_updates"]
-    if options.checkpoint_activations:
-        checkpoint_activations(model)
-    if options.shard:
-        shard((model, ema.model), device, processes)
-    optimizers = make_optimizers(config, getattr(model, "net", model))
-    for optimizer, kept in zip(optimizers, state["optimizers"] if state else ()):
-        load_optimizer(optimizer, kept)
-    return model, ema, optimizers
+        folder = vdm.VideoFolder
+        if config.factor and autoencoder is None:
+            folder = Latents
+            size = config.size
+            channels = config.channels
+        with one_first(options.local):                        # which decodes for the others
+            data = held_out = folder(options.data, frames, size, config.stride, channels,
+                                     options.seed, progress=not options.local, cache=True)
+        print(data.report)
+        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+    if autoencoder is not None:
+        n = min(options.encode, config.steps * config.batch)
+        with one_first(options.local):
+            folder = encode(data, options, n, autoencoder)
+        data = Latents(folder, frames, config.size, 1, config.channels, options.seed)
+        print(data.report)
+    config = dataclasses.replace(config, actions=config.actions or data.actions)
+    if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
+        raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data"
+                         f" has {data.labels} labels and actions {data.actions}")
+    return data, held_out, config
 
+# ---- flags ---------------------------------------------------------------------------------------
 
-def announce(options, config, steps, one_step, data, learner, device, dtype, parts, processes):
-    """Say what will be trained, on what, and how long that takes: a rehearsal on a copy tells."""
-    print(f"model   {options.stage}, by {config.optimizer}; {describe(learner[0])}")
-    print(f"device  {device}{f' ({torch.get_num_threads()} threads)' if device.type == 'cpu' else ''}, "
-          f"torch {torch.__version__}, {str(dtype).removeprefix('torch.')} arithmetic, float32 weights")
-    print("config ", " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
-    expected = f", in {processes} processes"
-    if processes == 1:
-        learner = copy.deepcopy(learner)
-        for _ in range(2):
-            began = time.perf_counter()
-            one_step(0, config, data, *learner, device, dtype, options.seed, parts)
-            seconds = time.perf_counter() - began
-        expected = f", {seconds:.2f} s each: about {steps * seconds / 60:.1f} minutes, and the sampling after"
-    print(f"run     {steps} steps of {config.batch} clips{f', {len(parts[0])} at a time' * bool(options.micro)} "
-          f"to {options.out}/{expected}")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(f"error: {message} (--help lists all flags)")
 
+def parse(argv):
+    """Read flags into (options, Config). The comment beside each field of Config is its help."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    add = p.add_argument
+    add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
+    add("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder")
+    add("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
+    add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
+    add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
+    add("--encode", type=int, default=2048, help="with --latents: clips that are encoded, once")
+    add("--init", type=Path, help="a last.pt to start from: its averaged weights")
+    add("--seed", type=int, default=0, help="fixes weights, data and noise")
+    add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
+    add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
+    add("--sample-every", type=int, help="steps between pictures (default: a fifth of the run)")
+    add("--keep-every", type=int, help="keep a checkpoint step_000500.pt every so many steps")
+    add("--marks", type=int, default=64, help="clips generated and marked at the end")
+    add("--workers", type=int, default=0, help="processes that read clips ahead")
+    add("--dry-run", action="store_true", help="print parameters, operations and memory, and stop")
+    add("--micro", type=int, help="clips handled at a time (default: all that a process has)")
+    add("--checkpoint-activations", action="store_true", help="less memory for a third more work")
+    add("--shard", action="store_true", help="torchrun: divide the model among processes (FSDP2)")
+    add("--compile", action="store_true", help="compile the network; needs a C++ compiler")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
+    for f in dataclasses.fields(vdm.Config):
+        kind = dict(type=f.type)
+        if f.type is tuple:
+            kind = dict(nargs="+", type=type((*f.default, 0)[0]))
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=f"{comments[f.name]} ({f.default})", **kind)
+    options = p.parse_args(argv)
+    options.given = {name: tuple(value) if isinstance(value, list) else value
+                     for name, value in vars(options).items() if name in comments}
+    if len(options.given.get("size", "no")) == 1:                                    # square frames
+        options.given["size"] *= 2
+    name = options.preset
+    usual = {}
+    if options.data != "shapes":
+        name += "-" + Path(options.data).stem
+    if options.data == "drive":
+        usual = dict(skip_guidance=1.0)                     # with more, clips obey less often
+    options.out = Path(options.out or f"out/{name}")
+    return options, dataclasses.replace(vdm.PRESETS[options.preset], **usual | options.given)
 
-def main(argv=None):
-    options, config = parse(argv)
-    config, state = resume(options, config)
-    check(options, config)
-    rank, processes, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    check_size(options, config, processes)
-    parts, diffusion = share(config.batch, options.micro, rank, processes), options.stage == "diffusion"
-    if options.dry_run:
-        return dry_run(options, config)
-    device = join(pick_device(options.device), rank, processes, local)
-    dtype = pick_dtype(options.dtype, device)
-    if config.frames == 2 and device.type == "cpu":                    # there PyTorch 2.13 gets gradients in bf16 wrong
-        if options.dtype == "bf16":
-            raise ValueError("--dtype is bf16, but there PyTorch 2.13 gets the gradient of a temporal convolution over 2 frames "
-                             "wrong on a CPU: expected fp32, or more --frames")
-        dtype = torch.float32
-    keep_memory()
-    autoencoder, config = find_autoencoder(options, config, state)
-    autoencoder = autoencoder and autoencoder.to(device)
-    data, held_out, config = open_data(options, config, autoencoder, device, rank, local)
-    told = conditions(default_collate([held_out[i] for i in range(max(6, options.marks))]), config)
-    model, ema, optimizers = learner = make_learner(options, config, autoencoder, state, device, processes)
-    ddp = spread(model) if processes > 1 and not options.shard else None
-    one_step, start, elapsed = train_step if diffusion else autoencoder_step, 0, 0.0
-    if state:
-        start, elapsed = state["step"], state["seconds"]
-    announce(options, config, config.steps - start, one_step, data, learner, device, dtype, parts, processes)
-    out, checkpoint, log = options.out, options.out / "last.pt", options.out / "log.csv"
+MOST = sys.float_info.max
+LIMITS = {
+    ("1 or more", 1, MOST): "steps batch frames stride size channels width mults blocks patch rank "
+                            "head_dim actions sampling_steps overlap marks encode micro "
+                            "save_every sample_every keep_every",
+    ("0 or more", 0, MOST): "factor stills labels workers offset hint_noise context lr muon_lr "
+                            "warmup weight_decay spatial_lr skip_guidance",
+    ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
+    ("0 to 1", 0, 1): "independent images drop ema", ("0.1 to 1000", 0.1, 1000): "fps",
+    ("0 to 10^12", 0, 10 ** 12): "seed"}
 
-    def save(done, *paths):
-        if options.stage == "autoencoder":
-            ema.model.measure(held_out[i]["video"][None].to(device) for i in range(options.marks))
-        more = {} if diffusion else dict(stage=options.stage)
-        more |= dict(autoencoder=autoencoder.state_dict()) if diffusion and autoencoder else {}
-        held = whole(dict(model=model.state_dict(), ema=ema.model.state_dict(), optimizers=[o.state_dict() for o in optimizers]),
-                     rank == 0)
-        for path in paths if rank == 0 else ():
-            vdm.save(path, config=dataclasses.asdict(config), step=done, seconds=elapsed, seed=options.seed,
-                     data=options.data, encode=options.encode, ema_updates=ema.updates, **held, **more)
+def limit(names, expected, low, high, *sources):
+    """Refuse numbers of these names that are outside low to high, or NaN."""
+    for name in names.split():
+        for value in (getattr(source, name, None) for source in sources):
+            if value is not None and not all(low <= x <= high for x in np.atleast_1d(value)):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
 
-    out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        trim(log, start)
-    if not state:                                                      # whenever a run is killed, --resume goes on
-        save(0, checkpoint)
-    if options.compile and diffusion:
-        compile_or_not(model.net)
-    batches = read_ahead(data, config, parts, start, options.workers) if options.workers else None
-    save_every, sample_every = options.save_every or max(1, config.steps // 10), options.sample_every or max(1, config.steps // 5)
-    records, bar = [], tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank > 0, **BAR)
-    with stop_signals() as stops:
-        for step in bar:
-            began, done = time.perf_counter(), step + 1
-            record = one_step(step, config, data, *learner, device, dtype, options.seed, parts, batches, ddp)
-            records.append(record | dict(took=time.perf_counter() - began))
-            elapsed += records[-1]["took"]
-            stop = gather(torch.tensor([len(stops)], device=device)).any()       # if any process was asked to, all do
-            keep = options.keep_every and done % options.keep_every == 0
-            saving = keep or stop or done % save_every == 0 or done == config.steps
-            if saving or done % 10 == 0:                               # a resumed log then loses no step
-                row = log_line(done, elapsed, records)
-                if rank == 0:
-                    write_row(log, row)
-                bar.set_postfix(loss=f"{row['loss']:.4f}", data_wait=f"{row['data_wait']:.0%}", refresh=False)
-                records = []
-            if saving:
-                save(done, *[out / f"step_{done:06d}.pt"] * bool(keep), checkpoint)
-            if stop and done < config.steps:
-                bar.close()
-                name = "SIGTERM" if signal.SIGTERM in stops else "Ctrl-C"
-                return print(f"stopped by {name} after step {done}, all saved: the same command with --resume goes on")
-            if diffusion and done % sample_every == 0 and done < config.steps:
-                clips = sample(config, ema.model, 6, device, dtype, 0, autoencoder, **told)      # always from the same noise
-                if rank == 0:
-                    write_samples(out / f"samples/step_{done:06d}", clips, config, autoencoder)
-    if diffusion:
-        finish(options, config, ema.model, held_out, told, autoencoder, device, dtype, elapsed, rank)
-    else:
-        finish_autoencoder(options, config, ema.model, held_out, device, elapsed)
+def check(options, config):
+    """Refuse, in one sentence, what could not run or would silently do something else."""
+    for expected, names in LIMITS.items():
+        limit(names, *expected, config, options)
+    odds = config.context
+    for wrong, sentence in (
+        (not options.data, "--data is empty, expected shapes, drive, or a file or folder"),
+        (len(config.size) != 2, f"--size is {config.size}, expected one or two numbers"),
+        (config.sigma_min >= config.sigma_max, "--sigma-min must be less than --sigma-max"),
+        (not odds[0] or len(odds) > config.frames, f"--context is {odds}, expected odds of 0, 1, 2 "
+         "... given frames, no more numbers than --frames, and the first not 0"),
+        (config.give == "previous" and (len(odds) != 2 or config.task != "predict"),
+         "--give previous needs two numbers as --context, and --task predict"),
+        (config.task != "predict" and (config.frames < 3 or sum(odds) == odds[0]),
+         f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones"),
+        (config.task in ("image", "upsample") and config.give != "hint",
+         f"--task {config.task} needs --give hint"),
+        (config.task == "upsample" and (config.factor or np.mod(config.size, 4).any()),
+         "--task upsample needs pixels, and --size in multiples of 4"),
+        (config.stills and (config.independent or config.give == "previous"),
+         "--stills goes with neither --independent nor --give previous"),
+        (config.skip_guidance != 1 and not config.images, "--skip-guidance asks for frames on their"
+         " own, which --images above 0 teaches: without, it must be 1"),
+    ):
+        if wrong:
+            raise ValueError(sentence)
+    vdm.check_config(config)
 
+def pick_device(name):
+    """Return the device of this name; auto is a GPU where there is one."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        x = torch.zeros(1, device=name)
+        x.item()                                                       # which device meta cannot
+        return x.device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} is not to be had here: try --device auto") from e
 
-# In a run of one process, which starts anew on pixels, what follows has next to nothing to do.
+def pick_dtype(name, device):
+    """Return bf16 where hardware multiplies it faster than fp32. Weights are fp32 either way."""
+    if name != "auto":
+        return dict(fp32=torch.float32, bf16=torch.bfloat16)[name]
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
-# ---- --resume and --init ---------------------------------------------------------------------------------------------
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-MAY_CHANGE = "steps sampler sampling_steps temporal_guidance sigma_min sigma_max rho jump overlap fps".split()     # on --resume
-MODEL = ("kind sigma_data head_dim give channels factor width mults blocks attention joint patch detail convs feed_forward "
-         "ddpm_layout previous labels motion actions adapters rank").split()                   # may not where --init is to fit
+# ##################################################################################################
+# In a small run what follows has next to nothing to do.
+# ##################################################################################################
 
+# ---- latents -------------------------------------------------------------------------------------
+
+class Latents(vdm.VideoFolder):
+    """A VideoFolder of latents: .npy files of float (T, c, h, w) or (N, T, c, h, w)."""
+
+    def read(self, file):
+        try:
+            x = np.lib.format.open_memmap(file, mode="r")
+        except (OSError, ValueError, EOFError) as e:
+            raise ValueError(f"{file} is no .npy file of latents ({e})") from e
+        shape = (self.channels, *self.size)
+        if x.dtype.kind != "f" or x.ndim not in (4, 5) or x.shape[-3:] != shape:
+            raise ValueError(f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
+                             f"{', '.join(map(str, shape))}); videos need --latents CKPT")
+        std = np.std(x[:64], dtype=np.float64)
+        if not 0.4 < std < 2:
+            raise ValueError(f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
+                             f"it by {1 / max(std, 1e-9):.4g}")
+        return list(x.reshape(-1, *x.shape[-4:])), 8.0
+
+    def __getitem__(self, i):
+        number, cut = self.place(i)
+        clip = np.array(self.clips[number][cut], np.float32)
+        item = dict(video=torch.from_numpy(clip))                                     # (T, c, h, w)
+        if self.actions:
+            item["action"] = torch.full((self.frames, *self.actions), torch.nan)
+            if self.moves[number] is not None:
+                item["action"] = torch.tensor(self.moves[number][cut])
+        return item
+
+def encode(data, options, n, autoencoder):
+    """Encode items 0 ... n - 1 of a dataset, once: return a folder of .npy files, and actions.
+
+    It is named after a checksum of the autoencoder and some items, by which the next run finds it.
+    Frames are cut in pixels, then encoded, as latents cannot be resized."""
+    some = [data[i]["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int)]
+    tensors = [*autoencoder.state_dict().values(), *some]
+    checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in tensors), n)
+    folder = options.out.parent / f"latents-{checksum:08x}"
+    if folder.exists():
+        return folder
+    latents = []
+    actions = []
+    for i in tqdm(range(n), "encoding", ncols=100):
+        item = data[i]
+        latent = autoencoder.encode(item["video"][None].to(options.device))[0]        # (T, c, h, w)
+        latents.append(latent.half().cpu().numpy())
+        actions.append(item.get("action"))
+    part = folder.with_suffix(".part")                        # gets its name when it is whole
+    part.mkdir(parents=True, exist_ok=True)
+    np.save(part / "video.npy", np.stack(latents))
+    if data.actions:
+        np.save(part / "video.actions.npy", np.stack(actions))
+    return part.rename(folder)
+
+def find_autoencoder(options, config, state):
+    """Return the autoencoder of a run, or None, and config with its channels and factor."""
+    path = options.latents
+    if state and "autoencoder" in state:
+        path = options.out / "last.pt"
+    if path is None:
+        return None, config
+    autoencoder, made = vdm.load_autoencoder(path)
+    if autoencoder is None:
+        raise ValueError(f"--latents {path} is no autoencoder, and holds none")
+    for name in ("channels", "factor"):
+        if options.given.get(name, getattr(made, name)) != getattr(made, name):
+            raise ValueError(f"--{name} is {options.given[name]}, but the autoencoder in {path} "
+                             f"has {getattr(made, name)}: leave the flag out")
+    config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
+    return autoencoder.to(options.device), config
+
+# ---- --resume and --init -------------------------------------------------------------------------
+
+MAY_CHANGE = ("steps", "sampler", "sampling_steps", "skip_guidance", "sigma_min", "sigma_max",
+              "rho", "overlap", "fps")
 
 def resume(options, config):
-    """The configuration to run and, with --resume, the checkpoint to go on from: no setting of it may change but some."""
-    checkpoint = options.out / "last.pt"
+    """Return the configuration to run and, with --resume, the checkpoint to go on from."""
+    path = options.out / "last.pt"
+    log = options.out / "log.csv"
     if not options.resume:
-        if not options.dry_run and (checkpoint.exists() or (options.out / "log.csv").exists()):
-            raise ValueError(f"{options.out} already holds a run: --resume continues it, another --out starts a new one")
+        if not options.dry_run and (path.exists() or log.exists()):
+            raise ValueError(f"{options.out} already holds a run: --resume continues it, another "
+                             "--out starts a new one")
         return config, None
-    state, saved = vdm.read_checkpoint(checkpoint)
-    same = dict(seed=options.seed, data=options.data, stage=options.stage, encode=options.encode)
-    was = vars(saved) | {name: state.get(name, "diffusion") for name in same}                # a stage is named if it is another
-    changed = [name for name, x in (options.given | same).items() if x != was[name] and name not in MAY_CHANGE]
+    state, saved = vdm.read_checkpoint(path)
+    if "stage" in state:
+        raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
+    now = options.given | {name: getattr(options, name) for name in ("seed", "data", "encode")}
+    was = vars(saved) | state
+    changed = [name for name in now if now[name] != was[name] and name not in MAY_CHANGE]
     if changed:
-        raise ValueError(f"--resume continues a run with its own settings, but {', '.join(changed)} differs from {checkpoint}: "
-                         f"leave the flag out, or name another --out. These may change: {', '.join(sorted(MAY_CHANGE))}, "
-                         "and all that is no Config field but seed, data, stage and encode")
+        raise ValueError(f"--resume goes on with a run's own settings, but {', '.join(changed)} is "
+                         f"another in {path}: leave the flag out, or name another --out. These may "
+                         f"change: {', '.join(MAY_CHANGE)}")
     config = dataclasses.replace(saved, **options.given)
-    finished = [*options.out.glob("samples/final.*"), *options.out.glob("recon.mp4")]
-    if state["step"] > config.steps or state["step"] == config.steps and finished:
-        raise ValueError(f"{checkpoint} has done all its {state['step']} steps: raise --steps to go on")
+    finished = any(options.out.glob("samples/final.*"))
+    if state["step"] > config.steps or (state["step"] == config.steps and finished):
+        raise ValueError(f"{path} has done all its {state['step']} steps: raise --steps to go on")
+    trim(log, state["step"])
     return config, state
-
 
 def trim(log, step):
     """Forget what was logged after the checkpoint, and a row that a kill cut short."""
     if log.exists():
         rows = [row for row in log.read_bytes().splitlines(True) if row.endswith(b"\n")]
-        os.truncate(log, sum(len(row) for i, row in enumerate(rows) if i == 0 or int(row.split(b",")[0]) <= step))
+        kept = rows[:1] + [row for row in rows[1:] if int(row.split(b",")[0]) <= step]
+        os.truncate(log, sum(map(len, kept)))
 
+def state_of(model, ema, optimizers):
+    """Return weights, averages and optimisers on the CPU, whole even if processes share them."""
+    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    held = dict(model=whole.get_model_state_dict(model, options=options), optimizers={},
+                ema=whole.get_model_state_dict(ema.model, options=options), ema_updates=ema.updates)
+    if ema.updates:                     # else get_... would make a first step, which Adam counts
+        held["optimizers"] = whole.get_optimizer_state_dict(model, optimizers, options=options)
+    return held
+
+def restore(state, model, ema, optimizers):
+    """Put back what state_of returned, in however many processes."""
+    options = whole.StateDictOptions(full_state_dict=True)
+    whole.set_model_state_dict(model, state["model"], options=options)
+    whole.set_model_state_dict(ema.model, state["ema"], options=options)
+    if state["optimizers"]:
+        whole.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
+    ema.updates = state["ema_updates"]
 
 def start_from(path, denoiser, config):
-    """--init: copy the averaged weights of a checkpoint into a fresh model. Adapters, labels and actions that only the model
-    has stay as they are made, which is as nothing; all else must be the same."""
+    """Copy the averaged weights of a checkpoint into a fresh model (--init).
+
+    Adapters and conditions that only the model has stay as they are, which is as nothing. All else
+    must be the same."""
     state, saved = vdm.read_checkpoint(path)
-    ours, theirs = ({name.replace(".layer.", "."): w for name, w in weights.items()}       # as they were before adapt
-                    for weights in (denoiser.state_dict(), state["ema"]))
-    new = {name for name in ours.keys() - theirs.keys() if vdm.part_of(name) in ("lora", "adapters", "actions")}
-    fits = {name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape}
-    other = {name: f"{name} {getattr(saved, name)} (here {getattr(config, name)})" for name in MODEL
-             if getattr(saved, name) != getattr(config, name)}
-    misfits = {name for name in (ours.keys() - new | theirs.keys()) - fits if not name.startswith(("balance.", "paces"))}
-    if misfits or other.keys() & {"kind", "sigma_data", "head_dim"}:
-        raise ValueError(f"--init {path} is another model: it has {', '.join(other.values())}; {len(fits)} of its {len(theirs)} "
-                         "tensors would fit: give the flags that it was trained with")
-    for name in fits - {"paces"}:                                      # those of the new data are measured
-        ours[name].copy_(theirs[name])
-    print(f"init    {path}, averaged weights after {state['step']} steps{f'; new, as nothing: {len(new)} tensors' * bool(new)}")
+    part = vdm.part_of(denoiser)
+    ours = {name.replace(".layer.", "."): p for name, p in denoiser.named_parameters()}
+    theirs = {name.replace(".layer.", "."): w for name, w in state["ema"].items()}
+    new = {name for name in ours.keys() - theirs.keys()
+           if part[ours[name]] in ("lora", "adapters", "conditions")}
+    wrong = [name for name in ("kind", "sigma_data", "head_dim")
+             if getattr(saved, name) != getattr(config, name)]
+    for name in sorted((ours.keys() | theirs.keys()) - new):
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"--init {path} is another model, as {', '.join(wrong[:3])} show: give "
+                         "the flags that it was trained with")
+    with torch.no_grad():
+        for name in ours.keys() - new:
+            ours[name].copy_(theirs[name])
+    print(f"init    {path}, averaged weights after {state['step']} steps; new: {len(new)} tensors")
 
+# ---- many processes, short memory ----------------------------------------------------------------
 
-# ---- latents, and pictures from elsewhere ----------------------------------------------------------------------------
+def join(options, config):
+    """Become one of torchrun's processes, if there are any, and take a share of every batch.
 
-class WithStills:
-    """A dataset whose items have, besides, `stills` (n, C, H, W): frames of n other items, which chance picks by (seed, i)."""
-
-    def __init__(self, data, n, seed):
-        self.data, self.n, self.seed = data, n, seed
-
-    def __getitem__(self, i):
-        rng = np.random.default_rng([self.seed, 2, i])
-        videos = [self.data[j]["video"] for j in (i + rng.integers(1, 1000, self.n)).tolist()]
-        return dict(self.data[i], stills=torch.stack([video[rng.integers(len(video))] for video in videos]))
-
-
-class Latents(vdm.VideoFolder):
-    """A vdm.VideoFolder of latents: .npy files of float (T, c, h, w) or (N, T, c, h, w), times `scale`, read as they are needed.
-    more: by name, a row per clip, such as label."""
-
-    def __init__(self, path, config, frames, scale=1.0, seed=0, **more):
-        self.scale, self.more, self.shape, self.speed = scale, more, (config.channels, *config.size), config.fps * config.stride
-        before = earlier(config)
-        super().__init__(path, frames - before, config.size, config.stride, config.channels, seed, read=self.open, before=before)
-
-    def open(self, file, *_):
-        try:
-            x = np.load(file, mmap_mode="r", allow_pickle=False)
-            if x.dtype.kind != "f" or x.ndim not in (4, 5) or not len(x) or x.shape[-3:] != self.shape:
-                raise ValueError(f"{x.dtype} {x.shape} is not float ([N,] T, {', '.join(map(str, self.shape))})")
-            return list(x if x.ndim == 5 else x[None]), self.speed
-        except Exception as error:                                     # each kind of damage has its own
-            raise ValueError(f"{file} holds no latents for this run ({error}): --channels and --size must be theirs; for latents "
-                             "of pixels, name an autoencoder: --latents") from error
-
-    def check_scale(self):
-        """Noise levels are made for data of standard deviation 1 or a little less."""
-        std = np.std([self[i]["video"].numpy() for i in range(min(64, len(self)))])
-        if not 0.4 < std < 2:
-            raise ValueError(f"the latents have standard deviation {std:.3g}, where about 1 is expected: "
-                             f"--latent-scale {self.scale / max(std, 1e-9):.4g} would make it so")
-        return f"; standard deviation {std:.2f}"
-
-    def __getitem__(self, i):
-        j = np.random.default_rng([self.seed, 0, i // len(self)]).permutation(len(self))[i % len(self)]
-        clip, moves = self.clips[j], self.moves[j]
-        start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
-        cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
-        item = {name: torch.as_tensor(x[j]) for name, x in self.more.items()}
-        if self.actions:
-            moves = np.full((len(clip), *self.actions), np.nan, np.float32) if moves is None else moves
-            item["action"] = torch.from_numpy(moves[cut])
-        return dict(video=torch.from_numpy(clip[cut].astype(np.float32)) * self.scale, **item)
-
-
-def encode_once(data, n, autoencoder, parent, device):
-    """Items 0 ... n - 1 of a dataset, encoded -> a folder of .npy files, video.npy and what else an item has, which gets its name
-    when it is complete: a checksum of the autoencoder and of 16 items, by which a like run finds it. Frames are cut and resized
-    in pixels, then encoded: no latent may be shrunk or mirrored."""
-    sums = *autoencoder.state_dict().values(), *(data[i]["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int))
-    folder = parent / f"latents-{zlib.crc32(b''.join(x.cpu().numpy().tobytes() for x in sums), n):08x}"
-    if not folder.exists():
-        temporary, arrays = folder.with_suffix(".tmp"), {}
-        temporary.mkdir(parents=True, exist_ok=True)
-        for i in tqdm(range(n), "encoding", **BAR):
-            item = data[i]
-            item["video"] = autoencoder.encode(item["video"][None].to(device))[0].half().cpu()
-            for name, x in item.items():
-                x = np.asarray(x)
-                if i == 0:
-                    arrays[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", x.dtype, (n, *x.shape))
-                arrays[name][i] = x
-        del arrays                                                     # which writes the rest to the disk
-        temporary.rename(folder)
-    return folder
-
-
-def find_autoencoder(options, config, state):
-    """The autoencoder of this run -> (it, or None for pixels, a new one and latents from elsewhere; config, that fits it)."""
-    path, stage = options.out / "last.pt" if state and config.factor else options.latents, options.stage
-    if not path and (stage == "decoder" or stage == "diffusion" and config.factor and options.data in WORLDS):
-        raise ValueError(f"this run needs latents of {config.channels} channels: name an autoencoder (--latents CKPT, made by "
-                         "--stage autoencoder) or, as --data, .npy files of latents")
-    autoencoder, made = vdm.load_autoencoder(path) if path else (None, config)
-    if path and not state and not autoencoder:
-        raise ValueError(f"--latents {path} is no autoencoder, and holds none")
-    for name in ("channels", "factor", "ae_width"):
-        if options.given.get(name, getattr(made, name)) != getattr(made, name):
-            raise ValueError(f"--{name.replace('_', '-')} is {options.given[name]}, but the autoencoder in {path} has "
-                             f"{getattr(made, name)}: leave the flag out")
-    return autoencoder, dataclasses.replace(config, channels=made.channels, factor=made.factor, ae_width=made.ae_width)
-
-
-def autoencoder_step(step, config, data, autoencoder, ema, optimizers, device, dtype, seed, *_):
-    """One optimiser step of what is not frozen: spatial layers, on single frames, or the decoder's temporal ones, on clips."""
-    torch.manual_seed(seed * 1_000_003 + step)
-    began = time.perf_counter()
-    batch = default_collate([data[i] for i in range(step * config.batch, (step + 1) * config.batch)])
-    clip = batch["video"].to(device)                                                           # (B, T, C, H, W)
-    waited, on_clips = time.perf_counter() - began, not autoencoder.input.weight.requires_grad
-    clip = clip if on_clips else clip[:, torch.randint(clip.shape[1], (1,))]
-    # the temporal layers learn behind a frozen encoder: noise gets a gradient, too, as in loss_of
-    noise = torch.randn(*clip.shape[:2], config.channels, *config.size).to(device).requires_grad_(on_clips)
-    with autocast(device, dtype):
-        loss, parts = vdm.ae_loss(autoencoder, clip, noise, config.kl, float(on_clips))
-    loss.backward()
-    norm, rate = descend(step, config, autoencoder, optimizers)
-    ema.update(autoencoder)
-    return dict(loss=loss.item(), norm=norm.item(), rate=rate, waited=waited, **{k: x.item() for k, x in parts.items()})
-
-
-def psnr(clip, real):
-    """10 log10(range^2 / squared error) in dB, of clips in [-1, 1]: 20 is poor, 30 good."""
-    return 10 * math.log10(4 / max((clip - real).square().mean().item(), 1e-12))
-
-
-@torch.no_grad()
-def flicker(clip, real):
-    """Mean absolute change, from frame to frame, of a reconstruction's error: a fault that stays is seen less than one that
-    comes and goes."""
-    return (clip - real).diff(dim=1).abs().mean().item()
-
-
-@torch.no_grad()
-def reconstruct(autoencoder, clips, device, **options):
-    return torch.cat([autoencoder.decode(autoencoder.encode(clip[None].to(device)), **options).cpu() for clip in clips])
-
-
-def finish_autoencoder(options, config, autoencoder, held_out, device, elapsed):
-    """The end of both its stages: what is lost of clips that it has not seen, in numbers and as a video, and the next command."""
-    real = torch.stack([held_out[i]["video"] for i in range(options.marks)])                   # (N, T, C, H, W)
-    made, alone = (reconstruct(autoencoder, real, device, temporal=on) for on in (1.0, 0.0))
-    print(f"\ntrained {config.steps} steps in {elapsed / 60:.1f} minutes\n"
-          f"PSNR {psnr(made, real):.1f} dB, frame by frame {psnr(alone, real):.1f}; flicker {flicker(made, real):.4f}, frame "
-          f"by frame {flicker(alone, real):.4f} ({options.marks} clips, averaged weights)")
-    if psnr(made, real) < 25:
-        print("warning: below 25 dB a diffusion model learns the autoencoder's faults: train longer, or with a larger "
-              "--ae-width or --channels, or a smaller --factor")
-    if options.data == "shapes":
-        print("real clips, made latents and back, where no model of them can do better:", report(held_out, made), sep="\n")
-    both, checkpoint = torch.cat([real, made], 3)[:8], options.out / "last.pt"                 # real above
-    print("files  ", vdm.write_video(options.out / "recon.mp4", vdm.grid(both), config.fps),
-          vdm.write_video(options.out / "recon.png", vdm.film_strip(both[:4])[None], scale=1), checkpoint, sep="\n        ")
-    flags = "--stage decoder " * (options.stage == "autoencoder") + f"--latents {checkpoint}"
-    flags += f" --data {options.data}" * (options.data != "shapes")
-    for name in ("size", "frames", "stride"):                                    # the next stage must have the same
-        if getattr(config, name) != getattr(vdm.PRESETS[options.preset], name):
-            flags += f" --{name} {' '.join(map(str, np.atleast_1d(getattr(config, name))))}"
-    print(f"next    python train.py --preset {options.preset} {flags}")
-
-
-# ---- large runs ------------------------------------------------------------------------------------------------------
-
-def check_size(options, config, processes):
-    """Refuse what several processes cannot do, or what only one can."""
-    alone = options.dry_run or options.init or options.micro or options.workers or options.checkpoint_activations
-    if options.stage != "diffusion" and (processes > 1 or alone or {"train", "rates", "stills"} & options.given.keys()):
-        raise ValueError(f"--stage {options.stage} is small: it takes neither torchrun nor --dry-run, --micro, --workers, "
-                         "--checkpoint-activations, --train, --rates and --stills, and goes on from --latents, not --init")
-    if options.shard and not options.dry_run and (processes == 1 or config.optimizer == "muon"):
-        raise ValueError("--shard divides a model among processes, but there is one: torchrun --nproc_per_node N train.py ..."
-                         if processes == 1 else "--shard needs --optimizer adamw: muon would have to put all matrices together")
-
-
-def keep_memory():
-    """Have glibc keep what a step frees, for the next one: asking the system for it anew costs a CPU a twelfth of the time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2 ** 31 - 1)                                  # M_TRIM_THRESHOLD: give nothing back
-        libc.mallopt(-2, 2 ** 26)                                      # M_TOP_PAD: ask for 64 MiB at a time
-        libc.mallopt(-3, 2 ** 25)                                      # M_MMAP_THRESHOLD: so keep all but blocks above 32 MiB
-
-
-def share(batch, micro, rank, processes):
-    """The parts, ranges of 0 ... batch - 1, that a process takes of a batch: `micro` clips at a time (default: all its own)."""
-    mine = batch // processes
-    micro = micro or max(1, mine)
-    if batch % (processes * micro):
-        raise ValueError(f"--batch is {batch}: it must be a multiple of {processes * micro}, {processes} processes with "
-                         f"--micro {micro} clips each at a time")
-    return [range(i, i + micro) for i in range(rank * mine, (rank + 1) * mine, micro)]
-
-
-def join(device, rank, processes, local):
-    """Become one of the processes that torchrun started, of which only the first speaks -> the device of this one."""
+    options gets rank, local (the rank on this machine) and parts: rows of the batch, as slices."""
+    options.rank, options.local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if options.shard and (processes == 1 or config.optimizer == "muon"):
+        raise ValueError("--shard needs torchrun --nproc_per_node N train.py ..., N above 1, and "
+                         "--optimizer adamw, as muon would have to put all matrices together")
+    mine = config.batch // processes
+    micro = options.micro or max(1, mine)
+    if config.batch % (processes * micro):
+        raise ValueError(f"--batch is {config.batch}, expected a multiple of {processes * micro}: "
+                         f"{processes} processes, --micro {micro} clips at a time")
+    first = options.rank * mine
+    options.parts = [slice(i, i + micro) for i in range(first, first + mine, micro)]
     if processes > 1:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{local}")
-            torch.cuda.set_device(device)
-        # nobody gives up on the first process while it decodes the data
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
-    return device
-
-
-def joined():
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
+        backend = "gloo"
+        if options.device.type == "cuda":
+            backend = "nccl"
+            options.device = torch.device("cuda", options.local)
+            torch.cuda.set_device(options.device)
+        # The others wait while the first decodes the data, which may take hours.
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        if options.rank:                                                     # only the first speaks
+            sys.stdout = open(os.devnull, "w")
 
 @contextmanager
 def one_first(number):
-    """Process 0 does what follows; then the others do, and find it done."""
-    if number and joined():
-        torch.distributed.barrier()
+    """Let process 0 do what follows; then the others do it, and find it done."""
+    if number:
+        dist.barrier()
     yield
-    if not number and joined():
-        torch.distributed.barrier()
+    if not number and dist.is_initialized():
+        dist.barrier()
 
+def leave():
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def gather(x):
-    """x (n, ...) -> those of all processes, one after another, (processes n, ...)."""
-    if not joined():
+    """Join x (n, ...) of all processes, one after another: (processes n, ...)."""
+    if not dist.is_initialized():
         return x
-    everyone = x.new_empty(torch.distributed.get_world_size() * len(x), *x.shape[1:])
-    torch.distributed.all_gather_into_tensor(everyone, x.contiguous())
+    everyone = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(everyone, x.contiguous())
     return everyone
 
+def full(x):
+    """Return a tensor that may be sharded, whole."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-def spread(denoiser):
-    """DDP: each process has the whole model, and adds up gradients with the others while the last part goes backward."""
-    from torch.nn.parallel import DistributedDataParallel
-    return DistributedDataParallel(denoiser, broadcast_buffers=False, gradient_as_bucket_view=True)
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, vdm.Block)]
 
+def spread(net, ema, options):
+    """Prepare a network for short memory and for many processes.
 
-def shard(models, device, processes):
-    """FSDP2: each process holds a part of all weights, gradients, moments and averages, and borrows the rest of a block while it
-    computes it. Gradients are added up after each part of a batch, for whole ones would take the memory that this is to save."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(device.type, (processes,))
-    for model in models:
-        for layer in [*filter(lambda layer: isinstance(layer, vdm.Block), model.modules()), model]:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    With --checkpoint-activations what is inside a block is not kept, but computed again on the way
+    back. With DDP each process holds all of the model. With FSDP2 (--shard) each holds a part of
+    all weights, gradients, moments and averages, and borrows the rest of a block when needed."""
+    if options.checkpoint_activations:
+        for block in blocks(net):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if options.shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(options.device.type, (dist.get_world_size(),))
+        for model in (net, ema.model):
+            for layer in [*blocks(model), model]:
+                fully_shard(layer, mesh=mesh)
+    elif dist.is_initialized():
+        return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    return net
 
+# ---- --dry-run: what a run would need ------------------------------------------------------------
 
-def whole(x, keep=True):
-    """A state with its sharded tensors put together, on the CPU of the processes that keep it: it then loads on any number
-    of processes. All have to call this."""
-    if isinstance(x, dict):
-        return {key: whole(value, keep) for key, value in x.items()}
-    if isinstance(x, list):
-        return [whole(value, keep) for value in x]
-    if hasattr(x, "full_tensor"):
-        x = x.full_tensor()
-        return x.cpu() if keep else None
-    return x
+def estimate(model, config, dtype):
+    """Estimate a clip. Return the operations, and the bytes that backward would need.
 
+    The bytes are dicts by storage: for each block one, whose first is its input; for None, all
+    else."""
+    kept = {None: {}}
+    here = None
 
-def load_optimizer(optimizer, state):
-    """What whole() put together, divided again as the parameters are."""
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if hasattr(p, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-            state["state"][i] = {key: distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-                                 if x.shape == p.shape else x for key, x in state["state"].get(i, {}).items()}
-    optimizer.load_state_dict(state)
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            storage = x.untyped_storage()
+            kept[here][storage._cdata] = storage.nbytes()
+        return x
 
+    def enter(block, args):
+        nonlocal here
+        here = block
+        kept[block] = {}
+        keep(args[0])
 
-def checkpoint_activations(model, **options):
-    """Forget what is inside a block, and compute it again on the way back."""
-    for block in model.modules():
-        if isinstance(block, vdm.Block):
-            block.forward = partial(recompute, block.forward, use_reentrant=False, **options)
+    def leave(block, args, output):
+        nonlocal here
+        here = None
 
+    for block in blocks(model):
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
+    x = torch.zeros(1, config.frames, config.channels, *config.size)
+    given = dict(context=x, mask=torch.zeros(x.shape[:2]))
+    if config.give == "previous":
+        given = dict(previous=x)
+    flops = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with flops, hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        held = model(x, torch.ones(1), **given)                # it holds all that backward needs
+    return flops.get_total_flops(), kept
 
-def compile_or_not(net):
-    """Compile net at its first call; where that fails, say why in one line and go on without."""
-    plain, fast = net.forward, torch.compile(net.forward)
-
-    def first(*args, **kwargs):
-        try:
-            net.forward = fast
-            return fast(*args, **kwargs)
-        except Exception as e:
-            print(f"compile not possible here, so not done: {str(e).strip().splitlines()[0]}")
-            net.forward = plain
-            return plain(*args, **kwargs)
-
-    net.forward = first
-
-
-def read_ahead(data, config, parts, start, workers):
-    """The parts of all batches to come, read by other processes."""
-    order = [range(step * config.batch + part.start, step * config.batch + part.stop)
-             for step in range(start, config.steps) for part in parts]
-    return iter(DataLoader(data, batch_sampler=order, num_workers=workers, worker_init_fn=deaf))
-
-
-def deaf(worker):
-    """A worker leaves signals to the process it reads for, which saves first and then ends it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@dataclasses.dataclass(slots=True)
-class Stored:
-    """A decoded clip on disk, read where it is cut. What workers are sent of it is its place, not its pixels."""
-    path: Path
-    offset: int
-    shape: tuple
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, cut):
-        return np.memmap(self.path, np.uint8, "r", self.offset, self.shape)[cut]
-
-
-class Cache:
-    """decode() is vdm.decode, but each file is decoded once: .vdm_cache/ beside the data, which may be deleted, holds pixels
-    in .bin files and in the .jsonl beside each a line per file of which all clips are there. A file that has changed, or
-    another size or number of channels, is another key. Processes write files of their own and read those of all."""
-
-    def __init__(self, data):
-        self.folder = (data if data.is_dir() else data.parent) / ".vdm_cache"
-        self.known, self.bin, self.index = {}, None, None
-        for index in sorted(self.folder.glob("*.jsonl")):
-            path = index.with_suffix(".bin")
-            size = path.stat().st_size if path.exists() else 0
-            for line in filter(lambda line: line.endswith("\n"), open(index)):
-                key, *entry, end = json.loads(line)
-                if end <= size:                                        # else somebody has cut it
-                    self.known[key] = path, *entry
-
-    def decode(self, path, size, channels):
-        files = [p.stat() for p in (path.glob("[!.]*") if path.is_dir() else [path])]
-        key = json.dumps([os.path.relpath(path, self.folder), len(files), sum(f.st_size for f in files),
-                          sum(f.st_mtime_ns for f in files), *size, channels])
-        if key in self.known:
-            where, fps, places = self.known[key]
-            return [Stored(where, offset, tuple(shape)) for offset, shape in places], fps
-        clips, fps = vdm.decode(path, size, channels, lambda clips: [self.keep(clip) for clip in clips])
-        if self.index:
-            self.index.write(json.dumps([key, fps, [(clip.offset, clip.shape) for clip in clips], self.bin.tell()]) + "\n")
-            self.index.flush()
-        return clips, fps
-
-    def keep(self, clip):
-        """Write a clip as soon as it is decoded; from where that fails on they stay in memory."""
-        try:
-            if self.bin is None:
-                self.folder.mkdir(exist_ok=True)
-                name = self.folder / f"{time.time_ns()}-{os.getpid()}"
-                self.bin, self.index = open(f"{name}.bin", "xb"), open(f"{name}.jsonl", "x")
-                print(f"cache   {self.folder} holds what is decoded, for the next run; it may be deleted")
-            if self.index:
-                offset = self.bin.tell()
-                clip.tofile(self.bin)
-                return Stored(Path(self.bin.name), offset, clip.shape)
-        except OSError as e:
-            print(f"cache   {self.folder} cannot be written ({e}): decoded clips are held in memory")
-            self.bin, self.index = self.bin or False, None
-        return clip
-
-
-# ---- --dry-run: what a run would need --------------------------------------------------------------------------------
-
-class Meter(TorchDispatchMode):
-    """The bytes of all tensors made while it is on: now, and at most so far."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.most, self.alive = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.alive:    # no mere view
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.alive.remove(key)
-        self.now -= size
-
-
-def rehearse(config, clips, dtype, gpu=True, light=False):
-    """A training step of the network on fake tensors, which have a shape but hold no numbers: 1.6 billion parameters take
-    no memory. light: with --checkpoint-activations. -> bytes by kind, and the operations of a forward pass."""
+def fake(config, mode):
+    """Build a model without numbers: on a meta device, and then of fake tensors as if on a CPU."""
     with torch.device("meta"):
-        denoiser = vdm.build(config)
-        vdm.trainable(denoiser, config.train)
-    net = denoiser.net
-    size = lambda parameters: 4 * sum(p.numel() for p in parameters)
-    moments = sum((1 if isinstance(optimizer, Muon) else 2) * size(group["params"])
-                  for optimizer in make_optimizers(config, net) for group in optimizer.param_groups)
-    if light:
-        checkpoint_activations(net, preserve_rng_state=False)
-    for module in net.modules() if gpu else ():                        # there autocast has norms in float32
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
-    flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]       # and attention keeps no L x L
-    flops, T = FlopCounterMode(display=False), config.frames
-    attend = mock.patch.object(vdm, "attend", flash if gpu else vdm.attend)
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter, attend:
-        net.to_empty(device="cpu")
-        learns = [p for p in net.parameters() if p.requires_grad]
-        for p in learns:
-            p.grad = torch.empty_like(p)                               # there already, as when gradients are accumulated
-        x = torch.empty(clips, T, net.input.in_channels // config.patch ** 2, *config.size)
-        x.requires_grad_(config.train != ("all",))                     # as in loss_of, if some are frozen
-        told = dict(label=torch.zeros(clips, dtype=torch.long)) if config.labels else {}
-        told |= dict(motion=torch.zeros(clips)) if config.motion else {}
-        told |= dict(action=torch.empty(clips, T, sum(config.actions))) if config.actions else {}
-        told |= dict(given=torch.zeros(clips, T, dtype=torch.bool)) if config.give == "replace" else {}
-        before, loss = meter.now, 0
-        for first in [True, False][:1 + config.previous]:              # joint_loss holds both its terms until backward
-            with flops if first and not light else nullcontext(), torch.autocast("cpu", dtype, dtype != torch.float32):
-                loss = loss + net(x, torch.empty(clips, T), **told).float().square().mean()
-        if config.stills:                                              # and so does joint_image_loss
-            n = clips * config.stills
-            with torch.autocast("cpu", dtype, dtype != torch.float32):
-                loss = loss + net(torch.empty(n, 1, *x.shape[2:]), torch.empty(n, 1)).float().square().mean()
-        loss.backward()
-    weights, blocks = size(net.parameters()), [module for module in net.modules() if isinstance(module, vdm.Block)]
-    return dict(weights=weights, gradients=size(learns), optimiser=moments, EMA=weights, activations=meter.most - before,
-                block=max(size(block.parameters()) for block in blocks), operations=flops.get_total_flops())
+        model = vdm.build(config)
+    with mode:
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(torch.zeros(p.shape)))
+    if config.train != ("all",):
+        vdm.trainable(model, config.train)
+    return model
 
+def dry_run(config, dtype, make_optimizers):
+    """Print parameters by part, operations, and memory, as a step of one clip would need it."""
+    mode = FakeTensorMode()
+    model = fake(config, mode)
+    with mode:
+        once, kept = estimate(model, config, dtype)
+        optimizers = make_optimizers(config, model)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+    numbers = {}
+    for p, part in vdm.part_of(model).items():
+        numbers[part] = numbers.get(part, 0) + p.numel()
+    for part, n in numbers.items():
+        print(f"parameters {n / 1e6:12,.2f} M {part}")
+    step = 3 * once * config.batch                                # backward is worth two forward
+    print(f"operations {once / 1e9:12,.2f} G to estimate a clip once\n"
+          f"operations {step / 1e9:12,.2f} G in a step of {config.batch} clips")
+    weights = 4 * sum(numbers.values())
+    inputs = sum(next(iter(sizes.values())) for block, sizes in kept.items() if block is not None)
+    outside, *each = (sum(sizes.values()) for sizes in kept.values())
+    memory = {"weights": weights, "EMA": weights,
+              "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
+              "optimiser": sum(x.nbytes for o in optimizers for x in numbers_of(o)),
+              "activations of a clip": outside + sum(each),
+              "with --checkpoint-activations": outside + inputs + max(each)}
+    for name, size in memory.items():
+        print(f"memory     {size / 2 ** 20:12,.2f} MiB {name}")
 
-def dry_run(options, config):
-    """Print what --dry-run promises: of a GPU or, with --device cpu, of this process."""
-    gpu, counts = options.device != "cpu", [n for n in (1, 8, 64, 512) if config.batch % n == 0]       # each takes as many clips
-    dtype = torch.bfloat16 if gpu and options.dtype != "fp32" else pick_dtype(options.dtype, torch.device("cpu"))
-    need, light = (rehearse(config, 1, dtype, gpu, light) for light in (False, True))
-    once, times = need["operations"], evaluations(config)
-    print(f"model   {need['weights'] / 4e6:,.2f} M parameters, of which {need['gradients'] / 4e6:,.2f} M are trained")
-    say = lambda x: f"{x / 1000 ** (i := int(math.log10(x) // 3)):.3g} {' kMGTPEZ'[i]}FLOP"
-    step = 3 * once * config.batch * (1 + config.previous + config.stills / config.frames)       # backward is worth two forward
-    print(f"work    {say(once)} to estimate one clip once; {say(step)} a step of {config.batch} clips ({say(step * 4 / 3)} with "
-          f"--checkpoint-activations); {say(once * times)} to generate a clip in {times} evaluations")
-    unit, G = ("GiB", 2 ** 30) if need["weights"] > 1e8 else ("MiB", 2 ** 20)
-    print(f"memory  {unit} per {'GPU' if gpu else 'process'}, one clip at a time (--micro 1), {str(dtype)[6:]} arithmetic\n"
-          f"{'GPUs':>20}  weights  gradients  optimiser    EMA  activations    sum  with --checkpoint-activations    sum")
-    fits = []
-    for n in counts:
-        held = [need[key] / n for key in ("weights", "gradients", "optimiser", "EMA")]
-        held[0] += 2 * need["block"] * (n > 1)                         # the block at work and the next one, gathered whole
-        row = *held, need["activations"], sum(held) + need["activations"], light["activations"], sum(held) + light["activations"]
-        name = f"{n} --shard" if n > 1 else "1 or more"
-        print(f"{name:>20}" + "".join(f"{x / G:{w}.2f}" for x, w in zip(row, (9, 11, 11, 7, 13, 7, 31, 7))))
-        # autocast's copies of the weights do not grow with clips; a twentieth is left to CUDA itself, and to gaps
-        room, copies = 0.95 * (options.gpu_memory or 0) * 2 ** 30 - sum(held), 0.5 * (dtype != torch.float32)
-        a, b = (max(0, int((room - copies * need[key]) // (what["activations"] - copies * need[key])))
-                for what, key in ((need, "weights"), (light, "block")))
-        fits.append(f"{a}, {b} (GPUs: {name})")
-    if options.gpu_memory:
-        print(f"batch   clips at once (--micro) in {options.gpu_memory:g} GiB without and with --checkpoint-activations: "
-              + ", ".join(fits))
-    if options.speed:
-        hours = step * config.steps / options.speed / 1e12 / 3600
-        print(f"time    {config.steps} steps at {options.speed:g} TFLOPS per GPU: "
-              + ", ".join(f"{hours / n:,.2f} hours on {n}" for n in counts))
-
+def numbers_of(optimizer):
+    return [x for state in optimizer.state.values() for x in state.values()]
 
 if __name__ == "__main__":
     try:
         main()
-        if joined():
-            torch.distributed.destroy_process_group()
+        leave()
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: the GPU's memory is full ({str(e).splitlines()[0]:.150}). --micro 1 holds one clip's activations at a "
-                 "time, --checkpoint-activations a few blocks' of them, --shard a part of the model on each GPU: --dry-run "
-                 "with the same flags tells what each saves")
+        sys.exit("error: the memory of the GPU is full: try --micro 1, --checkpoint-activations or "
+                 "--shard; --dry-run tells what they save")
     except KeyboardInterrupt:
         sys.exit("\nstopped; if it had begun to train, the same command with --resume goes on")
     except (ValueError, OSError) as e:

@@ -1,1221 +1,458 @@
 """
-vdm.py: video diffusion models in one file, to be read from top to bottom.
+vdm.py: video diffusion models in one file. Part I is the whole method, to be read in one hour.
 
-Add noise to video clips, train a network to tell the clean clip behind the noise, then start from
-pure noise and let it guess, step by step, a clip that was never there. That is all of it:
+A video diffusion model in four lines:
 
-    sigma = schedule(u)                              how much noise: rises with u in (0, 1)
-    x     = clean + sigma * noise                    the one corruption everything below is about
-    guess = denoiser(x, sigma)                       the network's estimate of `clean`
-    loss  = weight(sigma) * (guess - clean)^2        training: a good estimate at every sigma
-    x     = x + (sigma' - sigma) * (x - guess) / sigma         sampling: from large sigma to 0
+    x     = clean + sigma * noise                     put noise on a clip; sigma says how much
+    guess = denoiser(x, sigma)                        a network estimates the clean clip
+    loss  = weight(sigma) * (guess - clean)^2         training: do that at every noise level
+    x     = x + (next - sigma) * (x - guess) / sigma  sampling: from pure noise down to sigma = 0
 
-Map    1 Config        every number of a run
-       2 Noise         schedules sigma(u), offset noise, and what the network is asked to predict
-       3 Denoiser      network + scalings + frames that are given -> an estimate of the clean clip
-       4 Losses        the weighted denoising error; Vista's two more; PVDM's joint objective
-       5 Samplers      DDPM, DDIM, Heun, DPM-Solver++(2M); DDIM inversion
-       6 Generation    guidance; one window; videos of any length; frames between frames
-       7 Network       a factorised space-time UNet
-       8 Adapters      LoRA, SimDA's adapters and shifted attention; what of a model is trained
-       9 EMA           the running average of the weights, which is what one samples from
-      10 Autoencoder   frames as latents, far fewer numbers, and back
-      11 World         MovingShapes and Drive, toy worlds that can mark their own videos
-      12 Video files   read and write them; a dataset from a folder of them
-      13 Models        the presets: tiny and the papers' models; build, save, load
+The best guess is the mean of all clips that could hide behind x. At a high noise level it is a
+blur. Each step of sampling moves x a little towards the guess, so fewer clips remain possible, and
+the next guess is sharper. At the end one clip is left.
 
-Axes   B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), -1 to 1.
-       Files hold bytes, uint8 (T, H, W, C): from_uint8 and to_uint8 are the one bridge each way.
-Names  u        place on the schedule, in (0, 1)  sigma    noise level (B,), or (B, T): per frame
-       denoise  a function (x, sigma) -> clean    sigmas   falling levels of a sampler, last is 0
-       context  given frames (B, T, C, H, W)      mask     (B, T): 1 given, 0 not, between a hint
-       label    class of a clip (B,), -1: none    action   (B, T, A), led to a frame; NaN: untold
-       motion   how far things move (B,), as the share of clips that move less, 0 to 1; -1: untold
-       scale    of guidance: 1 is plain conditional, 0 unconditional, above 1 exaggerates
+Part I    The method, to be read. `python vdm.py` trains a small model in two minutes.
+          1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Network, 6 EMA, 7 Generation, 8 Demo
+Part II   The papers (titles in README.md), to paste from. Each adds to Part I, and changes nothing.
+          9 DDPM, VDM, EDM, 10 Video LDM, 11 PVDM, 12 SVD, Vista, 13 FVDM, 14 Adapters and editing
+Part III  Tools: toy worlds that mark their own videos, files, the models' presets.
+          15 Worlds, 16 Video files, 17 Models
 
-arXiv  DDPM 2006.11239, DDIM 2010.02502, LoRA 2106.09685, VDM 2204.03458, EDM 2206.00364,
-       Make-A-Video 2209.14792, DPM-Solver++ 2211.01095, PVDM 2302.07685, min-SNR 2303.09556,
-       Video LDM 2304.08818, SimDA 2308.09710, SVD 2311.15127, Vista 2405.17398, JiT 2511.13720,
-       StreamingT2V 2403.14773, diffusion forcing 2407.01392, GameNGen 2408.14837, FVDM 2410.03160
+Shapes    B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), and its
+          values lie in [-1, 1]. Other axes are named where they appear.
+Names     sigma     noise level (B,), or (B, T) if every frame has its own
+          sigmas    the falling noise levels that a sampler visits, (steps + 1,); the last is 0
+          denoise   a function (x, sigma, **conditions) -> estimate of the clean clip, like x
+          context   the clip that holds the given frames, (B, T, C, H, W)
+          mask      which frames of context are given, (B, T): 1 given, 0 to be generated
+          temporal  weight of the temporal layers: 1 is on, 0 is off, which leaves an image model
+          scale     strength of guidance: 1 is none, above 1 exaggerates
 """
 
 import copy
-import dataclasses
 import math
-import os
-import subprocess
 from functools import partial
-from glob import glob
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
+
+# ##################################################################################################
+# PART I. THE METHOD. Read it from here to section 8.
+# ##################################################################################################
 
 # ==================================================================================================
-# 1. Config
+# 1. Noise
 # ==================================================================================================
-# Every number of a run; train.py makes a flag of each field, with its comment as help. No class
-# below reads it: they take plain arguments, which build(config) hands over, in section 13, with the
-# presets of the papers' models. The defaults are the preset `tiny`: skim them, and come back.
+# There is one corruption in this file: x = clean + sigma * noise. Papers that write
+# z = alpha * clean + sqrt(1 - alpha^2) * noise mean the same x at another scale: z = alpha * x, and
+# alpha = 1 / sqrt(1 + sigma^2). (DDPM calls alpha^2 alpha-bar.)
 
-@dataclasses.dataclass
-class Config:
-    # the clip
-    frames: int = 8                 # frames per clip
-    size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
-    channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
-    stride: int = 1                 # take every stride-th frame of a file
-    rates: tuple = (1,)             # (1, 2): by chance every frame or every second (untold)
-    fps: float = 8.0                # frames per second of the videos written
-    # latents
-    factor: int = 0                 # pixels to a latent along each side (0: no latents, but pixels)
-    ae_width: int = 32              # channels of the autoencoder's finest level
-    kl: float = 1e-4                # weight of the KL term in its loss
-    latent_scale: float = 1.0       # latents encoded elsewhere are multiplied by this (SD: 0.18215)
-    # the network
-    width: int = 16                 # channels of the first level
-    mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
-    blocks: int = 1                 # residual blocks per level
-    attention: tuple = (2, 4)       # downsampling factors, of tiles, at which there is attention
-    joint: tuple = (4,)             # those where one attention sees all places of all frames
-    head_dim: int = 16              # channels per attention head
-    patch: int = 2                  # frames are cut into patch x patch tiles first
-    detail: int = 0                 # channels of a full-resolution path around the tiles (0: none)
-    convs: bool = True              # temporal convolutions in and after every residual block
-    feed_forward: str = "time"      # none, time: after temporal attention, or both: as in SVD
-    ddpm_layout: bool = False       # one more block in the middle and per level on the way up
-    dropout: float = 0.0            # dropout in the residual blocks
-    fp32_residuals: bool = False    # add up residuals in float32, not bf16: slower; for long runs
-    # the diffusion
-    kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
-    sigma_data: float = 0.5         # standard deviation of the data (for kind and weighting edm)
-    schedule: str = "lognormal"     # noise: linear, scaled_linear, cosine, sigmoid, lognormal
-    mean: float = 1.5               # lognormal: mean of log sigma
-    std: float = 1.2                # lognormal: standard deviation of log sigma
-    base: int = 0                   # resolution shift: noise as seen at this resolution (0: none)
-    weighting: str = "balance"      # of the error: eps, v, x0, edm, min_snr or balance
-    gamma: float = 5.0              # min_snr: the largest weight
-    dynamics: float = 0.0           # more weight where the motion is wrong (Vista: 1)
-    dynamics_toy: bool = False      # dynamics: with mean 1, which small frames need to feel it
-    structure: float = 0.0          # weight of the error of edges and texture (Vista: 0.1)
-    offset: float = 0.0             # offset noise: strength of the part constant over a frame
-    offset_per_frame: bool = False  # offset noise: one draw per frame instead of per clip
-    # frames that are given
-    context: tuple = (0.48, 0.04, 0.04, 0.04, 0.40)  # odds that the first 0, 1, 2 ... are given
-    task: str = "predict"           # which, if any: predict, ends, any, image or upsample
-    given_noise: float = 3.5        # factor of sigma where frames are given: they make it easy
-    give: str = "concat"            # how the network is shown them: concat, replace or per_frame
-    context_noise: float = 0.0      # largest sigma of the noise on them, which makes them hints
-    anchor: float = 1.0             # largest noise on given frames after 2, the anchors (0: off)
-    independent: float = 0.0        # per_frame: odds that each frame of a clip has its own sigma
-    overlap: int = 4                # frames a window of a long video takes over from the one before
-    previous: bool = False          # be given the whole clip before (PVDM) instead of single frames
-    joint_weight: float = 0.5       # PVDM's lambda: share of the conditional term of the loss
-    images: float = 0.08            # share of clips trained as pictures, without temporal layers
-    stills: int = 0                 # pictures from elsewhere trained beside every clip (VDM: 8)
-    # labels, motion and actions
-    motion: bool = True             # tell how far things move: the share of clips that move less
-    labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
-    actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    drop: float = 0.15              # odds that label, motion and the whole action are withheld
-    mode_drop: tuple = (0.15,)      # odds that a mode of the action is: one for all, or one each
-    # training
-    steps: int = 2000               # optimiser steps
-    batch: int = 16                 # clips per step
-    optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
-    lr: float = 2e-3                # peak learning rate of AdamW
-    gate_lr: float = 1e-2           # that of the gates of the temporal layers
-    muon_lr: float = 0.01           # peak learning rate of Muon
-    warmup: int = 50                # steps in which rates rise; then they fall to 0 linearly
-    weight_decay: float = 0.01      # AdamW's
-    clip_norm: float = 1.0          # largest norm of the gradient
-    ema: float = 0.995              # decay of the averaged weights
-    # what is trained: section 8, Adapters
-    train: tuple = ("all",)         # all, or some of spatial, temporal, actions, lora and adapters
-    spatial_lr: float = 1.0         # learning rate of the spatial layers, as a share (Vista: 0.1)
-    adapters: str = ""              # put lora or simda into the network ("": neither)
-    rank: int = 4                   # channels of their bottlenecks
-    # sampling
-    sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
-    sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
-    temporal_guidance: float = 2.0  # more than 1 exaggerates how frames tell each other to change
-    sigma_min: float = 0.35         # smallest noise level visited
-    sigma_max: float = 60.0         # noise level at which sampling starts
-    rho: float = 7.0                # bend of the grid between them: larger dwells at small levels
-    jump: float = 2.5               # roll-outs skip noise levels from sigma_max to this (0: off)
+def expand(values, x):
+    """Append axes to values, (B,) or (B, T), so that they multiply a clip x (B, T, C, H, W)."""
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
-    @property
-    def anchors(self):              # how many given frames are the start of the whole video: 2 or 0
-        usual = self.task == "predict" and self.give == "concat" and not self.previous
-        enough = self.overlap > 3 and sum(self.context[4:]) > 0
-        return 2 * (self.anchor > 0 and usual and enough and not self.context_noise)
+def lognormal(u, mean=1.5, std=1.2):
+    """Noise levels for training: log(sigma) is normal (EDM). u (...) is uniform in (0, 1).
 
-# ==================================================================================================
-# 2. Noise: how much, and of which kind
-# ==================================================================================================
-# Everything is said in one variable: x = clean + sigma * noise. The z of the DDPM papers is x at a
-# scale that keeps its variance: z = x / sqrt(1 + sigma^2) = alpha clean + sigma_z noise, so that
-# SNR = alpha^2 / sigma_z^2 = 1 / sigma^2 and logSNR = -2 log sigma. A schedule is then a rising
-# curve sigma(u): train at sigma(random u), sample from large sigma down to 0.
+    The mean decides what the network learns most about. At exp(1.5) = 4.5 a small frame looks like
+    pure noise to the eye. There it is decided which object appears, and where it goes."""
+    return torch.exp(mean + std * torch.special.ndtri(u.double())).float()    # ndtri: u -> normal
 
-def expand(sigma, x):
-    """sigma (B,) or (B, T) with the trailing axes it needs to multiply a clip (B, T, C, H, W)."""
-    return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
+def offset_noise(noise, strength, per_frame=False):
+    """Add one random number per clip and channel to unit noise (B, T, C, H, W).
 
-def from_betas(u, betas):
-    """sigma(u) of a DDPM schedule: abar_t = prod(1 - beta), sigma_t^2 = (1 - abar_t) / abar_t (DDPM
-    eq. 4), with straight lines in log sigma between the steps."""
-    abar = np.cumprod(1 - betas)
-    log_sigma = 0.5 * (np.log1p(-abar) - np.log(abar))
-    log_sigma = np.interp(u.double().cpu().numpy(), np.linspace(0, 1, len(betas)), log_sigma)
-    return torch.as_tensor(np.exp(log_sigma), dtype=torch.float32, device=u.device)
+    White noise hardly hides the mean of a large frame, so a network never learns to guess it. With
+    the offset it learns to make very dark and very bright clips. It is for training only. With
+    per_frame every frame gets a number of its own, as in Vista, whose strength is 0.02."""
+    B, T, C = noise.shape[:3]
+    shared = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
+    return noise + strength * shared
 
-def linear(u, start=1e-4, end=0.02, steps=1000):
-    """beta rises in a straight line (DDPM)."""
-    return from_betas(u, np.linspace(start, end, steps))
-
-def scaled_linear(u, start=0.0015, end=0.0195, steps=1000):
-    """sqrt(beta) rises in a straight line: PVDM's numbers; Stable Diffusion has 0.00085 and 0.012.
-    Beware: the configuration files of latent diffusion call this one "linear"."""
-    return from_betas(u, np.linspace(start ** 0.5, end ** 0.5, steps) ** 2)
-
-def cosine(u, logsnr_max=20.0):
-    """logSNR = -2 log tan(a u + b), from logsnr_max to -logsnr_max (VDM app. A)."""
-    b = math.atan(math.exp(-logsnr_max / 2))
-    return torch.tan((math.pi / 2 - 2 * b) * u.double() + b).float()
-
-def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
-    """abar(u) falls from 1 to 0 along a piece of a logistic curve (Jabri et al. 2022)."""
-    first, last = torch.tensor([start, end], dtype=torch.float64).sigmoid()
-    here = torch.sigmoid(u.double() * (end - start) + start)
-    sigma = ((here - first) / (last - here)).sqrt()                    # sqrt((1 - abar) / abar)
-    return sigma.clamp(math.exp(-logsnr_max / 2), math.exp(logsnr_max / 2)).float()
-
-def lognormal(u, mean=-1.2, std=1.2):
-    """log sigma ~ Normal(mean, std) for uniform u (EDM; SVD and Vista at full size: 1.0, 1.6)."""
-    return torch.exp(mean + std * torch.special.ndtri(u.double())).float()
-
-SCHEDULES = dict(linear=linear, scaled_linear=scaled_linear, cosine=cosine, sigmoid=sigmoid,
-                 lognormal=lognormal)
-
-def resolution_shift(sigma, size, base=64):
-    """A schedule made for base x base frames, at size (H, W): logSNR + 2 log(base / size), for
-    neighbouring pixels of a larger frame repeat each other, so the same damage needs more noise."""
-    return sigma * math.sqrt(size[0] * size[1]) / base
-
-def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """(n + 1,) falling levels for a sampler, even in sigma^(1 / rho); the last is 0 (EDM eq. 5)."""
+def karras_sigmas(n, sigma_min=0.2, sigma_max=60.0, rho=7.0):
+    """Noise levels for sampling, (n + 1,): from sigma_max to sigma_min, evenly spaced in
+    sigma^(1 / rho), then 0 (EDM eq. 5). A larger rho puts more of them at low noise."""
     roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n)
     return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
-def stratified(n):
-    """(n,) numbers, each uniform in (0, 1), that together cover it evenly: a batch that sees all
-    noise levels has a less noisy gradient (Kingma et al. 2021, app. I)."""
-    return ((torch.rand(1) + torch.arange(n) / n) % 1).clamp(1e-5, 1 - 1e-5)
-
-def independent_levels(u, frames, chance):
-    """u (n,), one level per clip -> (n, frames): with this chance every frame of a clip draws its
-    own (FVDM: 0.2, with one coin for the whole batch; diffusion forcing: 1)."""
-    own = torch.rand(len(u), frames).clamp(1e-5, 1 - 1e-5)
-    return torch.where(torch.rand(len(u), 1) < chance, own, u[:, None])
-
-def offset_noise(noise, strength, per_frame=False):
-    """Add to unit noise (B, T, C, H, W) a part constant over H and W, drawn once per clip and
-    channel or, with per_frame, per frame and channel (the Vista code, strength 0.02).
-
-    White noise hardly moves the mean of a picture, so a network never learns to move it; this
-    teaches it. For training alone. Small frames need more: there white noise already moves the mean
-    by 1 / sqrt(H W)."""
-    B, T, C = noise.shape[:3]
-    part = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
-    return noise + strength * part
-
 def scalings(sigma, kind, sigma_data=0.5):
-    """c_skip, c_out, c_in, c_noise, all of sigma's shape, such that the clean estimate is
-    c_skip x + c_out net(c_in x, c_noise). kind says what the network's output is:
+    """c_skip, c_out, c_in, c_noise, each of the shape of sigma (EDM eq. 7).
 
-    eps  the noise: clean = x - sigma eps (DDPM)
-    v    alpha noise - sigma_z clean: the noise at small sigma, minus the clip at large (VDM)
-    edm  minus v, for data of standard deviation sigma_data (EDM table 1)
-    x0   the clean clip itself. To give back noise a network has to carry every pixel of it, clips
-         have structure and need less width: the choice where a token holds many pixels (JiT)"""
-    data = sigma_data if kind == "edm" else 1.0
-    root = (sigma ** 2 + data ** 2).sqrt()
-    choices = dict(eps=(torch.ones_like(sigma), -sigma),
-                   v=(1 / root ** 2, -sigma / root),
-                   x0=(torch.zeros_like(sigma), torch.ones_like(sigma)),
-                   edm=(data ** 2 / root ** 2, sigma * data / root))
-    if kind not in choices:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(choices)}")
-    c_noise = sigma.clamp(min=1e-4).log() / 4                          # a clean frame has sigma 0
-    return *choices[kind], 1 / root, c_noise
+    The clean estimate is c_skip * x + c_out * net(c_in * x, c_noise). kind says what the network
+    predicts: "eps" the noise (DDPM); "v" the noise at low sigma, and -clip at high sigma (VDM);
+    "edm" -v, for data of standard deviation sigma_data (EDM, table 1); "x0" the clip, which has
+    structure, unlike noise: so narrow networks learn it best."""
+    c_noise = sigma.clamp(min=1e-4).log() / 4                # a frame that is given has sigma 0
+    if kind == "edm":
+        root = (sigma ** 2 + sigma_data ** 2).sqrt()
+        return sigma_data ** 2 / root ** 2, sigma * sigma_data / root, 1 / root, c_noise
+    root = (sigma ** 2 + 1).sqrt()
+    if kind == "v":
+        return 1 / root ** 2, -sigma / root, 1 / root, c_noise
+    if kind == "eps":
+        return torch.ones_like(sigma), -sigma, 1 / root, c_noise
+    if kind == "x0":
+        return torch.zeros_like(sigma), torch.ones_like(sigma), 1 / root, c_noise
+    raise ValueError(f"kind is {kind!r}, expected eps, v, x0 or edm")
 
 # ==================================================================================================
-# 3. The denoiser
+# 2. Denoiser
 # ==================================================================================================
+
+def concat_frames(context, mask):
+    """(mask * context, mask) as one tensor (B, T, C + 1, H, W), as the network is shown it.
+
+    A network cannot tell a black frame from a missing one. The mask tells it (Video LDM)."""
+    given = expand(mask, context)                                                  # (B, T, 1, 1, 1)
+    frames = torch.where(given == 1, context, 0)               # elsewhere context may hold anything
+    return torch.cat([frames, given.expand_as(context[:, :, :1])], dim=2)
 
 class Denoiser(nn.Module):
-    """forward(x, sigma, context, mask, previous, **cond) -> the clean estimate (B, T, C, H, W).
+    """A network with its scalings: denoiser(x, sigma) estimates the clean clip, like x.
 
-    x         noisy clip (B, T, C, H, W): clean + sigma * noise
-    sigma     (B,), or (B, T) where every frame has its own (diffusion forcing)
-    context   frames (B, T, C, H, W) and mask (B, T). 1: the frame is given, comes back untouched,
-              and so has no loss. 0: it is not, context is not read there. Between, a hint: context
-              has noise of level 1 / mask - 1 on it (augment), and the frame is still estimated
-    previous  the whole clip before this one (B, T, C, H, W), as more channels (PVDM sec. 3.3)
-    cond      for the network, as it is: label (B,), motion (B,), action (B, T, A)
-    paces     if motion is told: the scores (17,) below which are the motion_score of 0, 1/16 ... 1
-              of the training clips, for motion_rank; a buffer, -1 until training measures them
+    x (B, T, C, H, W) is clean + sigma * noise; sigma is (B,), or (B, T). The frames of context (B,
+    T, C, H, W) that mask (B, T) marks are given: the network sees them as further channels, and
+    they come back untouched. Other conditions go to the network by name."""
 
-    give says how net(inputs, c_noise (B, T)) is shown the context; zeros stand for none:
-    concat     with its mask, as C + 1 more channels (Video LDM; SVD, without a mask); besides, and
-               this is ours, at c_noise of clean frames
-    replace    in the place of x, scaled like x, marked by given=(B, T); no hints (Vista)
-    per_frame  in the place of x, each frame at its own sigma (FVDM)"""
-
-    def __init__(self, net, kind="edm", sigma_data=0.5, previous=False, give="concat", paces=None):
+    def __init__(self, net, kind="x0", sigma_data=0.5):
         super().__init__()
-        if give not in ("concat", "replace", "per_frame"):
-            raise ValueError(f"give is {give!r}, expected concat, replace or per_frame")
-        self.net, self.kind, self.sigma_data, self.takes_previous = net, kind, sigma_data, previous
-        self.give = give
-        self.register_buffer("paces", paces)
+        self.net = net
+        self.kind = kind
+        self.sigma_data = sigma_data
 
-    def forward(self, x, sigma, context=None, mask=None, previous=None, **cond):
-        if previous is not None and not self.takes_previous:
-            raise ValueError("previous was given, but this model was built with previous=False")
-        if any(c is not None and c.shape != x.shape for c in (context, previous)) or \
-                (context is None) != (mask is None):
-            raise ValueError(f"expected context and mask or neither, and context and previous of "
-                             f"the shape of x, {tuple(x.shape)}")
+    def forward(self, x, sigma, context=None, mask=None, **conditions):
+        if (context is None) != (mask is None):
+            raise ValueError("context and mask belong together: pass both or neither")
         if sigma.ndim == 1:
             sigma = sigma[:, None].expand(x.shape[:2])                                      # (B, T)
-        mask = torch.zeros_like(sigma) if mask is None else mask.to(x)                      # (B, T)
-        given = expand(mask, x)                                                    # (B, T, 1, 1, 1)
-        context = torch.zeros_like(x) if context is None else torch.where(given > 0, context, 0)
-        if self.give != "concat":
-            x = torch.where(given > 0, context, x)
-        if self.give == "per_frame":
-            sigma = torch.where(mask > 0, 1 / mask - 1, sigma)
-        c_skip, c_out, c_in, c_noise = scalings(sigma, self.kind, self.sigma_data)
-        inputs = [expand(c_in, x) * x]
-        if self.give == "concat":
-            inputs += [context, given.expand_as(x[:, :, :1])]
-            # every layer is told the noise level, so every layer knows which frames are given
-            c_noise = scalings(torch.where(mask == 1, 0, sigma), self.kind)[3]
-        if self.takes_previous:
-            inputs.append(torch.zeros_like(x) if previous is None else previous)
-        if self.give == "replace":
-            cond["given"] = mask > 0
-        output = self.net(torch.cat(inputs, 2), c_noise, **cond).to(x.dtype)       # (B, T, C, H, W)
-        clean = expand(c_skip, x) * x + expand(c_out, x) * output
-        return torch.where(given == 1, context, clean)
+        told = sigma
+        if mask is not None:
+            mask = mask.to(x)
+            told = sigma * (1 - mask)        # a given frame is noisy in x, too, but clean in concat
+            conditions["concat"] = concat_frames(context, mask)
+        c_skip, c_out, c_in, _ = scalings(sigma, self.kind, self.sigma_data)                # (B, T)
+        c_noise = scalings(told, self.kind, self.sigma_data)[3]                             # (B, T)
+        output = self.net(expand(c_in, x) * x, c_noise, **conditions)              # (B, T, C, H, W)
+        estimate = expand(c_skip, x) * x + expand(c_out, x) * output.to(x.dtype)
+        if mask is None:
+            return estimate
+        return torch.where(expand(mask, x) == 1, context, estimate)
 
 # ==================================================================================================
-# 4. Losses
+# 3. Loss
 # ==================================================================================================
 
-def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
-    """Weight of the squared error of the clean estimate, of sigma's shape. With SNR = 1 / sigma^2:
+def inverse_sigma(sigma):
+    """Weight 1 / sigma. The squared error grows about as sigma: so all noise levels count alike."""
+    return 1 / sigma.clamp(min=1e-4)
 
-    x0 1, eps SNR, v SNR + 1, edm SNR + 1 / sigma_data^2: the plain squared error of that output
-    min_snr   min(SNR, gamma): so that small, easy noise levels do not drown the rest (min-SNR)"""
-    snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
-    weights = dict(x0=torch.ones_like(snr), eps=snr, v=snr + 1, edm=snr + sigma_data ** -2,
-                   min_snr=snr.clamp(max=gamma))
-    if weighting not in weights:
-        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}, or a "
-                         "Balance")
-    return weights[weighting]
+def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1.0, **conditions):
+    """The weighted squared error of the clean estimate (EDM eq. 2), plus one of its change.
 
-class Balance(nn.Module):
-    """Weights by which all cases pull equally: every squared error is divided by a running mean of
-    its kind. A kind is one of 16 octaves of sigma, frames given or none, one frequency in time (of
-    discrete cosines, from what stands still to what flickers). At high noise nearly all of the
-    error is about where things are, which cannot be known; it would drown the error about how they
-    move. EDM2 learns such weights per noise level (Karras et al. 2023).
+    clean and noise are clips (B, T, C, H, W), sigma is (B,) or (B, T), weight a function of sigma.
+    conditions go to the denoiser; to train on given frames pass context=clean and a mask. Returns
+    the loss and, for a log, the squared error without weight, of the shape of sigma.
 
-    sigma (B,), error (B, T, C, H, W), given (B,) -> its squares by frequency, and their weights
-    (B, T). With a level per frame, sigma (B, T), squares and weights are those of frames. With hold
-    the mean waits for fold(), called once per step when a batch comes in parts."""
+    At high noise nearly all of the error is about where things are. That cannot be known, and it
+    drowns what can be known: that neighbouring frames agree. Hence the second term: `change` times
+    the squared error of the change between frames, without weight, so it counts at high noise."""
+    x = clean + expand(sigma, clean) * noise
+    error = denoiser(x, sigma, **conditions) - clean                               # (B, T, C, H, W)
+    loss = (expand(weight(sigma), clean) * error ** 2).mean()
+    loss = loss + change * (error.diff(dim=1) ** 2).sum() / error.numel()    # 0 for a single frame
+    return loss, (error ** 2).detach().flatten(sigma.ndim).mean(-1)
 
-    def __init__(self, frames, rate=0.1):
-        super().__init__()
-        n = torch.arange(frames)
-        waves = torch.cos(math.pi * n[:, None] * (n + 0.5) / frames)
-        self.register_buffer("waves", waves / waves.norm(dim=1, keepdim=True), False)      # (T, T)
-        self.register_buffer("mean", torch.full((32, frames), 0.3))  # 16 octaves from 1 / 16, twice
-        self.rate, self.hold, self.seen = rate, False, 0
+def first_frames(batch, frames, odds):
+    """A mask (batch, frames) that gives the first n frames. n is drawn: 0 with odds[0], and so on.
 
-    def forward(self, sigma, error, given):
-        if sigma.ndim == 1:
-            with torch.autocast(error.device.type, enabled=False):              # bf16 is too coarse
-                error = (self.waves @ error.float().flatten(2)).view_as(error)
-        squares = error ** 2                                                       # (B, T, C, H, W)
-        with torch.no_grad():
-            level = sigma.reshape(len(sigma), -1)                                # (B, 1) or (B, T)
-            row = (level.log2().round() + 4).clamp(0, 15).long() + 16 * given[:, None]
-            cell = row * error.shape[1] + torch.arange(error.shape[1], device=row.device)   # (B, T)
-            weight = 1 / self.mean.flatten().clamp(min=1e-6)[cell]
-            learns = (level > 0).expand_as(cell)                        # what is given has no error
-            size = squares.float().mean((2, 3, 4))[learns]
-            self.seen = self.seen + torch.stack([                                       # (2, 32, T)
-                cell[learns].bincount(w, self.mean.numel()).view_as(self.mean)
-                for w in (torch.ones_like(size), size)])
-            if not self.hold:
-                self.fold()
-        return squares, weight
-
-    def fold(self):
-        count, total = self.seen
-        self.mean.lerp_(total / count.clamp(min=1), 1 - (1 - self.rate) ** count)
-        self.seen = 0
-
-def dynamics_weight(estimate, clean, toy=False):
-    """Vista's weight of the squared error (B, T, C, H, W), by its code: 1 in the first frame, then
-    1 + the squared error of the change since the frame before, which is made a vector of length 1
-    per clip and channel. It has no gradient.
-
-    If n errors are Gaussian this adds 1 / sqrt(3 n) on average, 0.007 for 8 frames of 32 x 32, so
-    that only the few worst places gain. toy, which is ours: mean 1 instead of length 1."""
-    wrong = (estimate - clean).detach().float().diff(dim=1) ** 2               # (B, T - 1, C, H, W)
-    size = wrong.mean((1, 3, 4), True) if toy else wrong.norm(2, (1, 3, 4), True)  # (B, 1, C, 1, 1)
-    return 1 + F.pad(wrong / size.clamp(min=1e-12), (0,) * 6 + (1, 0))
-
-def high_pass(x, cut=0.25):
-    """Edges and texture of every frame of x (..., H, W), float32: without the frequencies (f, g)
-    where f^2 + g^2 <= 2 cut, 1 being the highest on an axis (Vista: 39 % of them, the mean too)."""
-    f, g = torch.fft.fftfreq(x.shape[-2], 0.5), torch.fft.rfftfreq(x.shape[-1], 0.5)
-    keep = f[:, None] ** 2 + g ** 2 > 2 * cut + 1e-6        # (H, W // 2 + 1); rounding moves no tie
-    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * keep.to(x.device), x.shape[-2:])
-
-def diffusion_loss(denoiser, clean, sigma, noise, weighting="edm", sigma_data=0.5, gamma=5.0,
-                   dynamics=0.0, dynamics_toy=False, structure=0.0, **cond):
-    """E[ weight(sigma) |denoiser(clean + sigma noise, sigma, cond) - clean|^2 ] (EDM eq. 2), a
-    scalar, and by name its parts, of sigma's shape, whose sum the weight multiplies: `error`, the
-    plain squared error, and what Vista adds at these strengths, `dynamics` and `structure`. clean
-    and noise are (B, T, C, H, W), sigma (B,) or (B, T); weighting is a name or a Balance.
-    Prediction: pass context=clean, a mask."""
-    estimate = denoiser(clean + expand(sigma, clean) * noise, sigma, **cond)
-    error = estimate - clean                                                       # (B, T, C, H, W)
-    parts = dict(error=error ** 2)
-    if dynamics:
-        extra = dynamics * (dynamics_weight(estimate, clean, dynamics_toy) - 1)
-        parts["dynamics"] = extra * parts["error"]
-    if structure:                                       # linear: that of the difference is enough
-        parts["structure"] = structure * high_pass(error) ** 2
-    total = sum(parts.values())
-    if isinstance(weighting, str):
-        loss = expand(loss_weight(sigma, weighting, sigma_data, gamma), clean) * total
-    else:
-        given = cond["mask"].amax(1) > 0 if "mask" in cond else \
-            torch.full((len(clean),), "previous" in cond, device=sigma.device)                # (B,)
-        squares, weight = weighting(sigma, error, given)  # their sum over frames is that of error
-        usual = (1 / weight).mean(1) if sigma.ndim == 1 else 1 / weight        # error at this level
-        more = (total - parts["error"]) / expand(usual, clean)
-        loss = expand(weight, clean) * squares + more
-    return loss.mean(), {name: x.detach().flatten(sigma.ndim).mean(-1) for name, x in parts.items()}
-
-def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, **options):
-    """PVDM eq. 9: share * (loss given the clip before) + (1 - share) * (loss given nothing), so
-    that one network both starts a video and continues it. Arguments as in diffusion_loss."""
-    goes_on, parts = diffusion_loss(denoiser, clean, sigma, noise, previous=previous, **options)
-    free, parts_free = diffusion_loss(denoiser, clean, sigma, noise, **options)
-    parts_free |= {f"{name}_given": part for name, part in parts.items()}
-    return share * goes_on + (1 - share) * free, parts_free
-
-def joint_image_loss(denoiser, clean, images, sigma, noise, **options):
-    """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) from elsewhere (VDM sec.
-    3), the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
-    attention, so that each sees itself alone. That is a clip of one frame, which is what we make of
-    it, at the noise level of its clip; it is told nothing. sigma is (B,), noise (B, T + N, C, H, W)
-    and weighting a name; other arguments as in diffusion_loss."""
-    T, N = clean.shape[1], images.shape[1]
-    plain = {k: v for k, v in options.items() if k in ("weighting", "sigma_data", "gamma")}
-    video, parts = diffusion_loss(denoiser, clean, sigma, noise[:, :T], **options)
-    alone, noise = images.flatten(0, 1)[:, None], noise[:, T:].flatten(0, 1)[:, None]
-    image, _ = diffusion_loss(denoiser, alone, sigma.repeat_interleave(N), noise, **plain)
-    return (T * video + N * image) / (T + N), parts
-
-def draw_mask(batch, frames, probabilities, task="predict"):
-    """mask (B, T), 1 where a frame is given. n is drawn from 0, 1, 2 ... with these probabilities;
-    where it is 0 no frame is given: that estimate guidance needs. Elsewhere, with task
-
-    predict  the first n: prediction (Video LDM), from 1 the animation of a picture
-    ends     the first and the last (PixelDance)
-    any      1 to T - 1 of the frames, by chance (flexible diffusion, Harvey et al. 2022)
-    image    every frame, and so with upsample: draw_context says what is then shown of them"""
-    n = torch.multinomial(torch.tensor(probabilities, dtype=torch.float32), batch, replacement=True)
-    some = (n > 0)[:, None].expand(batch, frames)                                          # (B, T)
-    if task == "predict":
-        return (torch.arange(frames) < n[:, None]).float()
-    if task == "ends":
-        return (some & (torch.arange(frames) % (frames - 1) == 0)).float()
-    if task == "any":
-        order = torch.rand(batch, frames).argsort(1).argsort(1)              # 0 ... T - 1, mixed
-        return (some & (order < torch.randint(1, frames, (batch, 1)))).float()
-    if task in ("image", "upsample"):
-        return some.float()
-    raise ValueError(f"task is {task!r}, expected predict, ends, any, image or upsample")
-
-def augment(context, mask, sigma, noise):
-    """Noise augmentation: put noise of level sigma, (B,) or (B, T), on context and write that level
-    into the mask, where the network reads it -> context, mask. Trained so, a model takes what it is
-    given for a hint, and forgives faults of another model or its own (Imagen Video; GameNGen)."""
-    return context + expand(sigma, context) * noise, mask / (1 + expand(sigma, mask))
-
-def draw_context(clean, mask, task="predict", sigma=None, noise=None, anchors=0):
-    """context (B, T, C, H, W) to train on clean (B, T, C, H, W), and the mask (B, T) of draw_mask:
-    as augment gives both where sigma (B,) and noise are passed, but for the first `anchors` frames.
-    Two tasks need them:
-
-    image     the first frame is given; on every other it stands, noised once, as a hint (SVD)
-    upsample  each frame, shrunk 4 times and enlarged again, is a hint (Video LDM, Imagen Video)"""
-    mask, context = mask.to(clean), clean
-    if task == "image":
-        context, anchors = clean[:, :1].expand_as(clean), max(anchors, 1)
-    elif task == "upsample":
-        small = F.interpolate(clean.flatten(0, 1), scale_factor=1 / 4, mode="area")
-        context = F.interpolate(small, scale_factor=4, mode="bilinear").view_as(clean)
-    if sigma is None:
-        return context, mask
-    hint = torch.arange(mask.shape[1], device=mask.device) >= anchors                        # (T,)
-    noise = noise[:, :1] if task == "image" else noise
-    return augment(context, mask, sigma[:, None] * hint, noise)
-
-def motion_score(clip, cells=16):
-    """How far things move per frame, as a share of the frame: (B,), of clips (B, T, C, H, W), the
-    median over time. Where light only moves, change = -velocity * slope; hence, of frames averaged
-    to cells x cells, |velocity|^2 = 2 sum change^2 / sum |slope|^2, whatever the direction."""
-    if clip.shape[1] == 1:
-        return clip.new_zeros(len(clip))
-    x = F.adaptive_avg_pool2d(clip.float().flatten(0, 1), cells).unflatten(0, clip.shape[:2])
-    change = x.diff(dim=1).square().sum((2, 3, 4))                                      # (B, T - 1)
-    slope = sum(x.diff(dim=axis).square().sum((2, 3, 4)) for axis in (3, 4))                # (B, T)
-    slope = (slope[:, 1:] + slope[:, :-1]) / 2                                          # (B, T - 1)
-    return (2 * change / slope.clamp(min=1e-6)).sqrt().median(1)[0] / cells
-
-def motion_rank(score, paces):
-    """The share of clips that move less than score (B,): (B,), 0 to 1. paces (n,) are the scores
-    that 0, 1 / (n - 1) ... 1 of them stay below. A model that is told it can be asked for slow or
-    fast video and, asked for all ranks evenly, is as fast as its data (SVD's motion bucket, there
-    by optical flow)."""
-    last = len(paces) - 1
-    i = torch.searchsorted(paces, score).clamp(1, last)
-    part = (score - paces[i - 1]) / (paces[i] - paces[i - 1]).clamp(min=1e-9)
-    return (i - 1 + part.clamp(0, 1)) / last
-
-def drop_modes(action, sizes, rate, mode_rates):
-    """Withhold (set to NaN) parts of action (B, T, A), A = sum(sizes), for whole clips: all of it
-    with odds `rate`, so that guidance has an estimate without, and each mode on its own with odds
-    mode_rates, one or one each, so that any may be left out (0.15 in Vista's configuration, whose
-    clips come with one mode each, as sec. 3.2 has it; ours with all that there are)."""
-    u = torch.rand(len(action), 1 + len(sizes))                                    # (B, 1 + modes)
-    keep = (u[:, :1] >= rate) & (u[:, 1:] >= torch.as_tensor(mode_rates))              # (B, modes)
-    keep = keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action.device)    # (B, 1, A)
-    return action.where(keep, math.nan)                                                # (B, T, A)
+    Trained on such masks, one network starts videos (n = 0) and continues them (Video LDM)."""
+    n = torch.multinomial(torch.tensor(odds, dtype=torch.float32), batch, replacement=True)
+    return (torch.arange(frames) < n[:, None]).float()
 
 # ==================================================================================================
-# 5. Samplers
+# 4. Samplers
 # ==================================================================================================
-# Each is a plain function (denoise, x, sigmas, randn) -> clip. Of denoise(x, sigma) -> clean
-# nothing more is known; x is sigmas[0] * noise; sigmas falls to 0 as karras_sigmas makes it;
-# randn(x) draws unit noise like x for those that add some; (x - clean) / sigma is the noise in x.
-
-def constant(sigma, x):
-    """The same noise level (a number) for every clip of x: (B,)."""
-    return torch.full((len(x),), float(sigma), device=x.device)
+# A sampler is a function (denoise, x, sigmas, randn) -> clip. x starts as sigmas[0] * noise; randn
+# draws fresh noise. `clean` is an estimate: if it is right, (x - clean) / sigma is the noise in x.
 
 def pairs(sigmas):
     """The pairs of numbers (from, to) of neighbours in sigmas."""
     return zip(sigmas[:-1].tolist(), sigmas[1:].tolist())
 
-@torch.no_grad()
-def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
-    """Ancestral sampling (DDPM alg. 2): to the mean of q(next | x, clean), plus fresh noise of that
-    distribution's variance for gamma 0, of the forward step's for 1, between them as in VDM."""
-    for s, t in pairs(sigmas):
-        clean, keep = denoise(x, constant(s, x)), (t / s) ** 2
-        x = clean + keep * (x - clean)
-        if t > 0:
-            low, high = (1 - keep) * t ** 2, (1 - keep) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)
-            # high is beta, the variance of a forward step in z, at the scale of x: (1 + t^2) beta
-            x = x + math.sqrt(low ** (1 - gamma) * high ** gamma) * randn(x)
-    return x
+def constant(sigma, x):
+    """One noise level, a number, for every clip of x: (B,)."""
+    return torch.full((len(x),), float(sigma), device=x.device)
 
 @torch.no_grad()
-def sample_ddim(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
-    """DDIM eq. 12. eta 0: deterministic, Euler's method in sigma; eta 1: the same as DDPM."""
+def sample_ddim(denoise, x, sigmas, randn=None):
+    """DDIM (eq. 12, eta 0): put the noise that is left back at the next level. Euler's method."""
     for s, t in pairs(sigmas):
         clean = denoise(x, constant(s, x))
-        fresh = eta * t * math.sqrt(1 - (t / s) ** 2)                  # std of the noise drawn anew
-        x = clean + math.sqrt(t ** 2 - fresh ** 2) * (x - clean) / s
-        if fresh > 0:
-            x = x + fresh * randn(x)
-    return x
-
-@torch.no_grad()
-def sample_heun(denoise, x, sigmas, randn=None):
-    """EDM alg. 1: an Euler step, and again with the mean of the slopes at both ends. Error
-    O(step^2) for two evaluations a step, but one for the last, which ends on the estimate."""
-    for s, t in pairs(sigmas):
-        clean = denoise(x, constant(s, x))
-        if t == 0:
-            return clean
-        slope = (x - clean) / s
-        ahead = x + (t - s) * slope
-        x = x + (t - s) * (slope + (ahead - denoise(ahead, constant(t, x))) / t) / 2
+        x = clean + t * (x - clean) / s
     return x
 
 @torch.no_grad()
 def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
-    """DPM-Solver++(2M) (alg. 2): the exact path if the estimate were constant; it is extrapolated
-    from the last two, in -log sigma. Error O(step^2) for one evaluation a step. eta 1: its SDE
-    form, which is DDPM with that extrapolation."""
+    """DPM-Solver++(2M), algorithm 2: DDIM's step, to an estimate extrapolated half a step ahead.
+
+    It is extrapolated from the last two, in -log(sigma). The error falls with the square of the
+    step, for one evaluation a step. eta = 1 is the SDE form: every step replaces noise by fresh
+    noise, which mends small faults of earlier steps."""
     last = h_last = None
     for s, t in pairs(sigmas):
         clean = denoise(x, constant(s, x))
         if t == 0:
             return clean
         h = math.log(s / t)
-        ahead = clean if last is None else clean + h / (2 * h_last) * (clean - last)
-        keep = (t / s) ** (1 + eta)                                    # t / s is exp(-h)
+        ahead = clean
+        if last is not None:
+            ahead = clean + h / (2 * h_last) * (clean - last)
+        keep = (t / s) ** (1 + eta)
         x = keep * x + (1 - keep) * ahead
         if eta > 0:
             x = x + t * math.sqrt(1 - (t / s) ** (2 * eta)) * randn(x)
-        last, h_last = clean, h
-    return x
-
-SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=sample_dpmpp_2m,
-                dpmpp_2m_sde=partial(sample_dpmpp_2m, eta=1.0))
-
-@torch.no_grad()
-def invert_ddim(denoise, x, sigmas, iterations=1):
-    """Walk sample_ddim backwards: from a clip to the x at sigmas[0] from which it would reach it.
-
-    A step from s to t is undone by solving y = x + (s - t) (y - denoise(y, s)) / s for y. Starting
-    at y = x, one iteration is the usual inversion (target level, source clip); more are closer."""
-    for t, s in pairs(sigmas.flip(0)):
-        y = x
-        for _ in range(iterations):
-            y = x + (s - t) * (y - denoise(y, constant(s, y))) / s
-        x = y
+        last = clean
+        h_last = h
     return x
 
 # ==================================================================================================
-# 6. Generation
+# 5. Network: a factorised space-time UNet
 # ==================================================================================================
-
-def triangle(low, high, frames):
-    """Guidance scales (T,) that rise towards the middle and fall again, so that the windows of long
-    videos do not over-saturate more and more (Vista, by its code; eq. 9 falls to 1 a frame later).
-    With an even T none quite is high. (SVD's just rise: torch.linspace(low, high, T).)"""
-    return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
-
-def guided(denoise, scale, rescale=0.0, keep=()):
-    """Context guidance: free + scale * (given - free), where free is the estimate without condition
-    (Video LDM eq. 4; classifier-free guidance). scale is a number, or one per frame (T,) as in SVD
-    and Vista; 1 is the plain conditional estimate, 0 the unconditional one. Guidance raises
-    contrast; rescale, from 0 to 1, takes that share of the way back to the standard deviation of
-    the conditional estimate of the clip (Lin et al. 2023, sec. 3.4, there 0.7). The conditions that
-    `keep` names stay in free: Vista keeps given frames, ("context", "mask")."""
-    scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (T or 1, 1, 1, 1)
-
-    def guided_denoise(x, sigma, **cond):
-        free = denoise(x, sigma, **{name: cond[name] for name in cond if name in keep})
-        given = denoise(x, sigma, **cond)
-        out = free + scale.to(x) * (given - free)                                  # (B, T, C, H, W)
-        want, std = (e.std((1, 2, 3, 4), keepdim=True) for e in (given, out))      # (B, 1, 1, 1, 1)
-        out = out * (1 + rescale * torch.where(std > 1e-6, want / std - 1, 0))
-        mask = cond.get("mask")                                     # given frames stay as they are
-        return out if mask is None else torch.where(expand(mask, x) == 1, given, out)
-
-    return guided_denoise
-
-def temporally_guided(denoise, scale):
-    """Guidance by what frames tell each other: together + (scale - 1) * change, where change is the
-    part that varies over time of (together - alone), and alone is the estimate by the same model
-    without its temporal layers: denoise must take temporal=0, as VideoUNet does and --images
-    teaches it. Exaggerating the mean over time as well, as plain guidance would, makes things
-    larger, slower (our form; related: skip guidance, 2411.18664)."""
-
-    def guided_denoise(x, sigma, **cond):
-        together = denoise(x, sigma, **cond)
-        change = together - denoise(x, sigma, temporal=0.0, **cond)                # (B, T, C, H, W)
-        out = together + (scale - 1) * (change - change.mean(1, keepdim=True))
-        mask = cond.get("mask")                                     # given frames stay as they are
-        return out if mask is None else torch.where(expand(mask, x) == 1, together, out)
-
-    return guided_denoise
-
-def reconstruction_guided(denoise, context, mask, weight=1.0):
-    """Frames given to a model that was never trained to be given any (VDM sec. 3.1): where mask is
-    1 the estimate is context, so that samplers keep x there at context + sigma noise; elsewhere it
-    moves to where the network, too, would estimate context there. Costs a backward pass; weight
-    above 1 moves more; 0 is mere replacement, whose new frames do not fit the old."""
-    # With x_a given: E[x_b | z, x_a] = E[x_b | z] + (sigma_z^2 / alpha) grad_{z_b} log q(x_a | z),
-    # q(x_a | z) ~ Normal(guess_a, sigma^2); z = alpha x, sigma_z = alpha sigma: no factor is left
-    given = expand(mask, context) == 1                                             # (B, T, 1, 1, 1)
-
-    def guided_denoise(x, sigma):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            guess = denoise(x, sigma)                                              # (B, T, C, H, W)
-            error = torch.where(given, context - guess, 0).square().sum()
-        gradient, = torch.autograd.grad(error, x)
-        return torch.where(given, context, guess.detach() - weight / 2 * gradient)
-
-    return guided_denoise
-
-def clip_noise(seed, clips, device="cpu"):
-    """A function (*shape) -> unit noise (len(clips), *shape), with one CPU generator per clip
-    number: clip 3 of 8 is the clip 3 drawn alone, on any device."""
-    states = [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in clips]
-    generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]
-    return lambda *shape: torch.stack(
-        [torch.randn(shape, generator=g) for g in generators]).to(device)
-
-def generate(denoiser, shape, sigmas, sampler="heun", guidance=1.0, rescale=0.0,
-             keep=(), temporal_guidance=1.0, reconstruction=0.0, noise=None, seed=0, **cond):
-    """One window of video (B, T, C, H, W) = shape, sampled along sigmas. cond goes to the denoiser:
-    context and mask (or, with reconstruction > 0, to reconstruction_guided as its weight),
-    previous, label, action and motion, which by default is that of previous, untold where frames
-    are given, or else drawn. noise is a clip_noise, by default that of clips 0 ... B - 1."""
-    noise = noise or clip_noise(seed, range(shape[0]), next(denoiser.parameters()).device)
-    if getattr(denoiser, "paces", None) is not None and "motion" not in cond:
-        cond["motion"] = torch.special.ndtr(noise())                 # (B,), evenly from 0 to 1
-        if "previous" in cond:
-            cond["motion"] = motion_rank(motion_score(cond["previous"]), denoiser.paces)
-        elif "mask" in cond and not reconstruction:
-            cond["motion"].fill_(-1)
-    given = (cond.pop("context"), cond.pop("mask")) if reconstruction and "mask" in cond else ()
-    if temporal_guidance != 1:
-        denoiser = temporally_guided(denoiser, temporal_guidance)
-    if cond and (torch.as_tensor(guidance) != 1).any():
-        denoiser = guided(denoiser, guidance, rescale, (*keep, "motion"))
-    denoise = partial(denoiser, **cond)
-    if given:
-        denoise = reconstruction_guided(denoise, *given, reconstruction)
-    x = sigmas[0].item() * noise(*shape[1:])
-    return SAMPLERS[sampler](denoise, x, sigmas, lambda x: noise(*x.shape[1:]))
-
-def reward(denoiser, shape, sigmas, ensemble=5, seed=0, **options):
-    """exp(-variance), (B,), among `ensemble` clips from different noise: how sure the model is of
-    what a condition leads to (Vista's reward of actions: 5 of 10 steps). Compare equal seeds."""
-    clips = [generate(denoiser, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
-    return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
-
-def rollout(denoiser, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
-            context_noise=0.0, anchors=0, jump=0.0, action=None, **options):
-    """Yield a video of any length in pieces (B, n, C, H, W), window by window of shape (B, T, C, H,
-    W), in constant memory: torch.cat(list(rollout(...)), 1). A window is given the last `overlap`
-    frames so far (Video LDM, Vista) or, if the denoiser takes one, the whole one before (PVDM).
-
-    context        (B, n, C, H, W): frames to start from     clips  clip numbers: they fix the noise
-    context_noise  level of noise on what a window is given, which makes that hints: it need not go
-                   on with their faults (GameNGen, diffusion forcing); once written, frames stay
-    anchors        so many of the frames given are the first of all, without noise: they tell how
-                   things look and how fast they go (StreamingT2V), the others where
-    jump           where two or more frames are given, skip the noise levels between the first and
-                   this, and temporal guidance: if they settle what comes, one estimate, the mean,
-                   is nearer to it than a draw
-    action         (B, length, A), with those of context's frames; after its end none is told
-    motion         (B,), of all windows: by default that of context or, if that is less than two
-                   frames, drawn by the noise"""
-    B, T, *chw = shape
-    device = next(denoiser.parameters()).device
-    noise = clip_noise(seed, range(B) if clips is None else clips, device)
-    tail = noise(0, *chw) if context is None else context.to(noise(0))             # (B, n, C, H, W)
-    done, overlap = tail.shape[1], T if denoiser.takes_previous else overlap
-    if not (done in (0, T) if denoiser.takes_previous else
-            done < T and (anchors < overlap < T or length <= T)):
-        raise ValueError(f"a window of {T} frames cannot go on: overlap is {overlap}, with "
-                         f"{anchors} anchors, and context has {done} frames")
-    if getattr(denoiser, "paces", None) is not None and "motion" not in options:
-        even = torch.special.ndtr(noise())                                                # (B,)
-        options["motion"] = motion_rank(motion_score(tail), denoiser.paces) if done > 1 else even
-    if done:
-        yield tail
-    while done < length:
-        given, cond = tail.shape[1], {}
-        if given and denoiser.takes_previous:
-            given, cond = 0, dict(previous=tail)
-        elif given:
-            seen = F.pad(tail, (0, 0, 0, 0, 0, 0, 0, T - given))                   # (B, T, C, H, W)
-            mask = (torch.arange(T, device=device) < given).float().expand(B, T)
-            if context_noise:
-                level = context_noise * (torch.arange(T, device=device) >= anchors)[None]   # (1, T)
-                seen, mask = augment(seen, mask, level, noise(*shape[1:]))
-            cond = dict(context=seen, mask=mask)
-        if action is not None:
-            here = torch.arange(done - given, done - given + T)
-            here[:anchors] = torch.arange(anchors)
-            told = F.pad(action, (0, 0, 0, length + T), value=math.nan)
-            cond["action"] = told[:, here].to(tail)                                    # (B, T, A)
-        levels = sigmas
-        if jump > 0 and tail.shape[1] > 1:
-            levels = sigmas[(sigmas == sigmas[0]) | (sigmas <= jump)]
-            cond["temporal_guidance"] = 1.0
-        window = generate(denoiser, shape, levels, noise=noise, **(options | cond))
-        window = torch.cat([tail[:, :given], window[:, given:]], 1)  # hints were estimated: undone
-        new = window[:, given:][:, : length - done]
-        done += new.shape[1]
-        tail = torch.cat([window[:, :anchors], window[:, anchors - overlap:]], 1)
-        yield new
-
-def interpolate(denoiser, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
-    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1, which stay
-    as they are: (B, factor (K - 1) + 1, C, H, W). Twice with 4 makes 16 times as many (Video LDM
-    sec. 3.3). The denoiser must know such masks (task any of draw_mask). frames is the length of a
-    window; other arguments as in rollout."""
-    if not 1 < factor < frames:
-        raise ValueError(f"factor is {factor}, expected 2 to {frames - 1}, in windows of {frames}")
-    B, K, *chw = key_frames.shape
-    noise = clip_noise(seed, range(B) if clips is None else clips, key_frames.device)
-    pieces, gaps = [key_frames[:, :1]], (frames - 1) // factor          # gaps filled per window
-    for start in range(0, K - 1, gaps):
-        keys = key_frames[:, start : start + gaps + 1]                             # (B, k, C, H, W)
-        at = torch.arange(keys.shape[1]) * factor
-        context, mask = keys.new_zeros(B, frames, *chw), keys.new_zeros(B, frames)
-        context[:, at], mask[:, at] = keys, 1
-        window = generate(denoiser, (B, frames, *chw), sigmas, noise=noise, context=context,
-                          mask=mask, **options)
-        pieces.append(window[:, 1 : at[-1] + 1])
-    return torch.cat(pieces, 1)
-
-# ==================================================================================================
-# 7. The network: a factorised space-time UNet
-# ==================================================================================================
-# Space and time take turns. A spatial layer sees the frames as a batch of pictures, "(b t) c h w";
-# a temporal layer sees every place as a batch of little histories, "(b h w) t c". Each temporal
-# layer is a gated residual, x + gate * f(x), whose gate starts at exactly 0: a fresh video network
-# IS an image network applied frame by frame, and may be built on one already trained (Make-A-Video;
-# Video LDM). Only the gate is zero, not the layer behind it: each would block the other's gradient.
+# Space and time take turns. A spatial layer sees frames as pictures, "(b t) c h w". A temporal one
+# sees every place as a short history, "(b h w) t c". Each temporal layer is x + gate * f(x), and
+# its gate starts at 0. So a fresh video network is an image network applied to every frame, and
+# a trained image network can be extended to video (Make-A-Video, Video LDM). Only the gate is 0,
+# not the layer behind it: if both were 0, neither would ever get a gradient.
 
 def normalize(channels):
-    """GroupNorm: 32 groups in wide layers, groups of 16 channels in narrow ones. A group of two
-    channels would lose how bright the frame is, and at high noise little else is known."""
-    wide = channels >= 256 and channels % 32 == 0
-    return nn.GroupNorm(32 if wide else math.gcd(max(1, channels // 16), channels), channels)
+    """GroupNorm over groups of about 16 channels, which must divide them."""
+    return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)
 
-def conv(dim_in, dim, kernel=3, stride=1):
-    """A convolution that keeps height and width; with stride 2 it halves them."""
-    return nn.Conv2d(dim_in, dim, kernel, stride, kernel // 2)
-
-def zero(layer):
-    """Start a layer at zero, so that the residual branch it ends adds nothing at first."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
+def conv(dim_in, dim, kernel=3, stride=1, bias=True):
+    """A convolution of pictures that keeps height and width. With stride 2 it halves them."""
+    return nn.Conv2d(dim_in, dim, kernel, stride, kernel // 2, bias=bias)
 
 def each_frame(layer, x):
     """Apply a layer of pictures to every frame of x (B, T, C, H, W)."""
-    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    pictures = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)     # faster on a CPU
+    return layer(pictures).unflatten(0, x.shape[:2])
 
-def fourier(t, dim):
-    """cos and sin of t (...), at dim / 2 frequencies from 1 to 1 / 10,000: (..., dim)."""
-    freqs = torch.exp(-math.log(1e4) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t.float()[..., None] * freqs
-    return torch.cat([angles.cos(), angles.sin()], -1)
+def waves(position, dim):
+    """cos and sin of position (...), at dim / 2 frequencies from 1 to 1 / 10,000: (..., dim)."""
+    frequencies = 1e4 ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))
+    angles = position.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+def places(sizes, device):
+    """The coordinates of all places of a grid of these sizes: (L, axes)."""
+    axes = torch.meshgrid([torch.arange(n, device=device) for n in sizes], indexing="ij")
+    return torch.stack(axes, dim=-1).flatten(0, -2)
 
 def rotate(x, position):
-    """Rotary positions (Su et al. 2021): turn pairs of features of x (N, heads, L, d) by angles in
-    proportion to position (L, axes), so that products of tokens depend on their distance alone."""
-    pairs, axes = x.shape[-1] // 2, position.shape[-1]                        # the axes take turns
-    j = torch.arange(pairs, device=x.device)                # periods: 6 to at most 628 places
-    angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / pairs)              # (L, d / 2)
-    cos, sin = angle.cos().to(x), angle.sin().to(x)  # x is (a, b), and x.roll(pairs) is (b, a)
-    return x * torch.cat([cos, cos], -1) + x.roll(pairs, -1) * torch.cat([-sin, sin], -1)
+    """Rotary positions (Su et al. 2021) for x (N, heads, L, d) at position (L, axes).
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, all (N, heads, L, d). Many short sequences, those of temporal
-    layers, are several times faster on a CPU as matrix products than fused."""
-    if q.device.type == "cpu" and q.shape[-2] <= 256:
-        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    Pairs of features are turned by angles that grow with the position. So position enters the
+    product of two tokens only as their difference."""
+    half = x.shape[-1] // 2
+    axes = position.shape[-1]
+    j = torch.arange(half, device=x.device)                  # the axes take turns: j % axes
+    angle = position[:, j % axes] * 100.0 ** (-(j // axes) * axes / half)              # (L, d / 2)
+    cos = angle.cos().to(x)
+    sin = angle.sin().to(x)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class TemporalConv(nn.Module):
-    """A convolution over three neighbouring frames at every place (Make-A-Video's pseudo-3D)."""
+    """A convolution over three neighbouring frames at every place (Make-A-Video)."""
 
     def __init__(self, dim):
         super().__init__()
-        # transpose + Conv3d keeps the memory layout: several times faster than folding for Conv1d
-        self.norm, self.conv = normalize(dim), nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0))
+        self.norm = normalize(dim)
+        self.conv = nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0))
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, strength=1.0):                                            # (B, T, C, H, W)
-        h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
-        h = self.conv(h.transpose(1, 2)).transpose(1, 2)             # as (B, C, T, H, W), and back
-        return x + (strength * self.gate).to(x) * h                    # or x would become float32
+    def forward(self, x, temporal=1.0):                                            # (B, T, C, H, W)
+        h = F.silu(each_frame(self.norm, x))
+        h = self.conv(h.transpose(1, 2)).transpose(1, 2)                  # Conv3d: (B, C, T, H, W)
+        return x + (temporal * self.gate).to(x.dtype) * h
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions on every frame, scaled and shifted by the noise level, with a temporal
-    one between them: what moves has to be followed through space and time in turn. Its gate has no
-    gradient while conv2 is zero; conv2 has one at once, and is zero for the first step alone."""
+    """Two 3 x 3 convolutions on every frame, and a temporal one between them: what moves has to be
+    followed through space and time. emb (B, T, E), the embedded noise level, scales and shifts."""
 
-    def __init__(self, dim_in, dim, dim_emb, dropout=0.0, convs=True):
+    def __init__(self, dim_in, dim, dim_emb):
         super().__init__()
-        self.norm1, self.conv1 = normalize(dim_in), conv(dim_in, dim)
-        self.time = TemporalConv(dim) if convs else None
+        self.conv1 = nn.Sequential(normalize(dim_in), nn.SiLU(), conv(dim_in, dim))
+        self.time = TemporalConv(dim)
         self.emb = nn.Linear(dim_emb, 2 * dim)
-        self.norm2, self.conv2 = normalize(dim), zero(conv(dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = normalize(dim)
+        self.conv2 = conv(dim, dim)
         self.skip = conv(dim_in, dim, 1) if dim_in != dim else nn.Identity()
 
-    def forward(self, x, emb, strength=1.0):                            # (B, T, C, H, W), (B, T, E)
-        (B, T), x = x.shape[:2], x.flatten(0, 1)                                    # (B T, C, H, W)
-        scale, shift = self.emb(emb.flatten(0, 1))[..., None, None].chunk(2, 1)     # (B T, C, 1, 1)
-        h = self.conv1(F.silu(self.norm1(x))).to(x)
-        h = self.time(h.unflatten(0, (B, T)), strength).flatten(0, 1) if self.time else h
-        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
-        return (self.skip(x) + h).to(x).unflatten(0, (B, T))                       # (B, T, C, H, W)
+    def forward(self, x, emb, temporal=1.0):                            # (B, T, C, H, W), (B, T, E)
+        h = self.time(each_frame(self.conv1, x), temporal)
+        scale, shift = self.emb(emb)[..., None, None].chunk(2, dim=2)              # (B, T, C, 1, 1)
+        h = each_frame(self.norm2, h) * (1 + scale) + shift
+        return each_frame(self.skip, x) + each_frame(self.conv2, F.silu(h))
 
-class GEGLU(nn.Module):
-    """One half of the channels, gated by the GELU of the other (Shazeer 2020)."""
+class Attention(nn.Module):
+    """Self-attention and a feed-forward layer. A token is one place in one frame. It looks over all
+    places of its frame ("hw"), its place in all frames ("t"), or everything ("thw")."""
 
-    def forward(self, x):
-        value, gate = x.chunk(2, -1)
-        return value * F.gelu(gate)
-
-def feed_forward(dim, gated=False):
-    """What transformers have between attentions; those of latent diffusion are gated."""
-    wide = [nn.Linear(dim, 8 * dim), GEGLU()] if gated else [nn.Linear(dim, 4 * dim), nn.GELU()]
-    return nn.Sequential(nn.LayerNorm(dim), *wide, nn.Linear(4 * dim, dim))
-
-def one_token(told, dim):
-    """Cross-attention to one token, as SVD and Vista have it, is none: the softmax over one key is
-    1, and the layers for value and output are all that is left. Starts at 0."""
-    return nn.Sequential(zero(nn.Linear(told, dim, bias=False)), nn.Linear(dim, dim, bias=False))
-
-class SpatialAttention(nn.Module):
-    """Every place of a frame looks at all places of that frame and, with a width of `told`, at what
-    is told of the frame; with both, a feed-forward layer follows (latent diffusion)."""
-
-    def __init__(self, dim, head_dim=32, both=False, told=0):
+    def __init__(self, dim, head_dim=16, over="hw"):
         super().__init__()
-        self.norm, self.heads = normalize(dim), dim // head_dim
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), zero(nn.Linear(dim, dim))
-        self.feed_forward = feed_forward(dim, gated=True) if both else None
-        self.told = one_token(told, dim) if told else None
+        self.heads = dim // head_dim
+        self.over = over
+        self.norm = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, told=None):                                 # (B, T, C, H, W), (B, T, told)
-        h = rearrange(self.norm(x.flatten(0, 1)), "bt c h w -> bt (h w) c")
-        q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
-        h = self.out(rearrange(attend(q, k, v), "n heads l d -> n l (heads d)"))
-        if self.told is not None and told is not None:
-            h = h + self.told(told).flatten(0, 1)[:, None]
-        x = x + rearrange(h, "(b t) (h w) c -> b t c h w", b=x.shape[0], h=x.shape[3])
-        return x + self.feed_forward(x.movedim(2, -1)).movedim(-1, 2) if self.feed_forward else x
+    def forward(self, x):                                                          # (B, T, C, H, W)
+        sizes = dict(b=x.shape[0], t=x.shape[1], h=x.shape[3], w=x.shape[4])
+        folded = {"hw": "(b t) (h w) c", "t": "(b h w) t c", "thw": "b (t h w) c"}[self.over]
+        position = places([sizes[axis] for axis in self.over], x.device)                 # (L, axes)
+        tokens = rearrange(x, f"b t c h w -> {folded}")                                  # (N, L, C)
+        h = self.norm(tokens)
+        q, k, v = (rearrange(layer(h), "n l (heads d) -> n heads l d", heads=self.heads)
+                   for layer in (self.q, self.k, self.v))
+        seen = F.scaled_dot_product_attention(rotate(q, position), rotate(k, position), v)
+        tokens = tokens + self.out(rearrange(seen, "n heads l d -> n l (heads d)"))
+        tokens = tokens + self.feed_forward(tokens)
+        return rearrange(tokens, f"{folded} -> b t c h w", **sizes)
 
 class TemporalAttention(nn.Module):
-    """Every place looks at itself in all frames or, joint, at all places of all frames; a
-    feed-forward layer follows (Video LDM) but for mode none (VDM); both adds one before, and embeds
-    the frame's number (SVD). Rotary angles tell frames apart, so that clips may get longer."""
+    """Attention over time, or over space and time at once, as a temporal layer: with a gate."""
 
-    def __init__(self, dim, head_dim=32, joint=False, mode="time", told=0):
+    def __init__(self, dim, head_dim=16, over="t"):
         super().__init__()
-        both = mode == "both"
-        self.norm, self.heads, self.joint = normalize(dim), dim // head_dim, joint
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.feed_forward = feed_forward(dim, gated=both) if mode != "none" else None
+        self.attention = Attention(dim, head_dim, over)
         self.gate = nn.Parameter(torch.zeros(1))
-        self.number = feed_forward(dim) if both else None
-        self.before = feed_forward(dim, gated=True) if both else None
-        self.told = one_token(told, dim) if told else None
 
-    def forward(self, x, strength=1.0, told=None):                                 # (B, T, C, H, W)
-        B, T, C, H, W = x.shape
-        tokens, axes = ("b (t h w) c", (T, H, W)) if self.joint else ("(b h w) t c", (T,))
-        h = rearrange(self.norm(x.flatten(0, 1)), f"(b t) c h w -> {tokens}", t=T)
-        if self.before is not None:
-            number = self.number(fourier(torch.arange(T, device=x.device), C))              # (T, C)
-            h = h + repeat(number, f"t c -> {tokens}", b=B, h=H, w=W)
-            h = h + self.before(h)
-        q, k, v = rearrange(self.qkv(h), "n l (z heads d) -> z n heads l d", z=3, heads=self.heads)
-        position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in axes))
-        position = position.reshape(-1, len(axes))                                       # (L, axes)
-        seen = attend(rotate(q, position), rotate(k, position), v)
-        seen = self.out(rearrange(seen, "n heads l d -> n l (heads d)"))                 # (N, L, C)
-        if self.told is not None and told is not None:
-            seen = seen + repeat(self.told(told), f"b t c -> {tokens}", h=H, w=W)
-        h = h + seen if self.feed_forward else seen
-        h = h + self.feed_forward(h) if self.feed_forward else h
-        h = rearrange(h, f"{tokens} -> b t c h w", b=B, t=T, h=H, w=W)
-        return x + (strength * self.gate).to(x) * h
+    def forward(self, x, temporal=1.0):                                            # (B, T, C, H, W)
+        change = self.attention(x) - x                                 # attention includes the skip
+        return x + (temporal * self.gate).to(x.dtype) * change
 
 class Block(nn.Module):
-    """One step of the UNet: convolutions over space, then time; then, where there is attention, the
-    same by attention, or by one over both if it is joint. With mode both, a layer leads into the
-    attentions and one, which starts at 0, out of them (latent diffusion)."""
+    """One step of the UNet: convolutions over space and time, then attention, which is "none",
+    "factorised" (over space, then over time), or "joint" (over both at once; for small frames)."""
 
-    def __init__(self, dim_in, dim, dim_emb, has_attention, joint, head_dim, dropout, convs=True,
-                 mode="time", told=0, fp32=False):
+    def __init__(self, dim_in, dim, dim_emb, attention, head_dim):
         super().__init__()
-        self.fp32 = fp32
-        self.space = ResBlock(dim_in, dim, dim_emb, dropout, convs)
-        self.time = TemporalConv(dim) if convs else None
-        alone, both = has_attention and not joint, has_attention and mode == "both"
-        self.space_attention = SpatialAttention(dim, head_dim, both, told) if alone else None
-        self.time_attention = \
-            TemporalAttention(dim, head_dim, joint, mode, told) if has_attention else None
-        self.enter = nn.Sequential(normalize(dim), conv(dim, dim, 1)) if both else None
-        self.leave = zero(conv(dim, dim, 1)) if both else None
+        self.res = ResBlock(dim_in, dim, dim_emb)
+        self.time = TemporalConv(dim)
+        self.space_attention = nn.Identity()
+        self.time_attention = None
+        if attention == "factorised":
+            self.space_attention = Attention(dim, head_dim, over="hw")
+            self.time_attention = TemporalAttention(dim, head_dim, over="t")
+        if attention == "joint":
+            self.time_attention = TemporalAttention(dim, head_dim, over="thw")
 
-    def forward(self, x, emb, strength=1.0, told=None):                 # (B, T, C, H, W), (B, T, E)
-        # bf16 has three digits: in sums of many layers the little that moves a frame is rounded off
-        x = self.space(x.float() if self.fp32 else x, emb, strength)
-        x = self.time(x, strength) if self.time else x
-        h = each_frame(self.enter, x) if self.enter else x
-        h = self.space_attention(h, told) if self.space_attention else h
-        h = self.time_attention(h, strength, told) if self.time_attention else h
-        return x + each_frame(self.leave, h) if self.leave else h
+    def forward(self, x, emb, temporal=1.0):                            # (B, T, C, H, W), (B, T, E)
+        x = self.time(self.res(x, emb, temporal), temporal)
+        x = self.space_attention(x)
+        if self.time_attention is not None:
+            x = self.time_attention(x, temporal)
+        return x
+
+class ConcatInput(nn.Sequential):
+    """Where given frames enter: a temporal layer (Video LDM). Without bias, none is all zeros."""
 
 class VideoUNet(nn.Module):
-    """forward(x, c_noise, label, action, motion): x (B, T, in_channels, H, W) and c_noise (B,) or
-    (B, T), the noise level as scalings gives it -> (B, T, out_channels, H, W). label (B,) is an int
-    below `labels` or -1, none; action (B, T, `actions`), numbers per frame, NaN if untold; motion
-    (B,) the rank of motion_rank, or -1. Each is added to the embedded noise level by a layer that
-    starts at 0: a fresh network does not heed them.
-    temporal, a number or (B,), tells how far temporal layers are heeded, 1 - alpha of Video LDM and
-    SVD: at 0 it is an image model.
+    """net(x (B, T, channels, H, W), c_noise (B, T)) -> (B, T, channels, H, W).
 
-    width x mults are the channels of the levels; blocks the residual blocks of a level on each way
-    (ddpm_layout: one more on the way up and in the middle, and skips from all layers); attention
-    the downsampling factors with attention, joint those where it is joint over space and time.
-    feed_forward is none, time, or both: SVD's transformers, each told the action again, as 128
-    waves per number (Vista). Frames are cut into patch x patch tiles; around large ones a path of
-    `detail` channels at full resolution keeps edges sharp. convs: whether there are temporal ones.
-    With second_embedding, another MLP embeds c_noise wherever given (B, T) is True (Vista)."""
+    width * mults are the channels of the levels; each level is half as large as the one before.
+    blocks is the number of blocks of a level on each way, attention names that of every level.
+    Frames are cut into tiles of patch x patch pixels, which saves most of the work. H and W must be
+    multiples of patch * 2^(levels - 1).
 
-    def __init__(self, in_channels, out_channels, width=64, mults=(1, 2), blocks=1, attention=(2,),
-                 joint=(2,), head_dim=32, patch=1, detail=0, dropout=0.0, labels=0, actions=0,
-                 second_embedding=False, convs=True, feed_forward="time", ddpm_layout=False,
-                 fp32_residuals=False, motion=False):
+    concat (B, T, concat_channels, H, W) are further channels, such as given frames. temporal, a
+    number or (B,), is the weight of temporal layers. conditions are modules {name: module}: a value
+    that is passed as name=value goes through its module, and (B, T or 1, E) joins the embedding."""
+
+    def __init__(self, channels=3, concat_channels=4, width=16, mults=(1, 3, 6), blocks=1,
+                 attention=("none", "factorised", "joint"), head_dim=16, patch=2, dim_emb=256,
+                 conditions=None):
         super().__init__()
-        waves = max(width, 48)                  # with fewer, given frames are told apart less well
-        self.patch, self.ddpm_layout, dim_emb = patch, ddpm_layout, 4 * waves
-        self.input = conv(in_channels * patch ** 2, width)
+        self.conditions = nn.ModuleDict(conditions or {})
         self.embed = nn.Sequential(
-            nn.Linear(waves, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb), nn.SiLU())
-        self.embed_given = copy.deepcopy(self.embed) if second_embedding else None
-        self.embed_label = zero(nn.Embedding(labels + 1, dim_emb, 0)) if labels else None
-        self.embed_action = zero(nn.Linear(2 * actions, dim_emb, False)) if actions else None
-        self.embed_motion = zero(nn.Linear(2, dim_emb, False)) if motion else None
-
-        def block(dim_in, dim, factor):
-            return Block(dim_in, dim, dim_emb, factor in attention, factor in joint, head_dim,
-                         dropout, convs, feed_forward, 128 * actions * (feed_forward == "both"),
-                         fp32_residuals)
-
-        self.down, self.up, dim = nn.ModuleList(), nn.ModuleList(), width
-        skips, widths = [width] * ddpm_layout, [mult * width for mult in mults]
-        for level, wide in enumerate(widths):
+            nn.Linear(64, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb), nn.SiLU())
+        tiles = nn.PixelUnshuffle(patch)
+        self.input = nn.Sequential(tiles, conv(channels * patch ** 2, width))
+        self.concat = None
+        if concat_channels > 0:
+            self.concat = ConcatInput(tiles, conv(concat_channels * patch ** 2, width, bias=False))
+        self.down = nn.ModuleList()
+        skips = []                           # channels that every block leaves for the way up
+        dim = width
+        for level, mult in enumerate(mults):
             if level > 0:
                 self.down.append(conv(dim, dim, stride=2))
-                skips += [dim] * ddpm_layout
             for _ in range(blocks):
-                self.down.append(block(dim, wide, 2 ** level))
-                dim = wide
+                self.down.append(Block(dim, width * mult, dim_emb, attention[level], head_dim))
+                dim = width * mult
                 skips.append(dim)
-        # DDPM's middle has attention, whether the level around it has or not
-        self.middle = block(dim, dim, max(attention, default=0) if ddpm_layout else 2 ** level)
-        self.middle_again = block(dim, dim, 0) if ddpm_layout else None
-        for level, wide in reversed(list(enumerate(widths))):
-            for _ in range(blocks + ddpm_layout):
-                self.up.append(block(dim + skips.pop(), wide, 2 ** level))
-                dim = wide
+        self.middle = Block(dim, dim, dim_emb, attention[-1], head_dim)
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(mults))):
+            for _ in range(blocks):
+                self.up.append(Block(dim + skips.pop(), width * mults[level], dim_emb,
+                                     attention[level], head_dim))
+                dim = width * mults[level]
             if level > 0:
-                finer = dim if ddpm_layout else widths[level - 1]
+                finer = width * mults[level - 1]
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(dim, finer)))
                 dim = finer
-        self.detail = conv(in_channels, detail) if detail else None
-        last, kernel = (detail, 1) if detail else (out_channels, 3)         # the path smooths, too
-        self.output = nn.Sequential(normalize(dim), nn.SiLU(), conv(dim, last * patch ** 2, kernel))
-        self.output_detail = nn.Sequential(conv(2 * detail, detail), nn.SiLU(), conv(
-            detail, out_channels)) if detail else nn.Identity()
-        zero((self.output_detail if detail else self.output)[-1])
+        last = conv(dim, channels * patch ** 2)
+        nn.init.zeros_(last.weight)          # a fresh network returns 0, so gates wait a step
+        nn.init.zeros_(last.bias)
+        self.output = nn.Sequential(normalize(dim), nn.SiLU(), last, nn.PixelShuffle(patch))
 
-    def forward(self, x, c_noise, label=None, action=None, motion=None, given=None, temporal=1.0):
-        B, T = x.shape[:2]
-        strength = expand(torch.as_tensor(temporal).to(x), x)                # (B or 1, 1, 1, 1, 1)
-        c_noise = c_noise if c_noise.ndim == 2 else c_noise[:, None].expand(B, T)          # (B, T)
-        # 1000: fourier is made for the numbers of DDPM's steps, log(sigma) / 4 spans about 2
-        waves = fourier(1000 * c_noise, self.embed[0].in_features)                  # (B, T, waves)
-        emb = self.embed(waves)                                                         # (B, T, E)
-        if given is not None:
-            emb = torch.where(given[..., None], self.embed_given(waves), emb)
-        for name, told in dict(label=label, action=action, motion=motion).items():
-            if told is not None and getattr(self, f"embed_{name}") is None:
-                raise ValueError(f"{name} was given, but this model was built without")
-        if label is not None:
-            emb = emb + self.embed_label(label + 1)[:, None]             # row 0, for none, stays 0
-        if action is not None:
-            told, action = ~action.isnan(), action.nan_to_num()
-            emb = emb + self.embed_action(torch.cat([action, told.to(action)], -1))
-            action = (fourier(action, 128) * told[..., None]).flatten(2)             # (B, T, 128 A)
-        if motion is not None:
-            told = (motion >= 0).to(x)                                                       # (B,)
-            rank = (motion - 0.5) * math.sqrt(12) * told  # even ranks: mean 0, deviation 1; (B,)
-            emb = emb + self.embed_motion(torch.stack([rank, told], -1))[:, None]
-
-        def step(layer, x):                    # a block, or to half or twice the height and width
-            block = isinstance(layer, Block)
-            return layer(x, emb, strength, action) if block else each_frame(layer, x)
-
-        frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)      # (B T, C, H, W)
-        tiles = F.pixel_unshuffle(frames, self.patch)                   # (B T, C p p, H / p, W / p)
-        x = self.input(tiles).unflatten(0, (B, T))                     # (B, T, width, H / p, W / p)
-        skips = [x] if self.ddpm_layout else []
+    def forward(self, x, c_noise, concat=None, temporal=1.0, **conditions):
+        emb = self.embed(waves(1000 * c_noise, 64))     # waves are made for numbers in the hundreds
+        for name, value in conditions.items():
+            if name not in self.conditions:
+                raise ValueError(f"{name} was given, but this network was built without")
+            emb = emb + self.conditions[name](value)                                     # (B, T, E)
+        x = each_frame(self.input, x)                          # (B, T, width, H / patch, W / patch)
+        temporal = expand(torch.as_tensor(temporal).to(x), x)                # (B or 1, 1, 1, 1, 1)
+        if concat is not None:
+            if self.concat is None:
+                raise ValueError("given frames need a network that was built with concat_channels")
+            x = x + temporal * each_frame(self.concat, concat)
+        skips = []
         for layer in self.down:
-            x = step(layer, x)
-            if self.ddpm_layout or isinstance(layer, Block):
+            if isinstance(layer, Block):
+                x = layer(x, emb, temporal)
                 skips.append(x)
-        x = step(self.middle, x)
-        x = step(self.middle_again, x) if self.ddpm_layout else x
+            else:
+                x = each_frame(layer, x)
+        x = self.middle(x, emb, temporal)
         for layer in self.up:
-            if isinstance(layer, Block):       # joined as pictures: channels stay last in memory
-                x = torch.cat([y.flatten(0, 1) for y in (x, skips.pop())], 1).unflatten(0, (B, T))
-            x = step(layer, x)
-        x = F.pixel_shuffle(self.output(x.flatten(0, 1)), self.patch)               # (B T, C, H, W)
-        if self.detail is not None:
-            x = self.output_detail(torch.cat([self.detail(frames), x], 1))
-        return x.unflatten(0, (B, T))
+            if isinstance(layer, Block):
+                x = layer(torch.cat([x, skips.pop()], dim=2), emb, temporal)
+            else:
+                x = each_frame(layer, x)
+        return each_frame(self.output, x)                                          # (B, T, C, H, W)
 
 # ==================================================================================================
-# 8. Adapters
-# ==================================================================================================
-# To train a few per cent of a trained network: each wraps a layer, and its last part is zero, so
-# that at first nothing changes, bit for bit. adapt puts them in, trainable freezes the rest.
-
-class LoRA(nn.Module):
-    """layer(x) + B A x for a Linear or a convolution (LoRA; Vista: rank 16): A goes down to `rank`
-    channels, normal with standard deviation 1 / rank as in Vista, B up again, zero."""
-
-    def __init__(self, layer, rank=4):
-        super().__init__()
-        self.layer, (dim, dim_in), Layer = layer, layer.weight.shape[:2], type(layer)
-        linear = isinstance(layer, nn.Linear)
-        window = () if linear else (layer.kernel_size, layer.stride, layer.padding)
-        self.lora_down = Layer(dim_in, rank, *window, bias=False)
-        self.lora_up = zero(Layer(rank, dim, *(() if linear else (1,)), bias=False))
-        nn.init.normal_(self.lora_down.weight, std=1 / rank)
-
-    def forward(self, x):
-        return self.layer(x) + self.lora_up(self.lora_down(x))
-
-    @torch.no_grad()
-    def merge(self):
-        """The wrapped layer with B A added to its weight: the same answers at the old cost."""
-        low_rank = self.lora_up.weight.flatten(1) @ self.lora_down.weight.flatten(1)
-        self.layer.weight += low_rank.view_as(self.layer.weight)
-        return self.layer
-
-class SpatialAdapter(nn.Module):
-    """h + up(GELU(down(h))) at each place of h = layer(x, ...), (B, T, C, H, W) (SimDA)."""
-
-    def __init__(self, layer, dim, rank):
-        super().__init__()
-        self.layer, self.adapter_down = layer, nn.Linear(dim, rank)
-        self.adapter_up = zero(nn.Linear(rank, dim))
-
-    def forward(self, x, *more):
-        h = self.layer(x, *more)
-        return h + self.adapter_up(F.gelu(self.adapter_down(h.movedim(2, -1)))).movedim(-1, 2)
-
-class FeedForwardAdapter(SpatialAdapter):
-    """layer(x) + up(GELU(down(x))), beside a layer of tokens (..., C) (SimDA)."""
-
-    def forward(self, x):
-        return self.layer(x) + self.adapter_up(F.gelu(self.adapter_down(x)))
-
-class TemporalAdapter(nn.Module):
-    """h + up(conv(down(h))) of h = layer(x, emb), (B, T, C, H, W): conv looks at three frames, each
-    channel alone (SimDA). An image model, strength 0, goes without."""
-
-    def __init__(self, layer, dim, rank):
-        super().__init__()
-        self.layer, self.adapter_down = layer, nn.Conv3d(dim, rank, 1)
-        self.adapter_conv = nn.Conv3d(rank, rank, (3, 1, 1), padding=(1, 0, 0), groups=rank)
-        self.adapter_up = zero(nn.Conv3d(rank, dim, 1))
-
-    def forward(self, x, emb, strength=1.0):
-        h = self.layer(x, emb, strength)
-        more = self.adapter_up(self.adapter_conv(self.adapter_down(h.transpose(1, 2))))
-        return h + (strength * more.transpose(1, 2)).to(h)             # or h would become float32
-
-def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4))):
-    """Each place of x (B, T, H, W, ...) as it was shifts[y % 4][x % 4] frames ago or, had the clip
-    not begun, as it is: four by four places then show five frames (SimDA's code)."""
-    t, h, w = (torch.arange(n, device=x.device) for n in x.shape[1:4])
-    t, h = t[:, None, None], h[:, None]
-    source = t - torch.tensor(shifts, device=x.device)[h % 4, w % 4]                     # (T, H, W)
-    return x[:, torch.where(source < 0, t, source), h, w]
-
-def shift_attention(q, k, v, code=False):
-    """SimDA's latent-shift attention, all (B, T, H, W, heads, d): each frame looks at 2 H W tokens
-    instead of T H W. The paper: its own, and its own shifted; code=True, as its code has it: those
-    of the frame before (of the first: its own) shifted, and its own shifted."""
-    def seen(x):
-        moved = shift_tokens(x)
-        first = moved[:, [0, *range(x.shape[1] - 1)]] if code else x
-        return torch.cat([first, moved], 2).flatten(2, 3).transpose(2, 3)   # (B, T, heads, 2HW, d)
-
-    h = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(2, 3), seen(k), seen(v))
-    return h.transpose(2, 3).reshape(q.shape)
-
-def adapt(denoiser, kind="lora", rank=4, layers=("space", "time", "output", "detail")):
-    """Put adapters into a denoiser; return their parameters. lora: around matrices and convolutions
-    with one of `layers` in their names (Vista: qkv and .out). simda: temporal ones behind
-    ResBlocks, spatial ones behind attention over space, others beside feed-forward layers."""
-    if kind not in ("lora", "simda") or rank < 1:
-        raise ValueError(f"adapters is {kind!r}, rank {rank}: expected lora or simda, 1 or more")
-    before = set(denoiser.parameters())
-    for name, layer in reversed(list(denoiser.net.named_modules())):             # inner ones first
-        linear = isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d))
-        attention = isinstance(layer, (SpatialAttention, TemporalAttention))
-        known = not name.startswith("embed")                    # whose width the network asks for
-        if kind == "lora" and linear and known and any(word in name for word in layers):
-            new = LoRA(layer, rank)
-        elif kind == "simda" and isinstance(layer, ResBlock):
-            new = TemporalAdapter(layer, layer.conv2.out_channels, rank)
-        elif kind == "simda" and attention and getattr(layer, "joint", True):
-            new = SpatialAdapter(layer, layer.out.out_features, rank)
-        elif kind == "simda" and name.endswith("feed_forward"):
-            new = FeedForwardAdapter(layer, layer[-1].out_features, rank)
-        else:
-            continue
-        denoiser.net.set_submodule(name, new.to(next(layer.parameters()).device))
-    return [p for p in denoiser.parameters() if p not in before]
-
-def part_of(name):
-    """The part of a model to which a parameter of this name belongs."""
-    words = dict(lora_="lora", adapter_="adapters", embed_label="actions", embed_action="actions",
-                 embed_motion="actions", time="temporal")
-    return next((part for word, part in words.items() if word in name), "spatial")
-
-def trainable(model, parts=("all",)):
-    """Freeze a model but for these parts (part_of, or all). On a CPU let its input need a gradient,
-    or PyTorch 2.13 dies in the backward pass of a GroupNorm (channels_last) with nothing before."""
-    has = {part_of(name) for name, _ in model.named_parameters()} | {"all"}
-    if not parts or not has.issuperset(parts):
-        raise ValueError(f"train is {' '.join(parts)}, but the parts of this model are "
-                         f"{', '.join(sorted(has))}: lora and adapters come with --adapters")
-    for name, p in model.named_parameters():
-        p.requires_grad_("all" in parts or part_of(name) in parts)
-
-# ==================================================================================================
-# 9. EMA
+# 6. EMA
 # ==================================================================================================
 
 class EMA:
-    """The moving average of a model's weights, in float32: .update(model) after every step, sample
-    from .model. Update n keeps min(decay, (1 + n) / (10 + n)) of it, a warm-up that makes it of use
-    from the first steps on. Buffers are copied."""
+    """The moving average of a model's weights, float32. Call update(model) after every step.
 
-    def __init__(self, model, decay=0.999):
+    The last weights of a run are noisy; their average draws better videos: sample from .model.
+    Early on it forgets faster: update n keeps the share min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, model, decay=0.995):
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 
@@ -1229,18 +466,396 @@ class EMA:
             copied.copy_(b)
 
 # ==================================================================================================
-# 10. Autoencoder
+# 7. Generation
 # ==================================================================================================
-# Latent diffusion: a small network learns to say a frame in far fewer numbers, and only those are
-# diffused. First encoder and decoder learn from frames; then, from clips, the decoder's temporal
-# layers alone, gated residuals again, so that what it fills in does not flicker (Video LDM).
+
+def guided(denoise, scale):
+    """Context guidance: free + scale * (given - free) (Video LDM eq. 4; classifier-free guidance).
+
+    given is the estimate under all conditions, free under none; training must have shown both.
+    Scale 1 is the plain estimate; more exaggerates conditions. scale is a number, or (T,)."""
+    scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (1 or T, 1, 1, 1)
+    def denoise_guided(x, sigma, **conditions):
+        if len(scale) not in (1, x.shape[1]):
+            raise ValueError(f"scale has {len(scale)} numbers: expected 1 or {x.shape[1]}")
+        free = denoise(x, sigma)
+        given = denoise(x, sigma, **conditions)
+        estimate = free + scale.to(x) * (given - free)                             # (B, T, C, H, W)
+        if "mask" in conditions:                                 # given frames stay as they are
+            estimate = torch.where(expand(conditions["mask"], x) == 1, given, estimate)
+        return estimate
+    return denoise_guided
+
+def skip_guided(denoise, scale):
+    """Spatiotemporal skip guidance: together + (scale - 1) * (together - alone) (Hyung et al.).
+
+    alone is the estimate with temporal=0, each frame on its own, which training must have shown. To
+    exaggerate the difference makes frames agree. Wrap denoise by this first, then by guided."""
+    def denoise_guided(x, sigma, **conditions):
+        together = denoise(x, sigma, **conditions)
+        alone = denoise(x, sigma, temporal=0.0, **conditions)
+        return together + (scale - 1) * (together - alone)                         # (B, T, C, H, W)
+    return denoise_guided
+
+def clip_noise(seed, clips, device="cpu"):
+    """A function noise(*shape) -> unit noise (len(clips), *shape), other numbers at every call.
+
+    Each clip number has a generator of its own, on the CPU: clip 3 of 8 is clip 3 drawn alone."""
+    states = [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in clips]
+    generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]
+    def noise(*shape):
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    return noise
+
+def generate(denoise, shape, sigmas, sampler=sample_dpmpp_2m, noise=None, seed=0, **conditions):
+    """One window of video, of this shape (B, T, C, H, W), on the device of sigmas. noise is a
+    clip_noise, by default of clips 0 ... B - 1 of this seed."""
+    if noise is None:
+        noise = clip_noise(seed, range(shape[0]), sigmas.device)
+    x = sigmas[0].item() * noise(*shape[1:])
+    return sampler(partial(denoise, **conditions), x, sigmas, lambda x: noise(*x.shape[1:]))
+
+def given_frames(context, mask, start):
+    """The default `tell` of rollout: the given frames, if there are any."""
+    return dict(context=context, mask=mask) if mask.any() else {}
+
+def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
+            tell=given_frames, **options):
+    """Yield a video of any length, in pieces (B, n, C, H, W), window by window.
+
+    A window has this shape (B, T, C, H, W), and its first frames are given: the last `overlap`
+    frames so far (Video LDM, Vista). The memory needed does not grow with the length;
+    torch.cat(list(rollout(...)), 1) is the whole video. context (B, n, C, H, W) are its first n
+    frames, seed and clips are those of clip_noise, and options go to generate. tell is a function
+    (context, mask, start) -> conditions of the window that begins at frame `start`."""
+    B, T, *chw = shape
+    noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
+    last = torch.zeros(B, 0, *chw) if context is None else context                 # (B, n, C, H, W)
+    done = last.shape[1]
+    if done >= T or (length > T and not 0 < overlap < T):
+        raise ValueError(f"overlap is {overlap}, and context has {done} frames: a window of {T} "
+                         f"frames has room for {T - 1}, and needs an overlap of 1 or more")
+    if done > 0:
+        yield last
+    while done < length:
+        n = last.shape[1]
+        given = F.pad(last.to(sigmas.device), (0, 0, 0, 0, 0, 0, 0, T - n))        # (B, T, C, H, W)
+        mask = (torch.arange(T, device=sigmas.device) < n).float().expand(B, T)
+        told = tell(given, mask, done - n)
+        window = generate(denoise, shape, sigmas, noise=noise, **told, **options)
+        new = window[:, n:][:, :length - done]
+        done += new.shape[1]
+        last = torch.cat([given[:, :n], new], dim=1)[:, -overlap:]
+        yield new
+
+# ==================================================================================================
+# 8. Demo
+# ==================================================================================================
+
+def moving_shapes(n, frames=8, size=16, radius=3):
+    """n clips (n, frames, 1, size, size) of a white disc or square that moves and bounces."""
+    room = size - 2 * radius                                     # the centre has this much to move
+    angle = 2 * math.pi * torch.rand(n, 1)
+    velocity = torch.stack([angle.sin(), angle.cos()], dim=2)                            # (n, 1, 2)
+    path = room * torch.rand(n, 1, 2) + velocity * torch.arange(frames)[:, None]    # (n, frames, 2)
+    path = radius + room - (path % (2 * room) - room).abs()         # a triangle wave: walls reflect
+    y, x = (torch.arange(size) + 0.5 - path[..., None]).abs().unbind(2)          # (n, frames, size)
+    y, x = y[..., :, None], x[..., None, :]
+    square = torch.rand(n, 1, 1, 1) < 0.5
+    distance = torch.where(square, torch.maximum(y, x), torch.hypot(y, x))
+    return 2 * (radius + 0.5 - distance).clamp(0, 1)[:, :, None] - 1
+
+def demo(path="demo.gif", steps=600, batch=16, seed=0):
+    """Train a small model on moving shapes, and write 16 videos of it, twice as long, to a GIF."""
+    torch.manual_seed(seed)
+    denoiser = Denoiser(VideoUNet(channels=1, concat_channels=2, mults=(1, 2, 4)))
+    ema = EMA(denoiser)
+    gates = [p for name, p in denoiser.named_parameters() if name.endswith("gate")]
+    others = [p for name, p in denoiser.named_parameters() if not name.endswith("gate")]
+    optimizer = torch.optim.AdamW([dict(params=others), dict(params=gates)])
+    rates = torch.optim.lr_scheduler.OneCycleLR(            # gates have far to go, from 0 to 1
+        optimizer, [3e-3, 3e-2], steps, pct_start=0.1, cycle_momentum=False)
+    for step in range(steps):
+        clean = moving_shapes(batch)                                               # (B, T, C, H, W)
+        sigma = lognormal(torch.rand(batch))
+        mask = first_frames(batch, 8, odds=[0.5, 0, 0, 0, 0.5])   # of half the clips 4 are given
+        temporal = (torch.rand(batch) > 0.1).float()              # of a tenth each frame is alone
+        loss, _ = diffusion_loss(denoiser, clean, sigma, torch.randn_like(clean), context=clean,
+                                 mask=mask, temporal=temporal)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        ema.update(denoiser)
+        print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", end="\r", flush=True)
+    denoise = skip_guided(ema.model, 1.5)
+    video = torch.cat(list(rollout(denoise, 16, (16, 8, 1, 16, 16), karras_sigmas(20))), dim=1)
+    frames = rearrange(video, "(a b) t 1 h w -> t (a h) (b w)", a=4)           # 4 x 4 side by side
+    pixels = (127.5 * (frames.clamp(-1, 1) + 1)).to(torch.uint8).numpy()
+    import imageio.v3 as iio
+    iio.imwrite(path, pixels.repeat(6, axis=1).repeat(6, axis=2), duration=125, loop=0)
+    print(f"\nwrote {path}")
+
+# ##################################################################################################
+# PART II. THE PAPERS. Skip it at first reading, and paste from it later.
+# ##################################################################################################
+# Every section adds to Part I by one of four ways: a function handed in (a schedule, a weight, a
+# sampler), a wrapper of denoise, a subclass of Denoiser, or a module in the network's conditions.
+
+# ==================================================================================================
+# 9. DDPM, VDM, EDM
+# ==================================================================================================
+
+def from_betas(u, betas):
+    """sigma(u) of a DDPM schedule, with straight lines in log(sigma) between its steps.
+
+    abar_t = prod(1 - beta), and sigma_t^2 = (1 - abar_t) / abar_t (DDPM eq. 4)."""
+    abar = np.cumprod(1 - betas)
+    log_sigma = 0.5 * (np.log1p(-abar) - np.log(abar))
+    log_sigma = np.interp(u.double().cpu().numpy(), np.linspace(0, 1, len(betas)), log_sigma)
+    return torch.as_tensor(np.exp(log_sigma), dtype=torch.float32, device=u.device)
+
+def linear(u, start=1e-4, end=0.02, steps=1000):
+    """Noise levels for training: beta rises in a straight line (DDPM)."""
+    return from_betas(u, np.linspace(start, end, steps))
+
+def scaled_linear(u, start=0.0015, end=0.0195, steps=1000):
+    """Noise levels for training: sqrt(beta) rises in a straight line.
+
+    These are PVDM's numbers; Stable Diffusion has 0.00085 and 0.012. Configuration files of latent
+    diffusion call this schedule "linear", which it is not."""
+    return from_betas(u, np.linspace(start ** 0.5, end ** 0.5, steps) ** 2)
+
+def cosine(u, logsnr_max=20.0):
+    """Noise levels for training: the cosine schedule, sigma = tan(a u + b) (VDM, appendix A).
+
+    u is uniform in (0, 1). log(1 / sigma^2) falls from logsnr_max at u = 0 to -logsnr_max at 1."""
+    b = math.atan(math.exp(-logsnr_max / 2))
+    return torch.tan((math.pi / 2 - 2 * b) * u.double() + b).float()
+
+def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
+    """Noise levels for training: abar(u) falls from 1 to 0 along a piece of a logistic curve
+    (Jabri et al. 2022; diffusion forcing)."""
+    first, last = torch.tensor([start, end], dtype=torch.float64).sigmoid()
+    here = torch.sigmoid(u.double() * (end - start) + start)
+    sigma = ((here - first) / (last - here)).sqrt()                    # sqrt((1 - abar) / abar)
+    return sigma.clamp(math.exp(-logsnr_max / 2), math.exp(logsnr_max / 2)).float()
+
+SCHEDULES = dict(linear=linear, scaled_linear=scaled_linear, cosine=cosine, sigmoid=sigmoid,
+                 lognormal=lognormal)
+
+def resolution_shift(sigma, size, base=64):
+    """Noise levels made for frames of base x base pixels, for frames of size (H, W).
+
+    log(SNR) moves by 2 log(base / size) (Hoogeboom et al. 2023). Neighbouring pixels of a large
+    frame repeat each other, so the same damage needs more noise."""
+    return sigma * math.sqrt(size[0] * size[1]) / base
+
+def stratified(n):
+    """n random numbers in (0, 1), one in each of n equal bins, in order and shifted together: (n,).
+
+    Given to a schedule, they make every batch see all noise levels, so gradients vary less."""
+    return ((torch.rand(1) + torch.arange(n) / n) % 1).clamp(1e-5, 1 - 1e-5)
+
+def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
+    """Weight of the squared error of the clean estimate, of the shape of sigma.
+
+    eps, v, x0, edm  the plain squared error of what a network of that kind predicts
+    min_snr          min(1 / sigma^2, gamma): easy noise levels do not drown the rest (Hang 2023)
+    inverse          1 / sigma"""
+    snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
+    if weighting == "x0":
+        return torch.ones_like(snr)
+    if weighting == "eps":
+        return snr
+    if weighting == "v":
+        return snr + 1
+    if weighting == "edm":
+        return snr + sigma_data ** -2
+    if weighting == "min_snr":
+        return snr.clamp(max=gamma)
+    if weighting == "inverse":
+        return inverse_sigma(sigma)
+    raise ValueError(f"weighting is {weighting!r}, expected eps, v, x0, edm, min_snr or inverse")
+
+@torch.no_grad()
+def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
+    """Ancestral sampling (DDPM, algorithm 2): the mean of q(next | x, clean), plus fresh noise.
+
+    The noise has the variance of that distribution for gamma = 0, that of the forward step for 1,
+    and one between them for others (VDM: 0.1)."""
+    for s, t in pairs(sigmas):
+        clean = denoise(x, constant(s, x))
+        keep = (t / s) ** 2
+        x = clean + keep * (x - clean)
+        if t > 0:
+            low = (1 - keep) * t ** 2
+            high = (1 - keep) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)     # (1 + t^2) beta, as in z
+            x = x + math.sqrt(low ** (1 - gamma) * high ** gamma) * randn(x)
+    return x
+
+@torch.no_grad()
+def sample_heun(denoise, x, sigmas, randn=None):
+    """Heun's method (EDM, algorithm 1): an Euler step, again with the mean slope of both ends.
+
+    The error falls with the square of the step, for two evaluations a step."""
+    for s, t in pairs(sigmas):
+        clean = denoise(x, constant(s, x))
+        if t == 0:
+            return clean
+        slope = (x - clean) / s
+        ahead = x + (t - s) * slope
+        slope_ahead = (ahead - denoise(ahead, constant(t, x))) / t
+        x = x + (t - s) * (slope + slope_ahead) / 2
+    return x
+
+SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=sample_dpmpp_2m,
+                dpmpp_2m_sde=partial(sample_dpmpp_2m, eta=1.0))
+
+def joint_image_loss(denoiser, clean, images, sigma, noise, loss=diffusion_loss, **options):
+    """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) (VDM sec. 3).
+
+    It is the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
+    attention, so that each picture sees itself alone. A clip of one frame does the same. Pictures
+    have the noise level of their clip, and no condition. noise is (B, T + N, C, H, W); weight and
+    conditions are those of loss."""
+    T = clean.shape[1]
+    N = images.shape[1]
+    video, error = loss(denoiser, clean, sigma, noise[:, :T], **options)
+    weight = options.get("weight", inverse_sigma)
+    single, _ = loss(denoiser, images.flatten(0, 1)[:, None], sigma.repeat_interleave(N),
+                     noise[:, T:].flatten(0, 1)[:, None], weight=weight)
+    return (T * video + N * single) / (T + N), error
+
+def reconstruction_guided(denoise, context, mask, weight=1.0):
+    """Give frames to a model that was never trained to be given any (VDM sec. 3.1).
+
+    Where mask (B, T) is 1 the estimate is context, so samplers keep x there at context + sigma *
+    noise. Elsewhere the estimate moves to where the network, too, would estimate context. weight
+    above 1 moves it further; 0 is mere replacement, whose new frames do not fit the given ones. It
+    costs a backward pass."""
+    # VDM eq. 7 adds -(weight alpha / 2) grad_z |x_a - guess_a|^2; with z = alpha x alpha drops out
+    given = expand(mask, context) == 1                                             # (B, T, 1, 1, 1)
+
+    def denoise_guided(x, sigma, **conditions):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            guess = denoise(x, sigma, **conditions)                                # (B, T, C, H, W)
+            error = torch.where(given, context - guess, 0).square().sum()
+        gradient, = torch.autograd.grad(error, x)
+        return torch.where(given, context, guess.detach() - weight / 2 * gradient)
+
+    return denoise_guided
+
+# ==================================================================================================
+# 10. Video LDM
+# ==================================================================================================
+
+def draw_mask(batch, frames, odds, task="predict"):
+    """A mask (batch, frames), 1 where a frame is given. With odds[0] no frame is, for guidance.
+    Otherwise, by task:
+
+    predict  the first n frames, n drawn with odds[n] (first_frames)
+    ends     the first and the last frame (PixelDance)
+    any      1 to T - 1 of the frames, by chance (flexible diffusion, Harvey et al. 2022)
+    all      all frames, which then must be hints"""
+    first = first_frames(batch, frames, odds)
+    some = first[:, :1]                                                                  # (B, 1)
+    if task == "predict":
+        return first
+    if task == "all":
+        return some.expand(batch, frames).clone()
+    if task == "ends":
+        return torch.where(torch.arange(frames) % (frames - 1) == 0, some, 0)
+    if task == "any":
+        order = torch.rand(batch, frames).argsort(1).argsort(1)                # 0 ... T - 1, mixed
+        return torch.where(order < torch.randint(1, frames, (batch, 1)), some, 0)
+    raise ValueError(f"task is {task!r}, expected predict, ends, any or all")
+
+def zero(layer):
+    """Set a layer's parameters to 0."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+class NumberEmbedding(nn.Module):
+    """A condition that is one number per clip (B,), -1 for none -> (B, 1, E), at first 0.
+
+    Video LDM and SVD tell such numbers: the level of noise augmentation, the frame rate."""
+
+    def __init__(self, dim_emb=256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(64, dim_emb), nn.SiLU(), zero(nn.Linear(dim_emb, dim_emb)))
+
+    def forward(self, number):
+        told = (number >= 0).float()[:, None, None]                                     # (B, 1, 1)
+        return told * self.mlp(waves(1000 * number, 64))[:, None]                       # (B, 1, E)
+
+class LabelEmbedding(nn.Module):
+    """A condition that is a class, 0 ... labels - 1, or -1 for none -> an embedding, at first 0.
+
+    The class is given per clip, (B,) -> (B, 1, E), or per frame, (B, T) -> (B, T, E)."""
+
+    def __init__(self, labels, dim_emb=256):
+        super().__init__()
+        self.table = zero(nn.Embedding(labels + 1, dim_emb, padding_idx=0))        # row 0 stays 0
+
+    def forward(self, label):
+        emb = self.table(label.long() + 1)
+        return emb[:, None] if label.ndim == 1 else emb
+
+def hint(context, mask, level, noise):
+    """Conditions under which frames are no longer given exactly, but as hints: noise augmentation.
+
+    Noise of this level (B,) is put on context (B, T, C, H, W), and the network is told the level
+    through conditions={"augmentation": NumberEmbedding()}. Every frame is estimated, those that
+    mask (B, T) marks too. A model trained so forgives faults in what it is given (Video LDM's
+    up-sampler and interpolation; GameNGen)."""
+    noisy = context + expand(level, context) * noise
+    told = torch.where(mask.amax(1) > 0, level, -1.0)                                         # (B,)
+    return dict(concat=concat_frames(noisy, mask.to(context)), augmentation=told)
+
+def blurred(clip, factor=4):
+    """A clip (B, T, C, H, W) as it looks from frames `factor` times smaller: what an up-sampler is
+    given as a hint."""
+    small = F.interpolate(clip.flatten(0, 1), scale_factor=1 / factor, mode="area")
+    return F.interpolate(small, scale_factor=factor, mode="bilinear").view_as(clip)
+
+def interpolate(denoise, key_frames, factor, frames, sigmas, seed=0, clips=None, **options):
+    """Put factor - 1 new frames between neighbours of key_frames (B, K, C, H, W), K > 1.
+
+    The key frames stay as they are; the result is (B, factor (K - 1) + 1, C, H, W). Video LDM (sec.
+    3.3) does it twice with factor 4. denoise must know such masks (task "any" of draw_mask). frames
+    is the length of a window; other arguments are those of rollout."""
+    if not 1 < factor < frames:
+        raise ValueError(f"factor is {factor}, expected 2 to {frames - 1}, in windows of {frames}")
+    B, K, *chw = key_frames.shape
+    noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
+    gaps = (frames - 1) // factor                                         # gaps filled per window
+    pieces = [key_frames[:, :1]]
+    for start in range(0, K - 1, gaps):
+        keys = key_frames[:, start:start + gaps + 1]                               # (B, k, C, H, W)
+        at = torch.arange(keys.shape[1]) * factor
+        context = keys.new_zeros(B, frames, *chw)
+        context[:, at] = keys
+        mask = keys.new_zeros(B, frames)
+        mask[:, at] = 1
+        window = generate(denoise, (B, frames, *chw), sigmas, noise=noise, context=context,
+                          mask=mask, **options)
+        pieces.append(window[:, 1:at[-1] + 1])
+    return torch.cat(pieces, dim=1)
+
+# Latent diffusion: a small network learns to say a frame in far fewer numbers, latents, and only
+# those are diffused. Encoder and decoder first learn from frames. Then the decoder's temporal
+# layers alone learn from clips, so that what the decoder fills in does not flicker.
 
 class Autoencoder(nn.Module):
-    """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), and decode
-    back; factor is a power of two, from 2. Noise levels mean nothing unless one knows how far
-    latents spread: so mean and std of each channel are measured, kept with the weights, and used
-    on both ways. (Stable Diffusion's is one number that each program must know, 0.18215: forget it
-    on one of the two ways, and colours come out wrong.)"""
+    """encode(clip (B, T, C, H, W)) -> latents (B, T, latent, H / factor, W / factor), and decode.
+
+    factor is a power of two, from 2. Noise levels mean nothing unless one knows how far latents
+    spread. So the mean and standard deviation of every channel are measured, kept with the weights,
+    and used both ways. (Stable Diffusion's is one number that every program must know, 0.18215.)"""
 
     def __init__(self, channels=3, latent=4, width=32, factor=4):
         super().__init__()
@@ -1262,23 +877,25 @@ class Autoencoder(nn.Module):
         self.register_buffer("std", torch.ones(latent, 1, 1))
 
     def posterior(self, clip):
-        """Mean and log variance of latents: training decodes draws of them, encode the mean."""
-        mean, log_var = each_frame(self.encoder, clip).chunk(2, 2)                 # (B, T, c, h, w)
+        """Mean and log variance of the latents: training decodes draws of them, encode the mean."""
+        mean, log_var = each_frame(self.encoder, clip).chunk(2, dim=2)             # (B, T, c, h, w)
         return mean, log_var.clamp(-30, 20)
 
     def render(self, latents, temporal=1.0):
-        """Decode latents as the encoder gives them; with temporal 0 each frame on its own."""
+        """Decode latents as the encoder gives them. With temporal = 0 each frame is on its own."""
         x = each_frame(self.input, latents)
         none = x.new_zeros(*x.shape[:2], 1)                    # where a denoiser's noise level goes
         for layer in self.decoder:
-            block = isinstance(layer, ResBlock)
-            x = layer(x, none, temporal) if block else each_frame(layer, x)
+            if isinstance(layer, ResBlock):
+                x = layer(x, none, temporal)
+            else:
+                x = each_frame(layer, x)
         return each_frame(self.output, x)                                          # (B, T, C, H, W)
 
     @torch.no_grad()
     def measure(self, clips):
         """Find each channel's mean and standard deviation over clips, each (B, T, C, H, W)."""
-        mean = torch.cat([self.posterior(x)[0].movedim(2, 0).flatten(1) for x in clips], 1)
+        mean = torch.cat([self.posterior(x)[0].movedim(2, 0).flatten(1) for x in clips], dim=1)
         self.mean.copy_(mean.mean(1)[:, None, None])
         self.std.copy_(mean.std(1).clamp(min=1e-6)[:, None, None])
 
@@ -1286,69 +903,479 @@ class Autoencoder(nn.Module):
         return (self.posterior(clip)[0] - self.mean) / self.std
 
     def stream(self, pieces, temporal=1.0):
-        """Decode latents that come in pieces (B, n, c, h, w), each frame once all that its temporal
-        layers reach has come: the clip of decode, in memory that does not grow with its length."""
-        pieces = iter(pieces)
-        z, done, more = next(pieces), 0, True               # latents at hand, how many are decoded
-        while more is not None:
-            more = next(pieces, None)
-            ready = z.shape[1] - self.reach * (more is not None)
+        """Decode latents that come in pieces (B, n, c, h, w): the same clip as decode gives.
+
+        A frame is decoded as soon as all that its temporal layers see has come, so the memory
+        needed does not grow with the length."""
+        latents = None
+        done = 0                                       # how many of the latents at hand are decoded
+        for piece in pieces:
+            latents = piece if latents is None else torch.cat([latents, piece], dim=1)
+            ready = latents.shape[1] - self.reach
             if ready > done:
-                with torch.autocast(z.device.type, enabled=False):
-                    clip = self.render(z * self.std + self.mean, temporal)
-                yield clip[:, done:ready]
-                z, done = z[:, max(0, ready - self.reach) :], min(ready, self.reach)
-            z = z if more is None else torch.cat([z, more], 1)
+                yield self.decode_all(latents, temporal)[:, done:ready]
+                start = max(0, ready - self.reach)
+                latents = latents[:, start:]
+                done = ready - start
+        yield self.decode_all(latents, temporal)[:, done:]
+
+    def decode_all(self, latents, temporal=1.0):
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.render(latents.float() * self.std + self.mean, temporal)
 
     def decode(self, latents, chunk=16, temporal=1.0):
-        return torch.cat(list(self.stream(latents.split(chunk, 1), temporal)), 1)
+        return torch.cat(list(self.stream(latents.split(chunk, 1), temporal)), dim=1)
 
 def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
-    """A scalar and its parts by name: `reconstruction`, absolute plus squared error, and `kl`, of
-    the posterior from Normal(0, 1), mean per latent; noise is like the latents. No LPIPS, whose
-    network would have to be downloaded, and no GAN: what latents do not tell comes out blurred."""
+    """A scalar, and its parts by name: `reconstruction` and `kl`. noise is like the latents.
+
+    reconstruction is the absolute plus the squared error, kl that of the posterior from
+    Normal(0, 1), mean per latent. There is no LPIPS, whose network would have to be downloaded, and
+    no GAN: what latents do not tell comes out blurred."""
     mean, log_var = autoencoder.posterior(clip)
     error = autoencoder.render(mean + (log_var / 2).exp() * noise, temporal) - clip
-    parts = dict(reconstruction=error.abs().mean() + error.square().mean(),
-                 kl=(mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2)
-    return parts["reconstruction"] + kl * parts["kl"], {k: x.detach() for k, x in parts.items()}
+    reconstruction = error.abs().mean() + error.square().mean()
+    divergence = (mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2
+    parts = dict(reconstruction=reconstruction.detach(), kl=divergence.detach())
+    return reconstruction + kl * divergence, parts
 
 # ==================================================================================================
-# 11. Worlds that can be marked
+# 11. PVDM
+# ==================================================================================================
+# PVDM goes on clip by clip: the whole clip before is given, as further channels (sec. 3.3). Its
+# network needs concat_channels = channels.
+
+class PreviousClip(Denoiser):
+    """A Denoiser that may be given `previous` (B, T, C, H, W), the clip before this one."""
+
+    def forward(self, x, sigma, previous=None, **conditions):
+        if previous is not None:
+            conditions["concat"] = previous
+        return super().forward(x, sigma, **conditions)
+
+def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, loss=diffusion_loss, **options):
+    """PVDM eq. 9: share * (loss given the clip before) + (1 - share) * (loss given nothing).
+
+    So one network both starts a video and continues it. Other arguments are those of loss."""
+    continued, _ = loss(denoiser, clean, sigma, noise, previous=previous, **options)
+    free, error = loss(denoiser, clean, sigma, noise, **options)
+    return share * continued + (1 - share) * free, error
+
+def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None, **options):
+    """Yield a video of any length, clip by clip, each given the one before (PVDM).
+
+    previous is a whole clip to start from, and comes first. Other arguments as in rollout."""
+    noise = clip_noise(seed, range(shape[0]) if clips is None else clips, sigmas.device)
+    done = 0
+    if previous is not None:
+        previous = previous.to(sigmas.device)
+        done = previous.shape[1]
+        yield previous
+    while done < length:
+        window = generate(denoise, shape, sigmas, noise=noise, previous=previous, **options)
+        yield window[:, :length - done]
+        previous = window
+        done += window.shape[1]
+
+# ==================================================================================================
+# 12. SVD, Vista
+# ==================================================================================================
+
+def image_hint(picture, mask, level, noise):
+    """Conditions for image-to-video (SVD): the picture (B, 1, C, H, W) as a hint on every frame.
+
+    The noise of the augmentation is the same on all frames, noise (B, 1, C, H, W). Arguments are
+    otherwise those of hint."""
+    everywhere = (-1, mask.shape[1], -1, -1, -1)
+    return hint(picture.expand(everywhere), mask, level, noise.expand(everywhere))
+
+def triangle(low, high, frames):
+    """Guidance scales (T,) that rise towards the middle frame and fall again (Vista, by its code).
+
+    Windows of long videos then do not saturate more and more. With an even number of frames none
+    quite reaches high. SVD's scales only rise: torch.linspace(low, high, frames)."""
+    return low + (high - low) * (1 - torch.linspace(-1, 1, frames).abs())
+
+def guided_by(denoise, scale, names):
+    """Guidance by some conditions alone: the others go to both estimates. Arguments as in guided.
+
+    Vista guides by actions, and both of its estimates are given the frames."""
+    def denoise_guided(x, sigma, **conditions):
+        others = {name: value for name, value in conditions.items() if name not in names}
+        named = {name: value for name, value in conditions.items() if name in names}
+        return guided(partial(denoise, **others), scale)(x, sigma, **named)
+
+    return denoise_guided
+
+class Replace(Denoiser):
+    """A Denoiser whose given frames stand in x themselves, without noise (Vista sec. 3.1).
+
+    They are scaled as noisy frames of level sigma are. The network is told which they are through
+    conditions={"given": LabelEmbedding(1)}; Vista has a second network that embeds their level."""
+
+    def forward(self, x, sigma, context=None, mask=None, **conditions):
+        if context is None or mask is None:
+            return super().forward(x, sigma, context, mask, **conditions)
+        given = expand(mask, x) == 1                                               # (B, T, 1, 1, 1)
+        x = torch.where(given, context, x)
+        estimate = super().forward(x, sigma, given=mask.long() - 1, **conditions)
+        return torch.where(given, context, estimate)
+
+def dynamics_weight(estimate, clean):
+    """Vista's weight of the squared error, (B, T, C, H, W), by its code (sec. 3.1).
+
+    It is 1 in the first frame, then 1 + the squared error of the change since the frame before,
+    which is made a vector of length 1 per clip and channel. It has no gradient. For n errors that
+    are Gaussian it adds 1 / sqrt(3 n) on average, so only the few worst places gain."""
+    wrong = (estimate - clean).detach().float().diff(dim=1) ** 2               # (B, T - 1, C, H, W)
+    length = wrong.norm(2, (1, 3, 4), keepdim=True)                                # (B, 1, C, 1, 1)
+    return 1 + F.pad(wrong / length.clamp(min=1e-12), (0, 0, 0, 0, 0, 0, 1, 0))
+
+def high_pass(x, cut=0.25):
+    """Edges and texture of every frame of x (..., H, W), in float32 (Vista eq. 5).
+
+    Frequencies (f, g) with f^2 + g^2 <= 2 cut are taken out, where 1 is the highest on an axis:
+    39 % of them, the mean too."""
+    f = torch.fft.fftfreq(x.shape[-2], 0.5)
+    g = torch.fft.rfftfreq(x.shape[-1], 0.5)
+    keep = f[:, None] ** 2 + g ** 2 > 2 * cut + 1e-6        # (H, W // 2 + 1); rounding moves no tie
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * keep.to(x.device), x.shape[-2:])
+
+def vista_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, dynamics=1.0, structure=0.1,
+               **conditions):
+    """Vista's three losses (eq. 3 to 6): the squared error, weighted by dynamics_weight, plus
+    `structure` times that of edges and texture. Arguments and result as in diffusion_loss."""
+    x = clean + expand(sigma, clean) * noise
+    estimate = denoiser(x, sigma, **conditions)
+    error = estimate - clean                                                       # (B, T, C, H, W)
+    total = (1 + dynamics * (dynamics_weight(estimate, clean) - 1)) * error ** 2
+    total = total + structure * high_pass(error) ** 2        # it is linear
+    loss = (expand(weight(sigma), clean) * total).mean()
+    return loss, (error ** 2).detach().flatten(sigma.ndim).mean(-1)
+
+class ActionEmbedding(nn.Module):
+    """A condition of `actions` numbers per frame, (B, T, actions), NaN if not told -> (B, T, E).
+
+    action[:, t] is what led to frame t. The embedding starts at 0 (Vista's action projections)."""
+
+    def __init__(self, actions, dim_emb=256):
+        super().__init__()
+        self.linear = zero(nn.Linear(2 * actions, dim_emb, bias=False))
+
+    def forward(self, action):
+        told = ~action.isnan()
+        return self.linear(torch.cat([action.nan_to_num(), told.to(action)], dim=-1))
+
+def drop_modes(action, sizes, rate):
+    """Withhold parts of action (B, T, A), A = sum(sizes): set them to NaN, for whole clips.
+
+    sizes are the numbers of each mode (command, speed ...). With odds `rate` all are withheld, so
+    that guidance has an estimate without actions. With the same odds each mode is withheld on its
+    own, so that any of them may be left out (Vista sec. 3.2: 0.15)."""
+    u = torch.rand(len(action), 1 + len(sizes))                                    # (B, 1 + modes)
+    keep = (u[:, :1] >= rate) & (u[:, 1:] >= rate)                                     # (B, modes)
+    keep = keep.repeat_interleave(torch.tensor(sizes), 1)[:, None].to(action.device)    # (B, 1, A)
+    return action.where(keep, math.nan)                                                # (B, T, A)
+
+def reward(denoise, shape, sigmas, ensemble=5, seed=0, **options):
+    """exp(-variance) among `ensemble` clips from different noise, (B,) (Vista sec. 3.3).
+
+    It tells how sure the model is of what the conditions lead to. Compare equal seeds. Vista draws
+    5 clips of 10 steps. Other arguments as in generate."""
+    clips = [generate(denoise, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
+    return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
+
+# ==================================================================================================
+# 13. FVDM, diffusion forcing
+# ==================================================================================================
+
+def independent_levels(u, frames, chance):
+    """Places on a schedule, one per clip u (n,) -> one per frame (n, frames).
+
+    With this chance every frame of a clip draws its own (FVDM: 0.2; diffusion forcing: 1)."""
+    own = torch.rand(len(u), frames).clamp(1e-5, 1 - 1e-5)
+    return torch.where(torch.rand(len(u), 1) < chance, own, u[:, None])
+
+class PerFrame(Denoiser):
+    """A Denoiser whose given frames stand in x at noise level 0, as clean frames (FVDM).
+
+    Trained with a noise level per frame, it needs neither mask nor further channels."""
+
+    def forward(self, x, sigma, context=None, mask=None, **conditions):
+        if context is None or mask is None:
+            return super().forward(x, sigma, context, mask, **conditions)
+        if sigma.ndim == 1:
+            sigma = sigma[:, None].expand(mask.shape)
+        given = expand(mask, x) == 1                                               # (B, T, 1, 1, 1)
+        sigma = torch.where(mask == 1, 0, sigma)                                            # (B, T)
+        estimate = super().forward(torch.where(given, context, x), sigma, **conditions)
+        return torch.where(given, context, estimate)
+
+# ==================================================================================================
+# 14. Adapters and editing
+# ==================================================================================================
+# To train a few per cent of a trained network. Each adapter wraps a layer, and its last part is 0,
+# so at first nothing changes. adapt puts them in; trainable freezes the rest.
+
+class LowRank(nn.Sequential):
+    """The trained part of LoRA."""
+
+class LoRA(nn.Module):
+    """layer(x) + B A x for a Linear or a convolution (LoRA; Vista has rank 16).
+
+    A goes down to `rank` channels; it is normal with standard deviation 1 / rank, as in Vista. B
+    goes up again; it is 0. ValueError if the layer is of another kind, or its convolution is
+    grouped or padded by other than zeros."""
+
+    def __init__(self, layer, rank=4):
+        super().__init__()
+        kind = type(layer)
+        if kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            raise ValueError(f"LoRA cannot wrap a {kind.__name__}: expected Linear or Conv1d to 3d")
+        dim, dim_in = layer.weight.shape[:2]
+        if kind is nn.Linear:
+            down = nn.Linear(dim_in, rank, bias=False)
+            up = nn.Linear(rank, dim, bias=False)
+        elif layer.groups > 1 or layer.padding_mode != "zeros":
+            raise ValueError(f"LoRA cannot wrap {layer}: expected one group, padded by zeros")
+        else:
+            down = kind(dim_in, rank, layer.kernel_size, layer.stride, layer.padding,
+                        layer.dilation, bias=False)
+            up = kind(rank, dim, 1, bias=False)
+        nn.init.normal_(down.weight, std=1 / rank)
+        self.layer = layer
+        self.branch = LowRank(down, zero(up)).to(layer.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.branch(x)
+
+    @torch.no_grad()
+    def merge(self):
+        """The wrapped layer with B A added to its weight: the same answers at the old cost."""
+        down, up = self.branch
+        low_rank = up.weight.flatten(1) @ down.weight.flatten(1)
+        self.layer.weight += low_rank.view_as(self.layer.weight)
+        return self.layer
+
+class Bottleneck(nn.Sequential):
+    """The trained part of SimDA's adapters."""
+
+def bottleneck(dim):
+    """GELU between two layers, down to a quarter of the channels and up; at first 0 (SimDA)."""
+    return Bottleneck(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
+
+class SpatialAdapter(nn.Module):
+    """h + up(GELU(down(h))) of h = layer(x), the output of attention (SimDA, S-Adapter)."""
+
+    def __init__(self, layer, dim):
+        super().__init__()
+        self.layer = layer
+        self.branch = bottleneck(dim)
+
+    def forward(self, x):                                                                # (N, L, C)
+        h = self.layer(x)
+        return h + self.branch(h)
+
+class FeedForwardAdapter(SpatialAdapter):
+    """layer(x) + up(GELU(down(x))), beside a feed-forward layer (SimDA)."""
+
+    def forward(self, x):                                                                # (N, L, C)
+        return self.layer(x) + self.branch(x)
+
+class TemporalAdapter(nn.Module):
+    """h + up(conv(down(h))) of h = layer(x, emb), the output of a ResBlock (SimDA, T-Adapter).
+
+    conv looks at three frames, each channel on its own, in half of the channels."""
+
+    def __init__(self, layer, dim):
+        super().__init__()
+        self.layer = layer
+        half = dim // 2
+        self.branch = Bottleneck(
+            nn.Conv3d(dim, half, 1),
+            nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
+            zero(nn.Conv3d(half, dim, 1)))
+
+    def forward(self, x, emb, temporal=1.0):                                       # (B, T, C, H, W)
+        h = self.layer(x, emb, temporal)
+        return h + (temporal * self.branch(h.transpose(1, 2)).transpose(1, 2)).to(h)
+
+def lora_layers(net, rank):
+    """LoRA for the matrices of attention and the temporal convolutions of a network, by name."""
+    for name, layer in net.named_modules():
+        if isinstance(layer, Attention):
+            for part in ("q", "k", "v", "out"):
+                yield f"{name}.{part}", LoRA(getattr(layer, part), rank)
+        elif isinstance(layer, TemporalConv):
+            yield f"{name}.conv", LoRA(layer.conv, rank)
+
+def simda_layers(net):
+    """SimDA's adapters of a network, by name: behind residual blocks and attention over space, and
+    beside feed-forward layers."""
+    for name, layer in net.named_modules():
+        if isinstance(layer, ResBlock):
+            yield name, TemporalAdapter(layer, layer.conv2.out_channels)
+        elif isinstance(layer, Attention):
+            dim = layer.out.out_features
+            yield f"{name}.feed_forward", FeedForwardAdapter(layer.feed_forward, dim)
+            if layer.over == "hw":
+                yield f"{name}.out", SpatialAdapter(layer.out, dim)
+
+def adapt(net, kind="lora", rank=4):
+    """Put adapters, lora (of this rank) or simda, into a VideoUNet; return their parameters."""
+    if kind not in ("lora", "simda") or rank < 1:
+        raise ValueError(f"adapters are {kind!r} of rank {rank}, expected lora or simda, 1 or more")
+    adapters = dict(lora_layers(net, rank) if kind == "lora" else simda_layers(net))
+    device = next(net.parameters()).device
+    for name, adapter in adapters.items():
+        net.set_submodule(name, adapter.to(device))
+    return [p for adapter in adapters.values() for p in adapter.branch.parameters()]
+
+PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput),
+         "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding),
+         "lora": (LowRank,), "adapters": (Bottleneck,)}
+
+def part_of(model):
+    """The part of a model that every parameter belongs to: {parameter: part}.
+
+    It is that of the innermost module of a kind in PARTS, or "spatial"."""
+    parts = {p: "spatial" for p in model.parameters()}
+    for module in model.modules():                           # outer modules come before inner ones
+        for part, kinds in PARTS.items():
+            if isinstance(module, kinds):
+                parts.update({p: part for p in module.parameters()})
+    return parts
+
+def trainable(model, parts):
+    """Freeze all of a model but some of its parts: spatial, temporal, conditions, lora, adapters.
+
+    Video LDM trains the temporal part of an image model, LoRA and SimDA their adapters. On a CPU
+    let the noisy clip need a gradient: PyTorch 2.13 dies in the backward pass of a GroupNorm that
+    learns behind layers of which none does."""
+    part = part_of(model)
+    unknown = set(parts) - set(part.values())
+    if unknown or not parts:
+        raise ValueError(f"train is {' '.join(parts)!r}, but the parts of this model are "
+                         f"{' '.join(sorted(set(part.values())))}: name some of them")
+    for p in model.parameters():
+        p.requires_grad_(part[p] in parts)
+
+def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4))):
+    """Each place of x (B, T, H, W, ...) as it was shifts[y % 4][x % 4] frames ago (SimDA's code).
+
+    Where the clip had not begun then, it stays as it is. Four by four places show five frames."""
+    t, h, w = (torch.arange(n, device=x.device) for n in x.shape[1:4])
+    t = t[:, None, None]
+    h = h[:, None]
+    source = t - torch.tensor(shifts, device=x.device)[h % 4, w % 4]                     # (T, H, W)
+    return x[:, torch.where(source < 0, t, source), h, w]
+
+def shift_attention(q, k, v, code=False):
+    """SimDA's latent-shift attention, all (B, T, H, W, heads, d).
+
+    Each frame looks at 2 H W tokens instead of T H W: its own and its own shifted, as in the paper.
+    With code=True, as in its code: those of the frame before, shifted, and its own shifted."""
+    def seen(x):
+        moved = shift_tokens(x)
+        first = x
+        if code:
+            first = moved[:, [0, *range(x.shape[1] - 1)]]          # of frame 0 there is none before
+        return torch.cat([first, moved], dim=2).flatten(2, 3).transpose(2, 3)
+
+    # (B, T, heads, H W, d) looks at (B, T, heads, 2 H W, d)
+    h = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(2, 3), seen(k), seen(v))
+    return h.transpose(2, 3).reshape(q.shape)
+
+@torch.no_grad()
+def invert_ddim(denoise, x, sigmas, iterations=1):
+    """Walk sample_ddim backwards: from a clip to the x at sigmas[0] that it would come from.
+
+    Sampled from there under another condition, the clip is edited (Tune-A-Video). A step from s to
+    t is undone by solving y = x + (s - t) (y - denoise(y, s)) / s for y. One iteration is the usual
+    inversion: the network is asked at x, scaled to level s. More iterations come closer."""
+    for t, s in pairs(sigmas.flip(0)):
+        y = x * math.sqrt((1 + s ** 2) / (1 + t ** 2))
+        for _ in range(iterations):
+            y = x + (s - t) * (y - denoise(y, constant(s, y))) / s
+        x = y
+    return x
+
+# ##################################################################################################
+# PART III. TOOLS. Worlds, files, presets.
+# ##################################################################################################
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+from glob import glob
+from pathlib import Path
+
+# ==================================================================================================
+# 15. Worlds that can be marked
 # ==================================================================================================
 # A dataset gives dict(video=clip (T, C, H, W)) for any index 0, 1, 2 ... without end, and what it
 # gives depends on its seed and the index alone: a run can be resumed from a number. If it has them,
 # there is a label of .labels classes, and an action (T, A) of modes of the lengths .actions.
 
 class MovingShapes:
-    """On black, one or two solid shapes move at constant speed in straight lines and bounce off the
-    walls. Each keeps its kind, colour and size. The label of one alone is 6 kind + colour. RADIUS
-    (half its box) and SPEED (per frame) are shares of the shorter side. Shapes are lamps, whose
-    light adds up; two have different primary colours, so each has a colour channel to itself."""
+    """One or two solid shapes move on black, straight ahead, at constant speed. Walls bounce them.
+
+    A shape keeps its kind, its colour and its size. The label of a single shape is
+    6 * kind + colour. RADIUS is half the side of a shape's box. SPEED is the way per frame.
+    Both are shares of the shorter side of the picture. Shapes are lamps: their light adds up.
+    Two shapes have different primary colours, so each has one colour channel to itself."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
                   yellow=(1, 1, 0), magenta=(1, 0, 1), cyan=(0, 1, 1))
-    RADIUS, SPEED = (0.18, 0.25), (0.03, 0.08)
+    RADIUS = 0.18, 0.25
+    SPEED = 0.03, 0.08
+
+    # How much `check` forgives. Light runs from 0, the clip's own dark, to 1, its own bright level.
+    EDGE = 0.2, 0.8              # below is outside, above is inside: soft edges and noise are cut
+    MATCH = 0.75                 # overlap with the ideal shape, as intersection / union
+    RIVAL = 0.06                 # another kind may fit one frame better by this much: small shapes
+    BLACK = 0.35                 # light that is none: of the dark; of a leak into a third channel
+    CONTRAST = 0.3               # the bright level must lie this far above the dark
+    SHADE = 0.33                 # distance from the palette, in each channel and each frame
+    RESIZE = 0.12                # one frame's radius against the clip's, as a share
+    SLACK = 0.2                  # the clip's radius beyond RADIUS, as a share: soft edges blur it
+    STRAY = 1.5 / 32             # distance from the path, as a share of the shorter side
+    HURRY = 0.017                # one window's speed against the clip's
+    TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
     def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
-        self.frames, self.size, self.objects, self.seed = frames, tuple(size), objects, seed
-        self.palette = np.float32(list(self.COLORS.values()))[: 6 if objects == 1 else 3]
-        self.labels, self.actions = 18 * (objects == 1), ()
+        self.frames = frames
+        self.size = tuple(size)
+        self.objects = objects
+        self.seed = seed
+        self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
+        self.labels = 18
+        if objects == 2:
+            self.palette = self.palette[:3]
+            self.labels = 0
+        self.actions = ()
 
     def __getitem__(self, i):
-        rng, unit = np.random.default_rng([self.seed, i]), min(self.size)
+        rng = np.random.default_rng([self.seed, i])
+        unit = min(self.size)
         video = np.zeros((self.frames, 3, *self.size), np.float32)
-        for shade in rng.permutation(len(self.palette))[: self.objects]:
-            kind, r = rng.integers(3), rng.uniform(*self.RADIUS) * unit
-            speed, angle = rng.uniform(*self.SPEED) * unit, rng.uniform(0, 2 * np.pi)
-            walls, way = np.array(self.size) - r, np.array([np.sin(angle), np.cos(angle)])
-            path = rng.uniform(r, walls) + speed * way * np.arange(self.frames)[:, None]    # (T, 2)
+        for color in rng.permutation(len(self.palette))[: self.objects]:
+            kind = rng.integers(3)
+            r = rng.uniform(*self.RADIUS) * unit
+            speed = rng.uniform(*self.SPEED) * unit
+            angle = rng.uniform(0, 2 * np.pi)
+            walls = np.array(self.size) - r
+            step = speed * np.array([np.sin(angle), np.cos(angle)])
+            path = rng.uniform(r, walls) + step * np.arange(self.frames)[:, None]           # (T, 2)
             y, x = self.bounce(path, r, walls).T
             cover = np.float32(self.draw(kind, r, y, x, self.size))                      # (T, H, W)
-            video += cover[:, None] * self.palette[shade][:, None, None]
-        label = dict(label=6 * int(kind) + int(shade)) if self.labels else {}
-        return dict(video=torch.from_numpy(video) * 2 - 1, **label)                   # (T, 3, H, W)
+            video += cover[:, None] * self.palette[color][:, None, None]
+        clip = dict(video=torch.from_numpy(video) * 2 - 1)                            # (T, 3, H, W)
+        if self.labels:
+            clip["label"] = 6 * int(kind) + int(color)
+        return clip
 
     @staticmethod
     def bounce(x, low, high):
@@ -1357,217 +1384,405 @@ class MovingShapes:
 
     @staticmethod
     def draw(kind, r, y, x, size):
-        """The share of each pixel that shapes of one kind cover: arrays (...) -> (..., H, W)."""
+        """Return the share of each pixel that shapes of one kind cover: (...) -> (..., H, W)."""
         r, y, x = (np.asarray(a)[..., None, None] for a in (r, y, x))
-        down, side = np.arange(size[0])[:, None] + 0.5 - y, np.abs(np.arange(size[1]) + 0.5 - x)
-        outside = (np.hypot(side, down) - r if kind == 0 else                 # distance to the edge
-                   np.maximum(side, np.abs(down)) - r if kind == 1 else
-                   np.maximum(down - r, (2 * side - down - r) / 5 ** 0.5))
+        down = np.arange(size[0])[:, None] + 0.5 - y
+        side = np.abs(np.arange(size[1]) + 0.5 - x)
+        if kind == 0:
+            outside = np.hypot(side, down) - r                            # the distance to the edge
+        elif kind == 1:
+            outside = np.maximum(side, np.abs(down)) - r
+        else:
+            outside = np.maximum(down - r, (2 * side - down - r) / 5 ** 0.5)
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos):
-        """Mark clips (B, T, 3, H, W) in [-1, 1]: a dict that tells of each law below if all shapes
-        keep it, (B,); `passed`, if all are kept; kinds, colors, speeds as seen, (B, objects)."""
-        v = np.clip((torch.as_tensor(videos).float().cpu().numpy() + 1) / 2, 0, 1)
-        (B, T, _, H, W), dark = v.shape, 0
-        if self.objects == 2:                    # a clip per channel; the darkest one has no shape
-            order = v.mean((1, 3, 4)).argsort(1)                                            # (B, 3)
-            v = v[:, None] * np.eye(3, dtype=v.dtype)[order][:, :, None, :, None, None]
-            dark, v = v[:, 0].max((1, 2, 3, 4)), v[:, 1:].reshape(-1, T, 3, H, W)  # N = 2 B of them
-        light = np.clip((v.max(2) - 0.1) / 0.8, 0, 1)                # (N, T, H, W), 1 where covered
-        rows, cols = light.max(3), light.max(2)                           # its shadows on two walls
-        height, width = rows.sum(2), cols.sum(2)                                            # (N, T)
-        y = rows @ (np.arange(H) + 0.5) / np.maximum(height, 1e-3)
-        x = cols @ (np.arange(W) + 0.5) / np.maximum(width, 1e-3)
-        radius = (height + width) / 4
-        r = np.median(radius, 1, keepdims=True)                                             # (N, 1)
-        ideal = np.stack([self.draw(kind, radius, y, x, (H, W)) for kind in range(3)])
-        both, either = np.minimum(ideal, light), np.maximum(ideal, light)          # (3, N, T, H, W)
-        match = both.sum((3, 4)) / np.maximum(either.sum((3, 4)), 1e-3)                  # (3, N, T)
-        core = (light > 0.9)[:, :, None]                                           # (N, T, 1, H, W)
-        color = (v * core).sum((3, 4)) / np.maximum(core.sum((3, 4)), 1)                 # (N, T, 3)
+        """Mark clips (B, T, 3, H, W) with values from -1 to 1.
+
+        The result is a dict of arrays. Each law has an entry (B,): do all shapes keep it? `passed`
+        (B,) tells whether they keep all laws. kinds, colors and speeds (B, objects) tell what is
+        seen. copies counts the clips that nearly equal an earlier clip of the batch."""
+        v = self.to_light(videos)
+        B, _, _, H, W = v.shape
+        unit = min(H, W)
+        shapes, black = self.split(v)                                    # (N, T, 3, H, W) and (B,)
+        light, color, bright = self.measure(shapes)
         far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
-        miss_y, speed_y = self.fit_path(y, r, H - r)
-        miss_x, speed_x = self.fit_path(x, r, W - r)
-        speed = np.hypot(speed_y, speed_x) / min(H, W)                                # (N, windows)
-        usual = np.median(speed, 1, keepdims=True)
+        match, radius, y, x = self.compare(light)                                        # (3, N, T)
+        kind = match.mean(2).argmax(0)                                                        # (N,)
+        own = kind, np.arange(len(kind))
+        r = radius[own]                                                                     # (N, T)
+        usual_r = np.median(r, 1, keepdims=True)                                            # (N, 1)
+        share = usual_r / unit
+        low, high = self.RADIUS
+        miss_y, speed_y = self.fit_path(y[own], usual_r, H - usual_r)                 # (N, windows)
+        miss_x, speed_x = self.fit_path(x, usual_r, W - usual_r)
+        speed = np.hypot(speed_y, speed_x) / unit
+        usual_speed = np.median(speed, 1, keepdims=True)
         laws = dict(
-            shape=match.min(2).max(0) > 0.75,              # in all frames one kind, nothing besides
-            color=far.min(0) < 0.25,                       # one colour of the palette
-            size=np.abs(radius - r) < 0.12 * r,            # that of all frames
-            path=np.maximum(miss_y, miss_x) < 1.5 * min(H, W) / 32,   # a bouncing straight line ...
-            speed=np.abs(speed - usual) < 0.02,            # ... at one speed
-            moving=speed > self.SPEED[0] / 2)              # a frozen clip breaks this law alone
-        laws = {name: kept.reshape(B, -1).all(1) for name, kept in laws.items()}
-        laws["shape"] &= dark <= 0.5
-        found = dict(kinds=match.mean(2).argmax(0), colors=far.argmin(0), speeds=usual)
-        found = {name: a.reshape(B, -1) for name, a in found.items()}
-        return dict(passed=np.all(list(laws.values()), 0), **laws, **found)
+            shape=(match[own] > self.MATCH)                    # in all frames one kind of shape ...
+            & (match.max(0) - match[own] < self.RIVAL),
+            color=(far.min(0) < self.SHADE)                 # ... one colour, which must not flicker
+            & (bright > self.CONTRAST),
+            size=(np.abs(r - usual_r) < self.RESIZE * usual_r)               # ... one lawful size
+            & (low * (1 - self.SLACK) < share) & (share < high * (1 + self.SLACK)),
+            path=np.maximum(miss_y, miss_x) < self.STRAY * unit,      # a bouncing straight line ...
+            speed=np.abs(speed - usual_speed) < self.HURRY,           # ... at one speed
+            moving=speed > self.SPEED[0] / 2)                  # a frozen clip breaks this law alone
+        laws = {law: kept.reshape(B, -1).all(1) for law, kept in laws.items()}
+        laws["color"] &= black
+        passed = np.all(list(laws.values()), 0)
+        seen = dict(kinds=kind, colors=far.argmin(0), speeds=usual_speed)
+        seen = {name: a.reshape(B, -1) for name, a in seen.items()}
+        return dict(passed=passed, **laws, **seen, copies=self.count_copies(v))
+
+    @staticmethod
+    def to_light(videos):
+        """Return the light of each pixel, from 0 to 1, as a numpy array."""
+        v = torch.as_tensor(videos).float().cpu().numpy()
+        # most of a lawful clip is -1, and parts of noise are: a few stray values do not count
+        if np.quantile(v, 0.01) > -0.1:
+            raise ValueError(f"the clips' values run from {v.min():.2f} to {v.max():.2f}, but check"
+                             " expects -1 for black and 1 for full light: if they run from 0 to 1,"
+                             " pass 2 * clips - 1")
+        return np.clip((v + 1) / 2, 0, 1)
+
+    def count_copies(self, v):
+        """Count the clips that nearly equal an earlier one. Models that collapse make many."""
+        flat = v.reshape(len(v), -1)
+        product = flat @ flat.T                                                             # (B, B)
+        energy = np.diag(product)
+        both = energy[:, None] + energy
+        near = both - 2 * product <= self.TWIN * both            # the left side is |a - b| squared
+        return np.tril(near, -1).any(1).sum()
+
+    def split(self, v):
+        """Show each shape alone, (N, T, 3, H, W), N = objects * B. Tell if the rest is black, (B,).
+
+        The rest is the dark around a shape. Next to two shapes it is also the third channel. The
+        dark level of a channel becomes 0."""
+        dark = np.median(v, (1, 3, 4), keepdims=True)         # shapes cover a quarter, at the most
+        black = dark.max((1, 2, 3, 4)) < self.BLACK
+        v = np.maximum(v - dark, 0)
+        if self.objects == 1:
+            return v, black
+        order = v.mean((1, 3, 4)).argsort(1)                       # (B, 3): the channels, by light
+        third = np.take_along_axis(v, order[:, None, :1, None, None], 2)
+        black &= self.core(third)[1].max((1, 2)) < self.BLACK
+        channels = np.eye(3, dtype=v.dtype)[order[:, 1:]]              # (B, 2, 3): one-hot, in each
+        alone = v[:, None] * channels[:, :, None, :, None, None]
+        return alone.reshape(-1, *v.shape[1:]), black
+
+    def measure(self, v):
+        """Measure the light (N, T, H, W), the colour (N, T, 3) and the brightness (N,) of shapes.
+
+        The light and each frame's colour are told in units of the brightness, which is that of the
+        whole clip. So a lamp may be dimmed, but it must not flicker."""
+        light, color = self.core(v)
+        bright = np.maximum(np.median(color.max(2), 1), 1e-3)
+        outside, inside = self.EDGE
+        light = (light / bright[:, None, None, None] - outside) / (inside - outside)
+        return np.clip(light, 0, 1), color / bright[:, None, None], bright
+
+    def core(self, v):
+        """Return the light of v (N, T, C, H, W) and, (N, T, C), the mean of its brightest pixels.
+
+        They are half as many as the smallest shape has: so soft edges are not among them."""
+        light = v.max(2)
+        few = int((self.RADIUS[0] * min(light.shape[2:])) ** 2)
+        least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (N, T)
+        brightest = light >= least[..., None, None]
+        total = (v * brightest[:, :, None]).sum((3, 4))
+        return light, total / brightest.sum((2, 3))[..., None]
+
+    def compare(self, light):
+        """Compare light (N, T, H, W) with an ideal shape of each kind, of equal area and centre.
+
+        Blur keeps both. Return the overlap, the radius and the y of the middle of the box, of each
+        kind, (3, N, T), and its x, (N, T)."""
+        H, W = light.shape[2:]
+        area = np.maximum(light.sum((2, 3)), 1e-3)                                          # (N, T)
+        center = light.sum(3) @ (np.arange(H) + 0.5) / area
+        x = light.sum(2) @ (np.arange(W) + 0.5) / area
+        radius = np.sqrt(area / np.array([np.pi, 4, 2])[:, None, None])       # the area is c r ** 2
+        y = center - radius * np.array([0, 0, 1 / 3])[:, None, None]     # triangles have a low one
+        match = []
+        for kind in range(3):
+            ideal = self.draw(kind, radius[kind], y[kind], x, (H, W))
+            both = np.minimum(ideal, light).sum((2, 3))
+            either = np.maximum(ideal, light).sum((2, 3))
+            match.append(both / np.maximum(either, 1e-3))
+        return np.stack(match), radius, y, x
 
     def fit_path(self, x, low, high, window=8):
-        """In every `window` frames, how far a coordinate x (N, T) strays from the bouncing path, of
-        97 speeds and 13 places, that fits best, and that path's speed: (2, N, windows)."""
-        window, found = min(window, x.shape[1]), []
+        """Fit a bouncing path to each `window` frames of a coordinate x (N, T).
+
+        Of 97 speeds and 13 places the best is taken. Return how far x strays from it, and its
+        speed: (N, windows) both."""
+        window = min(window, x.shape[1])
         limit = 1.25 * self.SPEED[1] * (low + high).min()
-        speeds, places = np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13)
+        speeds = np.linspace(-limit, limit, 97)
+        places = np.linspace(-1.5, 1.5, 13)
         lines = places[:, None] + speeds[:, None, None] * (np.arange(window) - window // 2)
+        lines = lines.reshape(-1, window)                                        # (97 x 13, window)
         runs = np.lib.stride_tricks.sliding_window_view(x, window, 1)[:, :, None]
+        misses = []
+        found = []
         for run, a, b in zip(runs, low, np.maximum(high, low + 1)):          # (windows, 1, window)
-            paths = self.bounce(run[..., window // 2, None] + lines.reshape(-1, window), a, b)
+            paths = self.bounce(run[..., window // 2, None] + lines, a, b)
             miss = np.abs(paths - run).max(2)                                 # (windows, 97 x 13)
-            found.append([miss.min(1), np.abs(speeds[miss.argmin(1) // len(places)])])
-        return np.stack(found, 1)
+            misses.append(miss.min(1))
+            found.append(np.abs(speeds[miss.argmin(1) // len(places)]))
+        return np.stack(misses), np.stack(found)
 
 class Drive:
-    """An endless map seen from above by a car that obeys one command per frame: left, straight,
-    right (45 degrees off, at one speed; nothing turns) or stop. It lasts for another frame with a
-    chance of 0.7. action[t] is what moved the view from frame t - 1 to t, in two modes: the
-    command, one-hot (4), and the motion (2), down and right as shares of the speed."""
+    """An endless map seen from above by a car that obeys one command per frame.
 
-    KEYS, SPEED = "LSRX", 1 / 16              # left, straight, right, stop; share of the short side
+    The commands are left, straight, right (45 degrees off, at one speed; nothing turns) and stop.
+    A command lasts for another frame with a chance of 0.7. action[t] is what moved the view from
+    frame t - 1 to t, in two modes: the command, one-hot (4), and the motion (2), down and right as
+    shares of the speed."""
+
+    KEYS = "LSRX"                             # left, straight, right, stop
+    SPEED = 1 / 16                            # per frame, as a share of the shorter side
     MOVES = np.array([(-0.5 ** 0.5, -0.5 ** 0.5), (-1, 0), (-0.5 ** 0.5, 0.5 ** 0.5), (0, 0)])
-    ACTIONS = np.hstack([np.eye(4), MOVES]).astype(np.float32)       # (4, 6): that of each command
+    ACTIONS = np.hstack([np.eye(4), MOVES]).astype(np.float32)         # (4, 6), of each command
 
     def __init__(self, frames=8, size=(32, 32), seed=0):
-        self.frames, self.size, self.seed = frames, tuple(size), seed
-        self.labels, self.actions, self.speed = 0, (4, 2), self.SPEED * min(size)
+        self.frames = frames
+        self.size = tuple(size)
+        self.seed = seed
+        self.labels = 0
+        self.actions = (4, 2)
+        self.speed = self.SPEED * min(size)
 
     def __getitem__(self, i):
-        rng, n = np.random.default_rng([self.seed, i]), 12
+        rng = np.random.default_rng([self.seed, i])
         turn = np.where(rng.random(self.frames) < 0.7, 0, rng.integers(1, 4, self.frames))
         commands = (rng.integers(4) + turn.cumsum()) % 4                                      # (T,)
         place = self.speed * self.MOVES[commands].cumsum(0)                                 # (T, 2)
-        # the map, in each channel: n plane waves, weight exp(i (ky y + kx x)), between -1 and 1
-        length, angle = min(self.size) * rng.uniform(0.4, 1.2, n), rng.uniform(0, 2 * np.pi, n)
+        # in each channel the map is a sum of n plane waves, weight exp(i (ky y + kx x))
+        n = 12
+        length = min(self.size) * rng.uniform(0.4, 1.2, n)
+        angle = rng.uniform(0, 2 * np.pi, n)
         k = 2 * np.pi / length * np.array([np.sin(angle), np.cos(angle)])                   # (2, n)
         weight = rng.normal(size=(2, 3, 1, n)) / n ** 0.5
-        y, x = (np.exp(1j * k[a] * (np.arange(self.size[a])[:, None] + place[:, a, None, None]))
-                for a in (0, 1))                                             # (T, H, n), (T, W, n)
+        rows = np.arange(self.size[0])[:, None] + place[:, 0, None, None]                # (T, H, 1)
+        columns = np.arange(self.size[1])[:, None] + place[:, 1, None, None]             # (T, W, 1)
+        y = np.exp(1j * k[0] * rows)                                                     # (T, H, n)
+        x = np.exp(1j * k[1] * columns)                                                  # (T, W, n)
         waves = ((weight[0] + 1j * weight[1]) * y[:, None]) @ x[:, None].mT           # (T, 3, H, W)
         return dict(video=torch.from_numpy(np.tanh(waves.real)).float(),
                     action=torch.from_numpy(self.ACTIONS[commands]))
 
     def check(self, videos, action=None):
         """Mark clips (B, T, 3, H, W) by the motion seen between neighbouring frames: a dict of
-        commands (B, T - 1), what each frame t > 0 followed, -1 if its motion is none of the four
-        (to 0.3 of the speed), or explains less than two thirds of the picture; obeys (B, T - 1), if
-        action (B, T, 6) says so or, without one, any command; passed (B,), if all frames obey."""
+
+        commands  (B, T - 1), what each frame t > 0 followed; -1 if its motion is none of the four,
+                  to 0.3 of the speed, or explains less than two thirds of the picture
+        obeys     (B, T - 1), if action (B, T, 6) says so or, without one, if any command fits
+        passed    (B,), if all frames obey"""
         v = torch.as_tensor(videos).float().cpu().numpy()
-        x = np.stack([v, *np.gradient(v, axis=(3, 4))], 2)       # (B, T, 3, 3, H, W), with slopes
-        m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
-        new = x[:, 1:, ..., m:-m, m:-m].reshape(*x[:, 1:].shape[:3], -1)          # (B, T - 1, 3, n)
-        costs = []
-        for move in self.speed * self.MOVES:   # least squares around a whole shift (Lucas, Kanade)
-            shift = move.round().astype(int)
-            old = np.roll(x, -shift, (4, 5))[:, :-1, ..., m:-m, m:-m].reshape(new.shape)
-            change, slope = (new - old)[:, :, :1], (new + old)[:, :, 1:] / 2
-            along = slope @ change.mT                                           # (B, T - 1, 2, 1)
-            rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)   # beyond the shift
-            error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))              # (B, T - 1)
-            near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
-            explained = error / new.shape[3] < new[:, :, 0].var(2) / 3 - 1e-3  # no blank ones
-            costs.append(np.where(near & explained, error, np.inf))
+        slopes = np.gradient(v, axis=(3, 4))
+        x = np.stack([v, *slopes], axis=2)                                   # (B, T, 3, 3, H, W)
+        costs = np.stack([self.cost(x, move) for move in self.speed * self.MOVES])  # (4, B, T - 1)
         commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
-        told = commands if action is None else action[:, 1:, :4].argmax(2).cpu().numpy()
+        told = commands
+        if action is not None:
+            told = action[:, 1:, :4].argmax(2).cpu().numpy()
         obeys = (commands == told) & (commands >= 0)
         return dict(commands=commands, obeys=obeys, passed=obeys.all(1))
 
+    def cost(self, x, move):
+        """The squared error that is left if every frame is the one before, moved by about `move`:
+        (B, T - 1), infinite if the motion is another. x (B, T, 3, 3, H, W): values and slopes.
+
+        The frame before is shifted by whole pixels; the rest of the motion is found by least
+        squares (Lucas and Kanade)."""
+        m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
+        shift = move.round().astype(int)
+        new = x[:, 1:, ..., m:-m, m:-m].reshape(*x[:, 1:].shape[:3], -1)          # (B, T - 1, 3, n)
+        old = np.roll(x, -shift, (4, 5))[:, :-1, ..., m:-m, m:-m].reshape(new.shape)
+        change = (new - old)[:, :, :1]                                            # (B, T - 1, 1, n)
+        slope = (new + old)[:, :, 1:] / 2                                         # (B, T - 1, 2, n)
+        along = slope @ change.mT                                                 # (B, T - 1, 2, 1)
+        rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)        # (B, T - 1, 2, 1)
+        error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))                  # (B, T - 1)
+        near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
+        explained = error / new.shape[3] < new[:, :, 0].var(2) / 3 - 1e-3        # no blank frames
+        return np.where(near & explained, error, np.inf)
+
 # ==================================================================================================
-# 12. Video files
+# 16. Video files
 # ==================================================================================================
+
+# Files hold bytes, uint8 (T, H, W, C). Models want float (T, C, H, W) in [-1, 1]. Each reader below
+# yields PIL images, and crop_to shrinks one at a time: a clip need not fit in memory at full size.
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+FPS = 8.0                                          # of pictures and arrays, which store no speed
 
 def to_uint8(clip):
-    """float (..., C, H, W), clamped to [-1, 1] -> uint8 (..., H, W, C); NaN is a ValueError."""
+    """float (..., C, H, W), clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
     if not torch.isfinite(clip).all():
-        raise ValueError("the clip holds NaN or infinite values")
+        raise ValueError("the clip holds NaN or infinite values, expected numbers in [-1, 1]")
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()
 
 def from_uint8(frames):
-    """uint8 numpy (..., H, W, C) -> float32 (..., C, H, W) in [-1, 1]; to_uint8 undoes it."""
+    """uint8 numpy (..., H, W, C) -> float32 (..., C, H, W) in [-1, 1]. to_uint8 undoes it."""
     return torch.tensor(frames).movedim(-1, -3) / 127.5 - 1
 
-def decode(path, size=None, channels=3, keep=list):
-    """The clips in a file (many in a .npy, .npz) or the one in a folder of pictures -> list of
-    uint8 (T, h, w, channels), made by keep clip after clip, and frames per second. Frames are
-    shrunk until they just cover size = (h, w), and cropped. ValueError, with the cause, for what is
-    missing or damaged."""
+def crop_to(image, size=None, channels=3):
+    """A PIL image, shrunk until it covers size = (h, w) and cropped -> uint8 (h, w, channels)."""
+    from PIL import Image, ImageOps
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits: convert the picture")
+    if image.mode.startswith("I;16"):                           # convert would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    image = ImageOps.exif_transpose(image)                      # a phone may store it on its side
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None:
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.atleast_3d(image)
+
+def frames_of_video(path):
+    """The frames of an .mp4 or the like, one by one, and frames per second."""
     import imageio.v3 as iio
     from imageio_ffmpeg import get_ffmpeg_exe
-    from PIL import Image, ImageOps, ImageSequence
+    from PIL import Image
+    # What is left of a damaged file reads as if it were whole. Only the messages of ffmpeg tell.
+    command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
+    said = subprocess.run(command, input=b"", capture_output=True).stderr.decode(errors="replace")
+    if said:
+        raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+    fps = iio.immeta(path, plugin="FFMPEG")["fps"]
+    return map(Image.fromarray, iio.imiter(path, plugin="FFMPEG")), fps
 
-    def pixels(image):           # modes La, RGBa: times alpha, so that what is transparent is black
-        if image.mode in ("I", "F"):                                     # whose white nothing tells
-            raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
-        if image.mode.startswith("I;16"):                        # convert would cut 16 bits at 255
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        mode = ("L" if channels == 1 else "RGB") + "a" * image.has_transparency_data
-        image = ImageOps.exif_transpose(image).convert(mode.upper()).convert(mode)
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR) if size else image
-        return np.atleast_3d(image)[..., :channels]                              # (h, w, channels)
+def frames_of_gif(path):
+    """The frames of a .gif or .webp, and frames per second.
 
-    suffix, fps = path.suffix.lower(), 8.0                       # pictures and arrays have no speed
+    These formats merge equal frames into one that lasts longer. Here it is repeated as often."""
+    from PIL import Image, ImageSequence
+    if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
+        raise ValueError("the GIF is truncated, its end mark is missing")
+    images = ImageSequence.all_frames(Image.open(path))
+    durations = [image.info.get("duration") or 1000 / FPS for image in images]     # milliseconds
+    shortest = min(durations)
+    frames = []
+    for image, duration in zip(images, durations):
+        frames += [image] * round(duration / shortest)
+    return frames, 1000 / shortest
+
+def frames_of_pictures(path):
+    """One picture, or those of a folder in their natural order, one by one."""
+    from PIL import Image
+    if not path.is_dir():
+        return [Image.open(path)]
+    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
+    if not files:
+        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
+    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
+    return map(Image.open, files)
+
+def as_clips(x):
+    """([N,] T, H, W [, C]) -> (N, T, H, W, 3 or 4), or grey (N, T, H, W). Other arrays give []."""
+    x = np.asarray(x)
+    if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
+        x = x.swapaxes(0, 1)
+    if x.shape[-1:] not in [(1,), (3,), (4,)]:
+        x = x[..., None]
+    if x.ndim == 4:
+        x = x[None]                                                              # (N, T, H, W, C)
+    # One frame or three without colour are rather the channels of an (N, C, H, W).
+    if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
+        return []
+    return x[..., 0] if x.shape[4] == 1 else x
+
+def clips_of_array(path):
+    """The clips in an .npy or .npz, each as frames one by one."""
+    from PIL import Image
+    stored = np.load(path, mmap_mode="r", allow_pickle=False)          # a pickle could run any code
+    arrays = [stored] if isinstance(stored, np.ndarray) else list(stored.values())
+    clips = [map(Image.fromarray, clip) for x in arrays for clip in as_clips(x)]
+    if not clips:
+        found = [f"{np.asarray(x).dtype} {np.shape(x)}" for x in arrays]
+        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {', '.join(found)}")
+    return clips
+
+def decode(path, size=None, channels=3):
+    """The clips in a file, or the one in a folder of pictures, and frames per second.
+
+    clips  list of uint8 (T, h, w, channels). Only an .npy or .npz holds several
+    size   (h, w): frames are shrunk to cover it, then cropped. None leaves them as they are
+    What is missing or damaged raises a ValueError that tells the cause."""
+    import struct, tokenize, zipfile, zlib
+    from PIL import Image
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
+    path = Path(path)
+    suffix = path.suffix.lower()
+    fps = FPS
     try:
-        if suffix in VIDEOS:
-            # what is left of a broken file reads as if it were whole: only ffmpeg's messages tell
-            test = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-            if said := subprocess.run(test, input=b"", capture_output=True).stderr.decode():
-                raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
-            clips = [map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))]
-            fps = iio.immeta(path, plugin="FFMPEG")["fps"]
+        if suffix in (".npy", ".npz"):
+            clips = clips_of_array(path)
         elif suffix in (".gif", ".webp"):
-            if suffix == ".gif" and path.read_bytes().rstrip(b"\0\r\n")[-1:] != b";":
-                raise ValueError("the GIF is truncated, its end mark is missing")
-            images = ImageSequence.all_frames(Image.open(path))
-            speeds = [1000 / (x.info.get("duration") or 1000 / fps) for x in images]  # 1 / seconds
-            fps = max(speeds)           # GIF merges equal frames into one that lasts longer: undone
-            clips = [[x for x, speed in zip(images, speeds) for _ in range(round(fps / speed))]]
-        elif suffix in (".npy", ".npz"):
-            arrays, clips = np.load(path, mmap_mode="r", allow_pickle=False), []   # no code inside
-            for x in arrays.values() if suffix == ".npz" else [arrays]:
-                if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:
-                    x = x.swapaxes(0, 1)                        # Moving MNIST alone is (T, N, H, W)
-                x = x if x.shape[-1:] in [(1,), (3,), (4,)] else x[..., None]     # grey has no axis
-                x = x if x.ndim == 5 else x[None]                                 # (N, T, H, W, C)
-                # 1 or 3 frames without colour are rather the channels of a (N, C, H, W): not found
-                if x.dtype == np.uint8 and x.ndim == 5 and x.shape[1::3] not in ((1, 1), (3, 1)):
-                    clips += [(Image.fromarray(np.tile(frame, 3)[..., :3]) for frame in clip)
-                              for clip in x]
-            if not clips:
-                raise ValueError(f"no uint8 ([N,] T, H, W [, C]), last was {x.dtype} {x.shape}")
+            frames, fps = frames_of_gif(path)
+            clips = [frames]
+        elif suffix in VIDEOS:
+            frames, fps = frames_of_video(path)
+            clips = [frames]
         else:
-            names = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
-            names.sort(key=lambda p: (len(p.stem), p.stem))                  # frame2 before frame10
-            clips = [map(Image.open, names or [path])]
-        return keep(np.stack([pixels(image) for image in clip]) for clip in clips), fps
-    except Exception as error:         # each decoder raises its own; the last line tells the cause
-        raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[-1]}") from error
+            clips = [frames_of_pictures(path)]
+        return [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips], fps
+    # What decoders raise for damaged files. Mistakes in code raise others, which must be seen.
+    except (OSError, ValueError, EOFError, RuntimeError, SyntaxError, struct.error, zlib.error,
+            tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        cause = str(error) or repr(error)
+        raise ValueError(f"{path}: {cause.splitlines()[-1]}") from error
 
 def read_video(path, size=None, channels=3):
-    """The first clip in a path -> float (T, channels, H, W) in [-1, 1]; arguments as in decode."""
-    return from_uint8(decode(Path(path), size, channels)[0][0])
+    """The first clip in a file or folder -> float (T, channels, H, W). Arguments as in decode."""
+    clips, _ = decode(path, size, channels)
+    return from_uint8(clips[0])
 
 def write_video(path, clip, fps=8.0, scale=None):
-    """Write clip, float (T, C, H, W) in [-1, 1], C 1 or 3, or a sequence of such frames, as .mp4,
-    .gif (equal frames merge) or, of one, .png, each pixel scale x scale; return the path."""
+    """Write a clip (T, C, H, W), C 1 or 3, as .mp4 or .gif, or one frame as .png; return the path.
+
+    clip   any sequence of frames will do: an .mp4 takes them one by one
+    scale  each pixel becomes scale x scale. None enlarges clips below 128 pixels
+    If ffmpeg fails to write an .mp4, a .gif is written instead."""
     import imageio.v3 as iio
-    path, suffix, shape = Path(path), Path(path).suffix.lower(), clip[0].shape
+    from PIL import Image
+    path = Path(path)
+    suffix = path.suffix.lower()
+    shape = tuple(clip[0].shape)
     if suffix not in (".mp4", ".gif", ".png") or len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"{path}: needs .mp4, .gif or .png and (T, 1|3, H, W), got T x {shape}")
-    k = scale or math.ceil(128 / min(*shape[1:], 128))                # so that one sees tiny clips
-    k += not scale and any(k * side % 2 for side in shape[1:])             # H.264 needs even sides
-    frames = (to_uint8(x.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for x in clip)
-    how = {".mp4": dict(plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2), ".png": {},
-           ".gif": dict(duration=max(20, 10 * round(100 / fps)), loop=0)}      # GIF counts in 10 ms
+        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and (1 or 3, H, W)")
+    k = scale
+    if scale is None:
+        k = math.ceil(128 / min(*shape[1:], 128))
+        if k * shape[1] % 2 or k * shape[2] % 2:                            # H.264 wants even sides
+            k += 1
+    frames = (to_uint8(frame.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for frame in clip)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")                 # then path is there whole, or not at all
+    part = path.with_name(f".{path.name}")             # gets its name when it is whole, not before
     try:
-        iio.imwrite(part, frames if suffix == ".mp4" else [*frames], is_batch=True, **how[suffix])
+        if suffix == ".mp4":
+            iio.imwrite(part, frames, plugin="FFMPEG", is_batch=True, fps=fps, quality=8,
+                        macro_block_size=2)
+        else:
+            first, *rest = map(Image.fromarray, frames)
+            duration = max(20, 10 * round(100 / fps))             # GIF counts in 10 ms, at least 20
+            first.save(part, save_all=True, append_images=rest, duration=duration, loop=0)
+        if part.stat().st_size == 0:                              # ffmpeg may fail without an error
+            raise OSError("nothing was written")
         return part.replace(path)
-    except Exception as error:
+    except (OSError, RuntimeError) as error:
         if suffix != ".mp4":
             raise
         print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
@@ -1576,198 +1791,362 @@ def write_video(path, clip, fps=8.0, scale=None):
         part.unlink(missing_ok=True)
 
 def film_strip(clips, line=-0.6):
-    """(B, T, C, H, W) -> picture (C, B * (H + 1) + 1, T * (W + 1) + 1): row b is clip b, column t
-    is frame t, with dark lines between. Any axes may stand in the place of C."""
+    """(B, T, C, H, W) -> picture (C, B * (H + 1) + 1, T * (W + 1) + 1) with lines between frames.
+
+    Row b is clip b, column t is frame t. Any number of axes may stand in the place of C."""
     B, T, *C, H, W = clips.shape
-    x = F.pad(clips, (1, 0, 1, 0), value=line).movedim(0, -3).movedim(0, -2)  # (C, B, H+1, T, W+1)
+    x = F.pad(clips, (1, 0, 1, 0), value=line)                             # (B, T, C, H + 1, W + 1)
+    x = x.movedim(0, -3).movedim(0, -2)                                    # (C, B, H + 1, T, W + 1)
     return F.pad(x.reshape(*C, B * (H + 1), T * (W + 1)), (0, 1, 0, 1), value=line)
 
 def grid(clips):
-    """(B, T, C, H, W) -> one clip (T, C, H', W') of all, side by side; empty cells are black."""
+    """(B, T, C, H, W) -> one clip (T, C, H', W') of all, side by side. Empty cells are black."""
     columns = math.ceil(len(clips) ** 0.5)
-    clips = F.pad(clips, (0, 0) * 4 + (0, -len(clips) % columns), value=-1)
+    empty = -len(clips) % columns
+    clips = F.pad(clips, (0, 0) * 4 + (0, empty), value=-1)
     return film_strip(clips.unflatten(0, (-1, columns)))
 
-class VideoFolder:
-    """The clips in a file, or below a folder or its train/; a folder of pictures is one. dataset[i]
-    is dict(video=float (frames, channels, H, W) in [-1, 1]) for any i >= 0 and depends on (seed, i)
-    alone; every len(dataset) items hold each clip once, from a random start, with `before` frames
-    more, those before it or, where there are none, the clip's first. Actions, numbers (T, A) in
-    clip.actions.npy beside clip.mp4, are cut as frames are, NaN (untold) where there are none.
-    .report says what was used, what not and why; .fps is an item's speed. read may be another
-    decode, one that keeps clips on disk."""
+@dataclasses.dataclass
+class StoredClip:
+    """Frames first to last - 1 of an .npy file. A worker process gets their place, not pixels."""
+    path: Path
+    first: int
+    last: int
 
-    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False, read=None,
-                 before=0):
+    def __len__(self):
+        return self.last - self.first
+
+    def __getitem__(self, index):
+        return np.load(self.path, mmap_mode="r")[self.first : self.last][index]
+
+def load_clips(path):
+    """What store_clips stored. OSError or ValueError if it is missing or damaged."""
+    fps, *ends = np.load(path.with_suffix(".ends.npy")).tolist()
+    if len(np.load(path, mmap_mode="r")) != ends[-1]:
+        raise ValueError(f"{path} does not hold {ends[-1]} frames")
+    return [StoredClip(path, int(a), int(b)) for a, b in zip([0, *ends], ends)], fps
+
+def store_clips(path, clips, fps):
+    """Store all frames in one .npy, then the speed and where each clip ends in another beside it.
+
+    Each is written under another name and then renamed, so no half file is ever read."""
+    path.parent.mkdir(exist_ok=True)
+    ends = np.cumsum([len(clip) for clip in clips])
+    arrays = {path: np.concatenate(clips), path.with_suffix(".ends.npy"): np.array([fps, *ends])}
+    for name, array in arrays.items():
+        part = name.with_suffix(f".{os.urandom(8).hex()}")
+        try:
+            with open(part, "wb") as file:
+                np.save(file, array)
+            part.replace(name)
+        finally:
+            part.unlink(missing_ok=True)
+
+def find_files(root):
+    """The files at or below a path, none hidden. A folder stands for the pictures in it."""
+    if root.is_file():
+        return [root]
+    found = set()
+    for name in glob("**", root_dir=root, recursive=True):
+        file = root / name
+        if file.is_file() and not name.endswith(".actions.npy"):
+            found.add(file.parent if file.suffix.lower() in PICTURES else file)
+    return sorted(found)
+
+class VideoFolder:
+    """Clips of `frames` frames from a file, or from the files below a folder or its train/.
+
+    dataset[i], any i >= 0, is dict(video=float (frames, C, H, W)) and depends on (seed, i) alone.
+    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame.
+
+    cache    keep decoded clips in .vdm_cache/ beside the data for the next run. It may be deleted
+    actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
+             cut like its frames to action=(frames, A). NaN stands for what is not told
+    fps      frames per second of an item
+    report   what was used, what was skipped, and why"""
+
+    labels = 0
+
+    def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
+                 cache=False):
         from tqdm import tqdm
-        self.stride, self.channels, self.seed, self.before = stride, channels, seed, before
-        self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.clips, self.moves, self.labels, self.actions, self.turn = [], [], 0, (), None
-        speeds, skipped, root = [], [], Path(path)
+        root = Path(path)
         if not root.exists():
-            raise ValueError(f"{path} does not exist")
-        root = root / "train" if (root / "train").is_dir() else root
-        below = map(root.joinpath, glob("**", root_dir=root, recursive=True))          # none hidden
-        files = {p.parent if p.suffix.lower() in PICTURES and p != root else p
-                 for p in (root, *below) if p.is_file() and not p.name.endswith(".actions.npy")}
-        for file in tqdm(sorted(files), "decoding", disable=not progress):
+            raise ValueError(f"{path} does not exist, expected a video file or a folder of them")
+        if (root / "train").is_dir():
+            root = root / "train"
+        self.frames = frames
+        self.size = tuple(size)
+        self.stride = stride
+        self.channels = channels
+        self.seed = seed
+        self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
+        self.cache = None
+        if cache:
+            self.cache = (root if root.is_dir() else root.parent) / ".vdm_cache"
+        self.clips = []
+        self.moves = []                                # the actions of each clip, or None
+        self.actions = ()
+        speeds = []
+        skipped = []
+        files = find_files(root)
+        for file in tqdm(files, "decoding", disable=not progress):
             try:
-                clips, fps = (read or decode)(file, size, channels)
+                clips, fps = self.read(file)
                 moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
-                self.moves += [m for m, clip in zip(moves, clips) if len(clip) >= self.span]
-                self.clips += [clip for clip in clips if len(clip) >= self.span]
                 speeds.append(fps)
-                if (least := min(map(len, clips))) < self.span:
-                    raise ValueError(f"{file}: {least} frames are too few, an item takes "
-                                     f"{self.span}: lower --frames or --stride")
+                self.add(file, clips, moves)
             except ValueError as error:
                 skipped.append(f"skipped {error}")
         self.fps = float(np.median(speeds or [0])) / stride
-        self.report = "\n      ".join([
-            f"data: {len(files)} files in {root} -> {len(self)} clips used, {len(skipped)} skipped"
-            f", {size[0]}x{size[1]} crop, {channels} channels, {self.fps:g} fps" +
-            f", {sum(m is not None for m in self.moves)} with actions" * bool(self.actions),
-            *skipped[:9], *[f"skipped {len(skipped) - 9} more"] * (len(skipped) > 9)])
+        self.report = (f"data: {len(files)} files in {root} -> {len(self)} clips used, "
+                       f"{len(skipped)} skipped, {size[0]}x{size[1]} crop, {channels} channels, "
+                       f"{self.fps:g} fps")
+        if self.actions:
+            self.report += f", {sum(x is not None for x in self.moves)} with actions"
+        if len(skipped) > 9:
+            skipped[9:] = [f"skipped {len(skipped) - 9} more"]
+        self.report = "\n      ".join([self.report, *skipped])
         if not self.clips:
             raise ValueError(self.report)
 
+    def read(self, file):
+        """The clips of one file, uint8 (T, H, W, C), and frames per second, by way of the cache."""
+        if self.cache is None:
+            return decode(file, self.size, self.channels)
+        parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
+        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels))
+        path = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        try:
+            return load_clips(path)
+        except (OSError, ValueError, EOFError):                               # to be decoded first
+            clips, fps = decode(file, self.size, self.channels)
+        try:
+            store_clips(path, clips, fps)
+            return load_clips(path)
+        except OSError as error:
+            print(f"{self.cache} cannot be written ({error}): decoded clips stay in memory")
+            self.cache = None
+            return clips, fps
+
     def read_actions(self, path, clips):
-        """Of each clip its actions (T, A), or None if there is no such file."""
+        """The actions (T, A) of each clip, or None for each if there is no such file."""
         if not path.is_file():
             return [None] * len(clips)
         try:
-            x = np.load(path).astype(np.float32)
-            x = x if x.ndim == 3 else x[None]                                            # (N, T, A)
-            A = self.actions or x.shape[-1:]
-            if [a.shape for a in x] != [(len(c), *A) for c in clips] or np.isinf(x).any():
-                raise ValueError(f"{x.shape} is not {len(clips)} clips x {len(clips[0])} frames x "
-                                 f"{A[0]} finite numbers, or NaN where none is told")
-        except Exception as error:
+            x = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
-        self.actions = A
-        return list(x)
+        if x.ndim == 2:
+            x = x[None]                                                                 # (N, T, A)
+        width = self.actions or x.shape[2:]
+        fits = x.ndim == 3 and [a.shape for a in x] == [(len(clip), *width) for clip in clips]
+        if not fits or x.dtype.kind not in "biuf" or np.isinf(x).any():
+            raise ValueError(f"{path}: {x.dtype} {x.shape} is not {len(clips)} clips x "
+                             f"{len(clips[0])} frames x {width} finite numbers, or NaN where none "
+                             "is told")
+        self.actions = width
+        return list(x.astype(np.float32))
+
+    def add(self, file, clips, moves):
+        """Keep the clips that are long enough. ValueError if one is not."""
+        for clip, move in zip(clips, moves):
+            if len(clip) >= self.span:
+                self.clips.append(clip)
+                self.moves.append(move)
+        shortest = min(len(clip) for clip in clips)
+        if shortest < self.span:
+            raise ValueError(f"{file}: {shortest} frames are too few, an item takes {self.span}: "
+                             "lower --frames or --stride")
 
     def __len__(self):
         return len(self.clips)
 
-    def __getitem__(self, i):
+    def place(self, i):
+        """The number of the clip that item i is cut from, and the slice of its frames."""
         turn, k = divmod(i, len(self))
-        if turn != self.turn:                                  # drawn once per round of clips
-            self.turn = turn
-            self.order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))
-        clip, moves = self.clips[self.order[k]], self.moves[self.order[k]]
-        start = np.random.default_rng([self.seed, 1, i]).integers(len(clip) - self.span + 1)
-        cut = start + np.arange(-self.before * self.stride, self.span, self.stride).clip(-start)
-        moves = np.full((len(clip), *self.actions), np.nan, np.float32) if moves is None else moves
-        action = dict(action=torch.from_numpy(moves[cut])) if self.actions else {}
-        return dict(video=from_uint8(clip[cut]), **action)
+        number = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))[k]
+        starts = len(self.clips[number]) - self.span + 1
+        start = int(np.random.default_rng([self.seed, 1, i]).integers(starts))
+        return number, slice(start, start + self.span, self.stride)
+
+    def __getitem__(self, i):
+        number, cut = self.place(i)
+        item = dict(video=from_uint8(self.clips[number][cut]))                 # (frames, C, H, W)
+        if self.actions:
+            item["action"] = torch.full((self.frames, *self.actions), math.nan)
+            if self.moves[number] is not None:
+                item["action"] = torch.tensor(self.moves[number][cut])
+        return item
 
 # ==================================================================================================
-# 13. Models: presets, build, save, load
+# 17. Models: Config, presets, build, save, load
 # ==================================================================================================
-# The papers' models, but: learning rates fall, and rds and svd embed given frames as clean.
-# "Unverified": in neither papers nor code. With 4 channels, size counts latents of 8 x 8 pixels
+# No class above reads Config: they take plain arguments, which build hands over.
 
-paper = partial(Config, channels=4, factor=8, blocks=2, ddpm_layout=True, joint=(), head_dim=64,
-                patch=1, detail=0, given_noise=1.0, images=0.0, optimizer="adamw", warmup=0,
-                ema=0.9999, temporal_guidance=1.0, anchor=0.0, jump=0.0, motion=False)
-early = partial(paper, frames=16, width=256, convs=False, feed_forward="none", kind="eps",
-                weighting="eps", context=(1.0,), sampler="ddpm")
-stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), attention=(1, 2, 4),
-                 feed_forward="both", kind="edm", sigma_data=1.0, weighting="edm", mean=1.0,
-                 std=1.6, sampler="ddim", sigma_min=0.002, sigma_max=700.0)
-PRESETS = {                             # a preset is a set of defaults; any flag after it wins
+@dataclasses.dataclass
+class Config:
+    """Every number of a run. train.py makes a flag of each field, with its comment as help."""
+    # the clips, and what a model is
+    frames: int = 8                 # frames per clip
+    size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
+    channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
+    stride: int = 1                 # take every stride-th frame of a file
+    fps: float = 8.0                # frames per second of the videos written
+    factor: int = 0                 # pixels to a latent along each side (0: no latents)
+    width: int = 16                 # channels of the first level
+    mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
+    blocks: int = 1                 # blocks per level and way
+    attention: tuple = ("none", "factorised", "joint")  # of each level: none, factorised or joint
+    head_dim: int = 16              # channels per attention head
+    patch: int = 2                  # frames are cut into patch x patch tiles first
+    kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
+    sigma_data: float = 0.5         # standard deviation of the data, for kind and weighting edm
+    give: str = "concat"            # frames are given by concat, hint, replace, per_frame, previous
+    labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
+    actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
+    adapters: str = ""              # put lora or simda into the network ("": neither)
+    rank: int = 4                   # rank of LoRA
+    # what noise it sees, and what it is given
+    schedule: str = "lognormal"     # noise: linear, scaled_linear, cosine, sigmoid, lognormal
+    mean: float = 1.5               # lognormal: mean of log(sigma)
+    std: float = 1.2                # lognormal: standard deviation of log(sigma)
+    offset: float = 0.0             # strength of offset noise
+    context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
+    task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
+    hint_noise: float = 0.0         # give hint: largest noise level of the frames given
+    independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
+    drop: float = 0.15              # odds that label and actions are withheld
+    images: float = 0.08            # share of clips trained as loose frames, temporal=0
+    stills: int = 0                 # pictures from other clips trained beside every clip (VDM: 8)
+    # how it is trained
+    loss: str = "change"            # plain, change (plus the change between frames), or vista
+    weighting: str = "inverse"      # weight of the error: inverse, eps, v, x0, edm or min_snr
+    steps: int = 2000               # optimiser steps
+    batch: int = 16                 # clips per step
+    optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
+    lr: float = 2e-3                # peak learning rate of AdamW
+    muon_lr: float = 0.01           # peak learning rate of Muon
+    warmup: int = 50                # steps in which rates rise; then they fall to 0 linearly
+    weight_decay: float = 0.01      # AdamW's
+    clip_norm: float = 1.0          # largest norm of the gradient
+    ema: float = 0.995              # decay of the averaged weights
+    train: tuple = ("all",)         # all, or some of spatial, temporal, conditions, lora, adapters
+    spatial_lr: float = 1.0         # learning rate of spatial layers, as a share (Vista: 0.1)
+    # how it is sampled
+    sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
+    sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
+    skip_guidance: float = 1.6      # more than 1 exaggerates what frames tell each other
+    sigma_min: float = 0.2          # smallest noise level visited
+    sigma_max: float = 60.0         # noise level at which sampling starts
+    rho: float = 7.0                # bend of the grid between them: larger dwells at low noise
+    overlap: int = 4                # frames that a window of a long video is given
+
+# A preset is a set of defaults; any flag after it wins. The comments say what differs from the
+# papers; "unverified" is what neither paper nor code tells. The presets svd and vista are not here
+# yet: they will come with the published network itself.
+
+paper = partial(Config, channels=4, factor=8, blocks=2, head_dim=64, patch=1, images=0.0,
+                loss="plain", optimizer="adamw", warmup=0, ema=0.9999, skip_guidance=1.0)
+PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
-    # give them standard deviation 1: hence sigma_data (which --kind or --weighting edm would heed)
+    # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
-                     mults=(1, 2), attention=(2,), joint=(2,), detail=8, steps=1500, anchor=0.0,
-                     jump=0.0, sigma_min=0.2, motion=False),
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set; about 10 M parameters
+                     mults=(1, 2), attention=("none", "joint"), steps=1500),
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
-                    attention=(2, 4), patch=4, detail=8, context=(0.5, *[0] * 9, 0.5), overlap=10,
-                    steps=20_000, ema=0.999, anchor=0.0, jump=0.0, sigma_min=0.2),
-    # VDM, 16 x 64 x 64 pixels: 1.17 B (reconstructed, unpublished). Theirs samples evenly in u,
-    # with gamma 0.1 (sample_ddpm). Unverified: fps, clip_norm
-    "ucf101": early(size=(64, 64), channels=3, factor=0, fps=25.0, mults=(1, 2, 4, 8),
-                    attention=(2, 4, 8), dropout=0.1, schedule="cosine", stills=8, steps=60_000,
-                    batch=128, lr=3e-4, gate_lr=3e-4, weight_decay=0.0, sampling_steps=256,
+                    patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
+    # VDM, 16 x 64 x 64 pixels. Theirs has three blocks on the way up and two in the middle, no
+    # temporal convolutions, no feed-forward layers, relative positions in time, dropout 0.1, and
+    # samples evenly in u with gamma 0.1. Unverified: fps, clip_norm
+    "ucf101": paper(frames=16, size=(64, 64), channels=3, factor=0, fps=25.0, width=256,
+                    mults=(1, 2, 4, 8), attention=("none", *["factorised"] * 3), kind="eps",
+                    schedule="cosine", weighting="eps", context=(1.0,), stills=8, steps=60_000,
+                    batch=128, lr=3e-4, weight_decay=0.0, sampler="ddpm", sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
-    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs, 528 M and 132 M, has 3
-    # planes for frames, samples evenly in u; ours: 459, 115 M. Unverified: fps, clip_norm, steps
-    "sky": early(size=(32, 32), mults=(1, 2, 4, 4), attention=(1, 2, 4), schedule="scaled_linear",
-                 previous=True, joint_weight=0.2, steps=850_000, batch=64, lr=1e-4, gate_lr=1e-4,
-                 sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
-    # Video LDM, key frames, 128 x 256 pixels, without labels; theirs trains temporal layers alone.
-    # Unverified: frames, betas, context, clip_norm, ema, sampling, widths (its text model's)
-    "rds": stable(frames=8, size=(16, 32), fps=2.0, kind="v", schedule="linear", weighting="v",
-                  context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
-                  lr=1e-4, gate_lr=1e-4, sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
-    # SVD, 14 x 576 x 1024 pixels (XT: --frames 25): 1.52 B, ours 1.42: no CLIP, no fps, keeps frame
-    # 0; theirs has log-normal noise on it. Unverified: odds of context, clip_norm, scale of motion
-    "svd": stable(frames=14, fps=7.0, context=(0.15, 0.85), task="image", context_noise=0.1,
-                  motion=True, drop=0.0, overlap=1, steps=50_000, batch=768, lr=3e-5, gate_lr=3e-5,
-                  sampling_steps=25),
-    # Vista, 25 x 576 x 1024 pixels: phase 1, with phase 2's actions (command, trajectory, speed,
-    # angle, goal; theirs one a clip): 1.65 B, ours 1.51: no CLIP, SVD's weights, frame 0 as input
-    "vista": stable(frames=25, fps=10.0, dynamics=1.0, structure=0.1, offset=0.02, lr=1e-5,
-                    offset_per_frame=True, context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), give="replace",
-                    overlap=3, motion=True, actions=(1, 8, 4, 4, 2), drop=0.0, steps=20_000,
-                    batch=256, gate_lr=1e-5, spatial_lr=0.1, warmup=1000, clip_norm=0.3,
-                    sampling_steps=50),
+    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs has latents on three
+    # planes and a network without time; ours has latents of frames. Unverified: fps, clip_norm
+    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), kind="eps",
+                 attention=(*["factorised"] * 3, "none"), give="previous", context=(0.8, 0.2),
+                 schedule="scaled_linear", weighting="eps", steps=850_000, batch=64, lr=1e-4,
+                 sampler="ddpm", sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
+    # Video LDM, key frames, 128 x 256 pixels. Theirs trains temporal layers alone, after an image
+    # model, and mixes by alpha. Unverified: frames, betas, context, clip_norm, ema, sampling, width
+    "rds": paper(frames=8, size=(16, 32), fps=2.0, width=320, mults=(1, 2, 4, 4), kind="v",
+                 attention=(*["factorised"] * 3, "none"), schedule="linear", weighting="v",
+                 context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
+                 lr=1e-4, sampler="ddim", sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
 }
 
 def noise_schedule(config):
     """The training noise schedule of a config: a function u -> sigma."""
-    f = SCHEDULES[config.schedule]
-    f = partial(f, mean=config.mean, std=config.std) if f is lognormal else f
-    return (lambda u: resolution_shift(f(u), config.size, config.base)) if config.base else f
+    if config.schedule == "lognormal":
+        return partial(lognormal, mean=config.mean, std=config.std)
+    return SCHEDULES[config.schedule]
 
-def build(config):
-    """Config -> Denoiser with fresh weights. Settings that do nothing are refused by train.py."""
-    known = dict(kind=("eps", "v", "x0", "edm"), schedule=SCHEDULES, sampler=SAMPLERS,
-                 weighting=("x0", "eps", "v", "edm", "min_snr", "balance"),
-                 give=("concat", "replace", "per_frame"), feed_forward=("none", "time", "both"))
-    for name, choices in known.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name} is {getattr(config, name)!r}, expected one of "
-                             f"{', '.join(choices)}")
-    draw_mask(1, 2, config.context, config.task)                  # an unknown task is a ValueError
-    multiple = config.patch * 2 ** (len(config.mults) - 1)          # a level halves the tiled frame
+GIVES = dict(concat=Denoiser, hint=Denoiser, replace=Replace, per_frame=PerFrame,
+             previous=PreviousClip)
+CHOICES = dict(kind=("eps", "v", "x0", "edm"), schedule=SCHEDULES, sampler=SAMPLERS, give=GIVES,
+               weighting=("inverse", "eps", "v", "x0", "edm", "min_snr"),
+               task=("predict", "ends", "any", "image", "upsample"),
+               loss=("plain", "change", "vista"), optimizer=("adamw", "muon"),
+               adapters=("", "lora", "simda"))
+
+def check_config(config):
+    """ValueError, one sentence, for names and sizes of which no model can be built."""
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    levels = len(config.mults)
+    if len(config.attention) != levels or set(config.attention) - {"none", "factorised", "joint"}:
+        raise ValueError(f"attention is {' '.join(map(str, config.attention))}, expected none, "
+                         f"factorised or joint for each of the {levels} levels of mults")
+    multiple = config.patch * 2 ** (levels - 1)                 # every level halves the tiled frame
     near = [max(multiple, round(n / multiple) * multiple) for n in config.size]
     if near != [*config.size]:
         raise ValueError(f"size is {config.size}, patch and mults need multiples of {multiple}: "
                          f"the nearest that works is --size {' '.join(map(str, near))}")
-    wide = [m * config.width for i, m in enumerate(config.mults) if 2 ** i in config.attention]
-    wide += [config.mults[-1] * config.width] * (config.ddpm_layout and bool(config.attention))
-    if any(n % config.head_dim for n in wide) or wide and config.head_dim % 2:
+    wide = [config.width * mult for mult, attention in zip(config.mults, config.attention)
+            if attention != "none"]
+    if any(n % config.head_dim for n in wide) or (wide and config.head_dim % 2):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
-    concat = config.give == "concat"
-    in_channels = (1 + concat + config.previous) * config.channels + concat
-    net = VideoUNet(in_channels, config.channels, config.width, config.mults, config.blocks,
-                    config.attention, config.joint, config.head_dim, config.patch, config.detail,
-                    config.dropout, config.labels, sum(config.actions), config.give == "replace",
-                    config.convs, config.feed_forward, config.ddpm_layout, config.fp32_residuals,
-                    config.motion)
-    paces = torch.full((17,), -1.0) if config.motion else None
-    denoiser = Denoiser(net, config.kind, config.sigma_data, config.previous, config.give, paces)
-    if config.weighting == "balance":
-        denoiser.balance = Balance(config.frames)              # kept, and resumed, with the weights
+
+def build(config):
+    """Config -> Denoiser with fresh weights."""
+    check_config(config)
+    conditions = {}
+    if config.labels:
+        conditions["label"] = LabelEmbedding(config.labels)
+    if config.actions:
+        conditions["action"] = ActionEmbedding(sum(config.actions))
+    if config.give == "hint":
+        conditions["augmentation"] = NumberEmbedding()
+    if config.give == "replace":
+        conditions["given"] = LabelEmbedding(1)
+    concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
+                           previous=config.channels).get(config.give, 0)
+    net = VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
+                    config.attention, config.head_dim, config.patch, conditions=conditions)
     if config.adapters:
-        adapt(denoiser, config.adapters, config.rank)
-    return denoiser
+        adapt(net, config.adapters, config.rank)
+    return GIVES[config.give](net, config.kind, config.sigma_data)
 
 def build_autoencoder(config):
     """Config -> Autoencoder with fresh weights, of colour frames."""
     if config.factor < 2 or config.factor & (config.factor - 1):
         raise ValueError(f"factor is {config.factor}: an autoencoder needs a power of two, from 2")
-    return Autoencoder(3, config.channels, config.ae_width, config.factor)
+    return Autoencoder(channels=3, latent=config.channels, factor=config.factor)
 
 def save(path, **state):
-    """Write a checkpoint of tensors and plain values by way of a temporary file: whatever happens,
-    a full disk or a kill, path holds the old checkpoint or the new one, whole."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    """Write a checkpoint of tensors and plain values by way of a temporary file.
+
+    Whatever happens, a full disk or a kill, path holds the old checkpoint or the new one, whole."""
+    path = Path(path)
+    temporary = Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -1778,16 +2157,20 @@ def save(path, **state):
     except (OSError, RuntimeError) as e:                               # torch.save raises either
         raise OSError(f"could not write {path} ({e}); an older one there is untouched") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 def read_checkpoint(path):
-    """What save wrote -> (dict, Config). Refused: code, which weights_only never runs, and a config
-    with other fields than ours, as its network may have been another, too."""
+    """What save wrote -> (dict, Config).
+
+    ValueError for a file that is damaged, that holds code, which weights_only never runs, or that
+    is of another version of Config, as its network may have been another, too."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := Config.__dataclass_fields__.keys() - state["config"].keys():
+        missing = Config.__dataclass_fields__.keys() - state["config"].keys()
+        if missing:
             raise ValueError(f"its config has no {', '.join(sorted(missing))}")
         return state, Config(**state["config"])
     except Exception as e:                                         # each kind of damage has its own
@@ -1800,7 +2183,7 @@ def with_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        reason = str(e).splitlines()[-1].strip()
+        reason = str(e).splitlines()[-1].strip()[:150]
         raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
     return model.eval().requires_grad_(False)
 
@@ -1812,8 +2195,14 @@ def load(path):
     return with_weights(build(config), state.get("ema", {}), path), config
 
 def load_autoencoder(path):
-    """The checkpoint of an autoencoder, or of a model trained on the latents of one -> (Autoencoder
-    or, if there is none in it, None; Config)."""
+    """The checkpoint of an autoencoder, or of a model of its latents -> (Autoencoder, Config).
+
+    The first is None if the model is one of pixels."""
     state, config = read_checkpoint(path)
-    weights = state.get("ema" if "stage" in state else "autoencoder")
-    return weights and with_weights(build_autoencoder(config), weights, path), config
+    weights = state.get("ema") if "stage" in state else state.get("autoencoder")
+    if not weights:
+        return None, config
+    return with_weights(build_autoencoder(config), weights, path), config
+
+if __name__ == "__main__":
+    demo()
