@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as whole
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import vdm
@@ -178,24 +178,28 @@ class Muon(torch.optim.Optimizer):
         return turn @ m
 
 def make_optimizers(config, model):
-    """Make AdamW for all that is trained; with muon, Muon for matrices in blocks, AdamW for others.
+    """Make AdamW for all that is trained; with muon, Muon for hidden matrices, AdamW for the rest.
 
     A group keeps its peak learning rate. That of spatial layers may be a share of the others'."""
     make = dict(adamw=partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True,
                               weight_decay=config.weight_decay), muon=Muon)
     rates = dict(adamw=config.lr, muon=config.muon_lr)
-    matrices = {p for block in blocks(model) for p in block.parameters() if p.ndim > 1}
     part = vdm.part_of(model)
     groups = dict(adamw={}, muon={})
-    for p in model.parameters():
-        if p.requires_grad:
-            name = config.optimizer if p in matrices else "adamw"
-            share = 5.0 if p.numel() == 1 else 1.0       # a gate, which first has to leave 0
-            if part[p] == "spatial":
-                share = config.spatial_lr
-            groups[name].setdefault(share * rates[name], []).append(p)
-    return [make[name]([dict(params=some, peak=peak) for peak, some in peaks.items()], rates[name])
-            for name, peaks in groups.items() if peaks]
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        # what embeds the noise level and what faces pixels learn by AdamW, as usual with Muon
+        hidden = name.startswith(("net.down.", "net.middle.", "net.up.")) and ".emb." not in name
+        kind = config.optimizer if hidden and p.ndim > 1 else "adamw"
+        peak = rates[kind]
+        if part[p] == "spatial":
+            peak *= config.spatial_lr
+        if p.numel() == 1:                                   # a gate, which first has to leave 0
+            peak *= 5
+        groups[kind].setdefault(peak, []).append(p)
+    return [make[kind]([dict(params=some, peak=peak) for peak, some in peaks.items()], rates[kind])
+            for kind, peaks in groups.items() if peaks]
 
 # ---- samples -------------------------------------------------------------------------------------
 
@@ -419,9 +423,9 @@ def finish(options, config, held_out, picture, seconds):
     if options.rank:
         return
     print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
+    files = write_samples(options.out / "samples/final", clips, config)
     if options.data in WORLDS:
         print(report(held_out, clips, picture.keywords.get("action")))
-    files = write_samples(options.out / "samples/final", clips, config)
     last = options.out / "last.pt"
     print("files  ", *files, last, options.out / "log.csv", sep="\n        ")
     flags = ""
@@ -533,7 +537,7 @@ LIMITS = {
                             "warmup weight_decay spatial_lr skip_guidance",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema", ("0.1 to 1000", 0.1, 1000): "fps",
-    ("0 to 10^12", 0, 10 ** 12): "seed"}
+    ("0 to 10^12", 0, 10 ** 12): "seed", ("-1000 to 1000", -1000, 1000): "mean"}
 
 def limit(names, expected, low, high, *sources):
     """Refuse numbers of these names that are outside low to high, or NaN."""
@@ -836,10 +840,11 @@ def estimate(model, config, dtype):
     else."""
     kept = {None: {}}
     here = None
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(x):
-        if not isinstance(x, torch.nn.Parameter):
-            storage = x.untyped_storage()
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
             kept[here][storage._cdata] = storage.nbytes()
         return x
 
@@ -860,7 +865,9 @@ def estimate(model, config, dtype):
     given = dict(context=x, mask=torch.zeros(x.shape[:2]))
     if config.give == "previous":
         given = dict(previous=x)
-    flops = FlopCounterMode(display=False)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu      # not known to it
+    flops = FlopCounterMode(display=False, custom_mapping={
+        attention: lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v)})
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with flops, hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         held = model(x, torch.ones(1), **given)                # it holds all that backward needs

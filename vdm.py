@@ -162,7 +162,8 @@ def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1
     x = clean + expand(sigma, clean) * noise
     error = denoiser(x, sigma, **conditions) - clean                               # (B, T, C, H, W)
     loss = (expand(weight(sigma), clean) * error ** 2).mean()
-    loss = loss + change * (error.diff(dim=1) ** 2).sum() / error.numel()    # 0 for a single frame
+    count = max(error[:, 1:].numel(), 1)                             # a single frame has no change
+    loss = loss + change * (error.diff(dim=1) ** 2).sum() / count
     return loss, (error ** 2).detach().flatten(sigma.ndim).mean(-1)
 
 def first_frames(batch, frames, odds):
@@ -1441,7 +1442,7 @@ class MovingShapes:
         """Return the light of each pixel, from 0 to 1, as a numpy array."""
         v = torch.as_tensor(videos).float().cpu().numpy()
         # most of a lawful clip is -1, and parts of noise are: a few stray values do not count
-        if np.quantile(v, 0.01) > -0.1:
+        if np.quantile(v, 0.01) > -0.1 and v.max() > 0.5:            # a young model's grey is not
             raise ValueError(f"the clips' values run from {v.min():.2f} to {v.max():.2f}, but check"
                              " expects -1 for black and 1 for full light: if they run from 0 to 1,"
                              " pass 2 * clips - 1")
@@ -1520,7 +1521,7 @@ class MovingShapes:
         Of 97 speeds and 13 places the best is taken. Return how far x strays from it, and its
         speed: (N, windows) both."""
         window = min(window, x.shape[1])
-        limit = 1.25 * self.SPEED[1] * (low + high).min()
+        limit = 1.25 * self.SPEED[1] * np.nanmin(low + high)      # the sum is one side of a picture
         speeds = np.linspace(-limit, limit, 97)
         places = np.linspace(-1.5, 1.5, 13)
         lines = places[:, None] + speeds[:, None, None] * (np.arange(window) - window // 2)

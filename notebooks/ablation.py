@@ -1,12 +1,11 @@
 """
 What is each part of the recipe worth? Train the preset tiny with one part changed, and mark it:
 
-    python notebooks/ablation.py                                 all rows, one after another
-    python notebooks/ablation.py --rows 0 3 --more --device cpu     some of them; flags of train.py
+    python notebooks/ablation.py --rows 0 3 --more --device cpu
 
-Runs lie in out/ablation/, and none is trained twice. Each row of the table has the shares of clips,
-and of videos four times as long, that pass after the trainings with --seed 0 and 1, and how far
-colours, kinds and speeds of the clips are from the world's (see benchmark.py; the mean of both).
+Runs lie in out/ablation/; none is trained twice. Each row of the table has the shares of clips, and
+of videos four times as long, that pass after the trainings with --seed 0 and 1, and how far the
+clips are from the world (see benchmark.py; the mean of both).
 """
 
 import argparse
@@ -15,7 +14,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
 from benchmark import FOUND, Model, mark_model, parse_changes, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +39,12 @@ def trained(flags, seed, more):
 def main():
     p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", type=int, nargs="+", help="numbers of rows, from 0 (all)")
-    p.add_argument("--n", type=int, default=192, help="videos that each mark is made of (192)")
-    p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further flags of train.py")
+    p.add_argument("--n", type=int, default=192, help="videos of each kind (192)")
+    p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="flags of train.py")
     o = p.parse_args()
     rows = [(flags, "") for flags in TRAIN] + [(TRAIN[0], flags) for flags in DRAW]
-    print("| flags | clips pass | long videos pass | colors off | kinds off | speeds off |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| flags | clips pass | long videos pass | colors off | kinds off | speeds off |\n"
+          "|---|---|---|---|---|---|", flush=True)
     for number in o.rows or range(len(rows)):
         flags, drawn = rows[number]
         _, changes = parse_changes(train.Parser(), drawn.split())
@@ -54,8 +52,8 @@ def main():
         for seed in (0, 1):
             model = Model(trained(flags, seed, o.more), **changes)
             lengths = model.config.frames, 4 * model.config.frames
-            marks += [found for _, name, found in mark_model(model, o.n, lengths, [2])
-                      if name != "real"]
+            rated = mark_model(model, o.n, lengths, [2])
+            marks += [found for _, name, found in rated if name != "real"]
         cells = [f"`{drawn or flags}`"]
         cells += [f"{marks[i]['passed']:.0%}, {marks[i + 2]['passed']:.0%}" for i in (0, 1)]
         cells += [f"{np.mean([m[name][0] for m in marks[::2]]):.2f}" for name in FOUND]
