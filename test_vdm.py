@@ -2816,13 +2816,14 @@ def read_fresh(state):
 # ---- many processes, short memory ----------------------------------------------------------------
 
 def nearly(one, other):
-    """Weights and averages equal up to rounding, which Muon enlarges: 1 % of the way they came."""
+    """Weights and averages are equal up to 15 % of the way they came: rounding changes the signs of
+    small gradients, and the first steps of AdamW are signs. Rows of the log are held to 0.2 %."""
     start = read_fresh(one)
     for part in ("model", "ema"):
         assert one[part].keys() == other[part].keys()
         for name, w in one[part].items():
             apart = (other[part][name] - w).norm()
-            assert apart <= 1e-2 * (w - start[name]).norm() + 1e-6, (part, name)
+            assert apart <= 0.15 * (w - start[name]).norm() + 1e-6, (part, name)
 
 def nearly_rows(one, other):
     for a, b in zip(rows(one), rows(other), strict=True):
@@ -3313,7 +3314,7 @@ def test_latents_made_elsewhere(tmp_path):
         clip, start = divmod(int(item["action"][0, 0]) // 3, 6)
         assert np.array_equal(item["video"], many[clip, start:start + 4])
     np.save(tmp_path / "data/a.npy", 5 * many / many.std())
-    with pytest.raises(ValueError, match=r"standard deviation 5, .* multiply it by 0\.2\D"):
+    with pytest.raises(ValueError, match=r"standard deviation 5, .* multiply it by 0\.2$"):
         run(tmp_path / "wide", flags, LATENT)
     np.save(tmp_path / "data/a.npy", (50 * many).astype(np.uint8))
     with pytest.raises(ValueError, match=r"holds uint8 \(3, 6, 5, 4, 4\), expected float latents"):
@@ -3339,7 +3340,7 @@ def test_dry_run_of_parameters_and_their_memory(capsys):
         return sum(p.numel() for name, p in model.named_parameters()
                    if re.search(words, name) and p.ndim > least)
     total, temporal = count(""), count(r"\.time|concat")
-    matrices = count("down|middle|up", least=1)
+    matrices = count("down|middle|up", least=1) - count(r"\.emb\.", least=1)
     near = partial(pytest.approx, abs=0.006)             # MiB; AdamW counts steps, too, per tensor
     for flags, moments in (("", 2 * total - matrices), ("--optimizer adamw", 2 * total)):
         found = dry(capsys, flags)

@@ -74,7 +74,8 @@ def offset_noise(noise, strength, per_frame=False):
 
 def karras_sigmas(n, sigma_min=0.2, sigma_max=60.0, rho=7.0):
     """Noise levels for sampling, (n + 1,): from sigma_max to sigma_min, evenly spaced in
-    sigma^(1 / rho), then 0 (EDM eq. 5). A larger rho puts more of them at low noise."""
+    sigma^(1 / rho), then 0 (EDM eq. 5). A larger rho puts more of them at low noise. sigma_min is
+    for small frames of few colours; finer detail needs less (EDM: 0.002)."""
     roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n)
     return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
@@ -115,8 +116,8 @@ class Denoiser(nn.Module):
 
     x (B, T, C, H, W) is clean + sigma * noise; sigma is (B,), or (B, T). The frames of context (B,
     T, C, H, W) that mask (B, T) marks are given: the network sees them as further channels, and
-    they come back untouched. Other conditions go to the network by name."""
-
+    they come back untouched. It calls net(c_in * x, c_noise (B, T), **conditions), c_noise being
+    log(sigma) / 4, and adds concat=(B, T, C + 1, H, W) if frames are given."""
     def __init__(self, net, kind="x0", sigma_data=0.5):
         super().__init__()
         self.net = net
@@ -268,7 +269,6 @@ def rotate(x, position):
 
 class TemporalConv(nn.Module):
     """A convolution over three neighbouring frames at every place (Make-A-Video)."""
-
     def __init__(self, dim):
         super().__init__()
         self.norm = normalize(dim)
@@ -283,7 +283,6 @@ class TemporalConv(nn.Module):
 class ResBlock(nn.Module):
     """Two 3 x 3 convolutions on every frame, and a temporal one between them: what moves has to be
     followed through space and time. emb (B, T, E), the embedded noise level, scales and shifts."""
-
     def __init__(self, dim_in, dim, dim_emb):
         super().__init__()
         self.conv1 = nn.Sequential(normalize(dim_in), nn.SiLU(), conv(dim_in, dim))
@@ -302,7 +301,6 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention and a feed-forward layer. A token is one place in one frame. It looks over all
     places of its frame ("hw"), its place in all frames ("t"), or everything ("thw")."""
-
     def __init__(self, dim, head_dim=16, over="hw"):
         super().__init__()
         self.heads = dim // head_dim
@@ -330,7 +328,6 @@ class Attention(nn.Module):
 
 class TemporalAttention(nn.Module):
     """Attention over time, or over space and time at once, as a temporal layer: with a gate."""
-
     def __init__(self, dim, head_dim=16, over="t"):
         super().__init__()
         self.attention = Attention(dim, head_dim, over)
@@ -343,9 +340,10 @@ class TemporalAttention(nn.Module):
 class Block(nn.Module):
     """One step of the UNet: convolutions over space and time, then attention, which is "none",
     "factorised" (over space, then over time), or "joint" (over both at once; for small frames)."""
-
     def __init__(self, dim_in, dim, dim_emb, attention, head_dim):
         super().__init__()
+        if attention not in ("none", "factorised", "joint"):
+            raise ValueError(f"attention is {attention!r}, expected none, factorised or joint")
         self.res = ResBlock(dim_in, dim, dim_emb)
         self.time = TemporalConv(dim)
         self.space_attention = nn.Identity()
@@ -377,7 +375,6 @@ class VideoUNet(nn.Module):
     concat (B, T, concat_channels, H, W) are further channels, such as given frames. temporal, a
     number or (B,), is the weight of temporal layers. conditions are modules {name: module}: a value
     that is passed as name=value goes through its module, and (B, T or 1, E) joins the embedding."""
-
     def __init__(self, channels=3, concat_channels=4, width=16, mults=(1, 3, 6), blocks=1,
                  attention=("none", "factorised", "joint"), head_dim=16, patch=2, dim_emb=256,
                  conditions=None):
@@ -421,7 +418,10 @@ class VideoUNet(nn.Module):
         for name, value in conditions.items():
             if name not in self.conditions:
                 raise ValueError(f"{name} was given, but this network was built without")
-            emb = emb + self.conditions[name](value)                                     # (B, T, E)
+            made = self.conditions[name](value)
+            if made.ndim != 3:
+                raise ValueError(f"condition {name} made {tuple(made.shape)}, not (B, T or 1, E)")
+            emb = emb + made                                                             # (B, T, E)
         x = each_frame(self.input, x)                          # (B, T, width, H / patch, W / patch)
         temporal = expand(torch.as_tensor(temporal).to(x), x)                # (B or 1, 1, 1, 1, 1)
         if concat is not None:
@@ -451,8 +451,8 @@ class EMA:
     """The moving average of a model's weights, float32. Call update(model) after every step.
 
     The last weights of a run are noisy; their average draws better videos: sample from .model.
-    Early on it forgets faster: update n keeps the share min(decay, (1 + n) / (10 + n))."""
-
+    Early on it forgets faster: update n keeps the share min(decay, (1 + n) / (10 + n)). To resume,
+    restore .model and .updates."""
     def __init__(self, model, decay=0.995):
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
@@ -475,14 +475,14 @@ def guided(denoise, scale):
 
     given is the estimate under all conditions, free under none; training must have shown both.
     Scale 1 is the plain estimate; more exaggerates conditions. scale is a number, or (T,)."""
-    scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)     # (1 or T, 1, 1, 1)
+    scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)                      # (1 or T,)
     def denoise_guided(x, sigma, **conditions):
         if len(scale) not in (1, x.shape[1]):
             raise ValueError(f"scale has {len(scale)} numbers: expected 1 or {x.shape[1]}")
         free = denoise(x, sigma)
         given = denoise(x, sigma, **conditions)
-        estimate = free + scale.to(x) * (given - free)                             # (B, T, C, H, W)
-        if "mask" in conditions:                                 # given frames stay as they are
+        estimate = free + expand(scale.to(x), x[0]) * (given - free)               # (B, T, C, H, W)
+        if conditions.get("mask") is not None:                   # given frames stay as they are
             estimate = torch.where(expand(conditions["mask"], x) == 1, given, estimate)
         return estimate
     return denoise_guided
@@ -527,8 +527,9 @@ def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, cli
     A window has this shape (B, T, C, H, W), and its first frames are given: the last `overlap`
     frames so far (Video LDM, Vista). The memory needed does not grow with the length;
     torch.cat(list(rollout(...)), 1) is the whole video. context (B, n, C, H, W) are its first n
-    frames, seed and clips are those of clip_noise, and options go to generate. tell is a function
-    (context, mask, start) -> conditions of the window that begins at frame `start`."""
+    frames, seed and clips are those of clip_noise, and options go to generate. tell, in place of
+    given_frames, is a function (context, mask, start) -> all conditions of the window of T frames
+    that begins at frame `start`; length cuts the last window only afterwards."""
     B, T, *chw = shape
     noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
     last = torch.zeros(B, 0, *chw) if context is None else context                 # (B, n, C, H, W)
@@ -1125,8 +1126,8 @@ class LoRA(nn.Module):
     """layer(x) + B A x for a Linear or a convolution (LoRA; Vista has rank 16).
 
     A goes down to `rank` channels; it is normal with standard deviation 1 / rank, as in Vista. B
-    goes up again; it is 0. ValueError if the layer is of another kind, or its convolution is
-    grouped or padded by other than zeros."""
+    goes up again; it is 0. The layer is not frozen here. ValueError if it is of another kind, or a
+    convolution that is grouped or padded by other than zeros."""
 
     def __init__(self, layer, rank=4):
         super().__init__()
@@ -1152,7 +1153,8 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """The wrapped layer with B A added to its weight: the same answers at the old cost."""
+        """The wrapped layer with B A added to its weight, in place: the same answers at the old
+        cost. Put it where this module was, once."""
         down, up = self.branch
         low_rank = up.weight.flatten(1) @ down.weight.flatten(1)
         self.layer.weight += low_rank.view_as(self.layer.weight)
@@ -1667,7 +1669,8 @@ def frames_of_video(path):
 def frames_of_gif(path):
     """The frames of a .gif or .webp, and frames per second.
 
-    These formats merge equal frames into one that lasts longer. Here it is repeated as often."""
+    These formats merge equal frames into one that lasts longer. Here it is repeated, as often as
+    the shortest frame fits into it."""
     from PIL import Image, ImageSequence
     if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
         raise ValueError("the GIF is truncated, its end mark is missing")
@@ -1754,8 +1757,8 @@ def read_video(path, size=None, channels=3):
 def write_video(path, clip, fps=8.0, scale=None):
     """Write a clip (T, C, H, W), C 1 or 3, as .mp4 or .gif, or one frame as .png; return the path.
 
-    clip   any sequence of frames will do: an .mp4 takes them one by one
-    scale  each pixel becomes scale x scale. None enlarges clips below 128 pixels
+    clip   float in [-1, 1]: a tensor, or any sequence of frames (an .mp4 takes one at a time)
+    scale  each pixel becomes scale x scale. None enlarges clips below 128 pixels; 1 keeps them
     If ffmpeg fails to write an .mp4, a .gif is written instead."""
     import imageio.v3 as iio
     from PIL import Image
@@ -1858,7 +1861,8 @@ class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
 
     dataset[i], any i >= 0, is dict(video=float (frames, C, H, W)) and depends on (seed, i) alone.
-    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame.
+    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame. A
+    DataLoader's own order repeats items 0 ... len - 1: for new cuts its sampler has to count on.
 
     cache    keep decoded clips in .vdm_cache/ beside the data for the next run. It may be deleted
     actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
