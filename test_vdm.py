@@ -2816,14 +2816,13 @@ def read_fresh(state):
 # ---- many processes, short memory ----------------------------------------------------------------
 
 def nearly(one, other):
-    """Weights and averages are equal up to 15 % of the way they came: rounding changes the signs of
-    small gradients, and the first steps of AdamW are signs. Rows of the log are held to 0.2 %."""
+    """Weights and averages equal up to rounding, which Muon enlarges: 1 % of the way they came."""
     start = read_fresh(one)
     for part in ("model", "ema"):
         assert one[part].keys() == other[part].keys()
         for name, w in one[part].items():
             apart = (other[part][name] - w).norm()
-            assert apart <= 0.15 * (w - start[name]).norm() + 1e-6, (part, name)
+            assert apart <= 1e-2 * (w - start[name]).norm() + 1e-6, (part, name)
 
 def nearly_rows(one, other):
     for a, b in zip(rows(one), rows(other), strict=True):

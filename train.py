@@ -190,7 +190,7 @@ def make_optimizers(config, model):
         if not p.requires_grad:
             continue
         # what embeds the noise level and what faces pixels learn by AdamW, as usual with Muon
-        hidden = name.startswith(("net.down.", "net.middle.", "net.up.")) and ".emb." not in name
+        hidden = re.search(r"net\.(down|middle|up)\.", name) and ".emb." not in name
         kind = config.optimizer if hidden and p.ndim > 1 else "adamw"
         peak = rates[kind]
         if part[p] == "spatial":
