@@ -3857,3 +3857,15 @@ def test_table_of_claims(tmp_path):
     ("error", (1.1, 2.9, 3.1), "unclear"), ("pass", (2, 3, 4), "better")])
 def test_verdicts(key, values, verdict):
     assert claims.verdict(key, values, (1, 2, 3)) == verdict
+
+# ---- the weights that come along -----------------------------------------------------------------
+
+def test_the_weights_that_come_along():
+    """notebooks/tiny.pt fits the network of today and the preset tiny, is at most 4 MB, and draws
+    clips that obey the laws of their world, which random weights never do."""
+    path = Path(__file__).parent / "notebooks/tiny.pt"
+    assert path.stat().st_size <= 4e6
+    denoiser, config = vdm.load(path)
+    assert config == vdm.PRESETS["tiny"]
+    clips = train.sample(config, denoiser, 8, torch.device("cpu"), torch.float32, seed=3)
+    assert vdm.MovingShapes().check(clips)["passed"].mean() >= 0.6
