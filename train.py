@@ -148,8 +148,7 @@ def descend(step, config, model, optimizers):
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal (Jordan et al. 2024).
 
-    A weight matrix then moves equally far in all directions of its gradient, the rare ones too, and
-    small networks learn several times faster than by AdamW."""
+    A weight matrix then moves equally far in all directions of its gradient, the rare ones too."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))

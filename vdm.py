@@ -12,7 +12,7 @@ The best guess is the mean of all clips that could hide behind x. At a high nois
 blur. Each step of sampling moves x a little towards the guess, so fewer clips remain possible, and
 the next guess is sharper. At the end one clip is left.
 
-Part I    The method, to be read. `python vdm.py` trains a small model in two minutes.
+Part I    The method, to be read. `python vdm.py` trains a small model in three minutes.
           1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Network, 6 EMA, 7 Generation, 8 Demo
 Part II   The papers (titles in README.md), to paste from. Each adds to Part I, and changes nothing.
           9 DDPM, VDM, EDM, 10 Video LDM, 11 PVDM, 12 SVD, Vista, 13 FVDM, 14 Adapters and editing
