@@ -1404,6 +1404,354 @@ def test_trainable():
         with pytest.raises(ValueError, match="are conditions lora spatial temporal"):
             vdm.trainable(net, parts)
 
+# ---- the published networks ----------------------------------------------------------------------
+# diffusers has SVD's network, its scheduler and its pipeline. Vista's network is SVD's whose one
+# token is longer, [CLIP | waves of 19 numbers], and whose given frames have another noise embedding.
+
+SMALL = dict(block_out_channels=(64, 128, 128, 128), num_attention_heads=(2, 4, 4, 4),
+             cross_attention_dim=24, addition_time_embed_dim=10,
+             projection_class_embeddings_input_dim=30)
+TINY = dict(block_out_channels=(32, 64), num_attention_heads=(1, 2), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=16, addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24)
+
+def diffusers_network(eps=1e-5, **size):
+    """diffusers' network of SVD with random weights, in float64. eps is what Stability's code has
+    outside attention."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    net = diffusers.UNetSpatioTemporalConditionModel(**size).double().eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0 if p.ndim > 1 else 0.3, 0.05 if p.ndim > 1 else 0.3)
+    for name, module in net.named_modules():
+        if eps and isinstance(module, torch.nn.GroupNorm) and "attentions" not in name:
+            module.eps = eps
+    return net.requires_grad_(False)
+
+def published(net):
+    """The same network here, in float64."""
+    return vdm.load_published(net.state_dict(), head_dim=32).double()
+
+@pytest.mark.parametrize("size, eps, limit", [(SMALL, 1e-5, 1e-5), (TINY, 1e-5, 1e-5),
+                                              (SMALL, None, 1e-4), (TINY, None, 1e-4)])
+def test_the_published_network_is_diffusers(size, eps, limit):
+    theirs = diffusers_network(eps, **size)
+    ours = published(theirs).net
+    x = torch.randn(2, 3, 8, 8, 16).double()
+    clip = torch.randn(2, size["cross_attention_dim"]).double()
+    numbers = torch.tensor([[6, 127, 0.02], [9, 40, 0]]).double()
+    for level in (-1.5, 1.6):
+        expected = theirs(x, level, clip[:, None], numbers).sample
+        found = ours(x, torch.full((2,), level), clip=clip, numbers=numbers)
+        assert expected.std() > 0.1
+        assert_close(found, expected, atol=limit, rtol=0)
+        picture = x[:, :1, 4:]
+        expected = theirs(torch.cat([x[:, :, :4], picture.expand_as(x[:, :, 4:])], 2), level,
+                          clip[:, None], numbers).sample
+        found = ours(x[:, :, :4], torch.full((2, 3), level), picture, clip, numbers)
+        assert_close(found, expected, atol=limit, rtol=0)
+
+def svd_scheduler():
+    """The scheduler of SVD's repository, by its scheduler_config.json."""
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.EulerDiscreteScheduler(
+        beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, num_train_timesteps=1000,
+        interpolation_type="linear", prediction_type="v_prediction", sigma_max=700.0,
+        sigma_min=0.002, steps_offset=1, timestep_spacing="leading", timestep_type="continuous",
+        trained_betas=None, use_karras_sigmas=True)
+
+def test_the_published_levels_and_estimates_are_diffusers():
+    scheduler = svd_scheduler()
+    scheduler.set_timesteps(25)
+    sigmas = vdm.karras_sigmas(25, 0.002, 700.0)
+    assert_close(sigmas, scheduler.sigmas, rtol=2e-6, atol=0)
+    config = vdm.PRESETS["svd"]
+    assert (config.sampling_steps, config.sigma_min, config.sigma_max) == (25, 0.002, 700.0)
+    theirs = diffusers_network(**TINY)
+    denoiser = published(theirs)
+    clip = torch.randn(1, 16).double()
+    told = vdm.picture_conditions(torch.randn(1, 1, 4, 8, 8).double(), fps=7, clip=clip)
+    for i in (0, 8, 16, 24):
+        scheduler = svd_scheduler()                                # it begins at the level asked for
+        scheduler.set_timesteps(25)
+        t = scheduler.timesteps[i]
+        x = scheduler.sigmas[i].double() * torch.randn(1, 3, 4, 8, 8).double()
+        scaled = torch.cat([scheduler.scale_model_input(x, t), told["concat"].expand_as(x)], dim=2)
+        v = theirs(scaled, t, clip[:, None], told["numbers"].double()).sample
+        expected = scheduler.step(v, t, x).pred_original_sample
+        found = denoiser(x, scheduler.sigmas[i].double().reshape(1), **told)
+        assert_close(found, expected, atol=1e-5 * max(1, expected.abs().max()), rtol=0)
+
+def test_a_clip_of_svd_is_the_pipelines():
+    """25 steps with a guidance scale per frame, through the pipeline's own loop."""
+    pytest.importorskip("transformers")
+    diffusers = pytest.importorskip("diffusers")
+    token = torch.randn(1, 1, 16).double()
+    picture = torch.randn(1, 4, 8, 8).double()
+
+    class Pipeline(diffusers.StableVideoDiffusionPipeline):
+        def _encode_image(self, *rest):
+            return torch.cat([torch.zeros_like(token), token])
+
+        def _encode_vae_image(self, *rest, **options):
+            return torch.cat([torch.zeros_like(picture), picture])
+
+    theirs = diffusers_network(**TINY)
+    vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=(32, 32, 32, 32),
+                                                 down_block_types=("DownEncoderBlock2D",) * 4)
+    pipeline = Pipeline(vae, None, theirs, svd_scheduler(), None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 4, 8, 8).double()
+    expected = pipeline(torch.zeros(1, 3, 64, 64), 64, 64, num_frames=4, num_inference_steps=25,
+                        min_guidance_scale=1.0, max_guidance_scale=3.0, fps=7, motion_bucket_id=127,
+                        noise_aug_strength=0.02, latents=noise.clone(), output_type="latent").frames
+    told = vdm.picture_conditions(vdm.LATENT_SCALE * picture[:, None], fps=7, level=0.02,
+                                  clip=token[:, 0])
+    denoise = vdm.guided_by(published(theirs), torch.linspace(1, 3, 4), ("concat", "clip"))
+    sigmas = vdm.karras_sigmas(25, 0.002, 700.0)
+    start = math.sqrt(700 ** 2 + 1) * noise                        # theirs starts at this, not 700
+    found = vdm.sample_ddim(partial(denoise, **told), start, sigmas)
+    assert expected.std() > 0.1
+    assert_close(found, expected, atol=1e-4 * expected.abs().max(), rtol=0)
+
+def stability_keys(net, blocks=2, levels=4):
+    """{key of diffusers: key of Stability's code}, written from how Stability's code counts."""
+    heads = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+             "mid_block.resnets.1": "middle_block.2"}
+    n = 0
+    for level in range(levels):
+        for block in range(blocks):
+            n += 1
+            heads[f"down_blocks.{level}.resnets.{block}"] = f"input_blocks.{n}.0"
+            heads[f"down_blocks.{level}.attentions.{block}"] = f"input_blocks.{n}.1"
+        n += 1
+        heads[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+    n = -1
+    for level in range(levels):
+        for block in range(blocks + 1):
+            n += 1
+            heads[f"up_blocks.{level}.resnets.{block}"] = f"output_blocks.{n}.0"
+            heads[f"up_blocks.{level}.attentions.{block}"] = f"output_blocks.{n}.1"
+        part = 1 if level == 0 else 2                       # the lowest level has no attention
+        heads[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{n}.{part}.conv"
+    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    keys = {}
+    for key in net.state_dict():
+        head = max((h for h in heads if key.startswith(f"{h}.")), key=len)
+        rest = key[len(head) + 1:]
+        for theirs, ours in inside.items():
+            rest = rest.replace(f"spatial_res_block.{theirs}.", f"{ours}.")
+            rest = rest.replace(f"temporal_res_block.{theirs}.", f"time_stack.{ours}.")
+        rest = rest.replace("temporal_transformer_blocks", "time_stack")
+        rest = rest.replace("pos_embed.linear_1", "pos_embed.0")
+        keys[key] = f"{heads[head]}.{rest.replace('pos_embed.linear_2', 'pos_embed.2')}"
+    return keys
+
+def test_every_published_tensor_has_its_place():
+    """At full size, without numbers: the published shapes, by both ways to name them."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.UNetSpatioTemporalConditionModel()
+    weights = theirs.state_dict()
+    assert sum(w.numel() for w in weights.values()) == 1_524_623_082
+    keys = stability_keys(theirs)
+    renamed = {f"model.diffusion_model.{keys[key]}": w for key, w in weights.items()}
+    renamed["first_stage_model.encoder.conv_in.weight"] = torch.zeros(1)
+    for published in (weights, renamed):
+        denoiser = vdm.load_published(published)
+        assert sum(p.numel() for p in denoiser.parameters()) == 1_474_233_322
+        assert len(denoiser.state_dict()) == 1_428 - 128
+        assert vdm.build(vdm.Config(**SVD_SHAPE)) is not None
+    # Vista: the second embedding, and two projections of 19 x 128 numbers in every attention
+    for key, w in [*renamed.items()]:
+        if key.endswith("attn2.to_v.weight"):
+            for name in ("k", "v"):
+                adapter = key.replace("to_v", f"{name}_adapter_action_control")
+                renamed[adapter] = torch.empty(len(w), 2432, device="meta")
+        if ".time_embed." in key:
+            renamed[key.replace("time_embed", "cond_time_stack_embed")] = w
+    named = [w for key, w in renamed.items() if key.startswith("model.")]
+    assert sum(w.numel() for w in named) == 1_648_079_082
+    denoiser = vdm.load_published(renamed)
+    assert isinstance(denoiser, vdm.Replace)
+    assert denoiser.net.actions == 19
+    assert sum(p.numel() for p in denoiser.parameters()) == 1_536_986_602
+
+@pytest.mark.parametrize("name", ["svd", "vista"])
+def test_presets_are_the_published_networks(name):
+    with torch.device("meta"):
+        denoiser = vdm.build(vdm.PRESETS[name])
+    assert sum(p.numel() for p in denoiser.parameters()) == dict(
+        svd=1_474_233_322, vista=1_536_986_602)[name]
+
+def vista_weights():
+    """diffusers' weights whose token is [16 of CLIP | 19 x 128], told apart as Vista's are."""
+    theirs = diffusers_network(**TINY | dict(cross_attention_dim=16 + 19 * 128))
+    weights = {}
+    for key, w in theirs.state_dict().items():
+        weights[key] = w
+        if key.endswith("attn2.to_v.weight"):
+            weights[key] = w[:, :16]
+            weights[key.replace("to_v", "v_adapter_action_control")] = w[:, 16:]
+        if key.endswith("attn2.to_k.weight"):
+            weights[key] = w[:, :16]
+    keys = stability_keys(theirs, blocks=1, levels=2)
+    weights = {key: w for key, w in weights.items()}
+    for key in [*weights]:
+        new = keys.get(key) or keys[key.replace("v_adapter_action_control", "to_v")].replace(
+            "to_v", "v_adapter_action_control")
+        weights[new] = weights.pop(key)
+    for i in (0, 2):
+        for kind in ("weight", "bias"):
+            weights[f"cond_time_stack_embed.{i}.{kind}"] = weights[f"time_embed.{i}.{kind}"] * 2
+    return theirs, weights
+
+def test_vistas_network():
+    theirs, weights = vista_weights()
+    denoiser = vdm.load_published(weights, head_dim=32).double()
+    net = denoiser.net
+    x = torch.randn(2, 4, 8, 8, 8).double()
+    clip = torch.randn(2, 16).double()
+    numbers = torch.tensor([[9.0, 127, 0], [9, 127, 0]])
+    action = torch.randn(2, 19).double() * 5
+    action[0, 9:] = math.nan
+    angle = action[..., None] * torch.exp(-math.log(10_000) * torch.arange(64) / 64)
+    told = torch.cat([angle.cos(), angle.sin()], -1).nan_to_num().flatten(1)
+    token = torch.cat([clip, told], -1)[:, None]
+    expected = theirs(x, 0.4, token, numbers.double()).sample
+    level = torch.full((2,), 0.4)
+    found = net(x, level, clip=clip, numbers=numbers, action=action)
+    assert_close(found, expected, atol=1e-5, rtol=0)
+    # frames given in x: all of them -> the whole network has the second embedding, twice the first
+    given = torch.zeros(2, 4)
+    with torch.no_grad():
+        for p in theirs.time_embedding.parameters():
+            p.mul_(2)
+    expected = theirs(x, 0.4, token, numbers.double()).sample
+    found = net(x, level, clip=clip, numbers=numbers, action=action, given=given)
+    assert_close(found, expected, atol=1e-5, rtol=0)
+    # Replace: they stand in x without noise, and come back as they are
+    context = torch.randn(2, 4, 4, 8, 8).double()
+    mask = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
+    told = vdm.picture_conditions(context[:, :1], fps=10, clip=clip) | dict(action=action)
+    estimate = denoiser(torch.full_like(context, 1e9).where(mask[..., None, None, None] == 1,
+                                                            context * 3), torch.full((2,), 2.0),
+                        context=context, mask=mask, **told)
+    assert torch.equal(estimate[mask == 1], context[mask == 1])
+    assert estimate.abs().max() < 1e3
+
+@pytest.mark.parametrize("layout", ["stability", "diffusers"])
+def test_saved_weights_come_back_and_fit_diffusers(tmp_path, layout):
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = diffusers_network(**TINY).float()
+    denoiser = vdm.load_published(theirs.state_dict(), head_dim=32)
+    path = tmp_path / "saved.safetensors"
+    vdm.save_published(path, denoiser, layout)
+    again = vdm.load_published(path, head_dim=32)
+    for (name, w), (_, v) in zip(denoiser.state_dict().items(), again.state_dict().items()):
+        assert torch.equal(w, v), name
+    saved = safetensors.load_file(path)
+    if layout == "stability":
+        keys = stability_keys(theirs, blocks=1, levels=2)
+        assert saved.keys() == {f"model.diffusion_model.{key}" for key in keys.values()}
+        saved = {key: saved[f"model.diffusion_model.{new}"] for key, new in keys.items()}
+    x = torch.randn(1, 3, 8, 8, 8)
+    clip = torch.randn(1, 1, 16)
+    numbers = torch.tensor([[6, 127, 0.02]])
+    expected = theirs(x, 0.5, clip, numbers).sample
+    theirs.load_state_dict(saved)                                       # all of them, no others
+    assert_close(theirs(x, 0.5, clip, numbers).sample, expected, atol=1e-5, rtol=0)
+
+def test_saved_weights_have_lora_merged(tmp_path):
+    pytest.importorskip("safetensors")
+    denoiser = published(diffusers_network(**TINY)).float()
+    assert len(vdm.adapt(denoiser.net, "lora", rank=3)) == 4 * 2 * 6 * 2      # 4 places, 2 attentions, 6 layers
+    for name, p in denoiser.named_parameters():
+        if "branch" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    vdm.save_published(tmp_path / "saved.safetensors", denoiser)
+    again = vdm.load_published(tmp_path / "saved.safetensors", head_dim=32)
+    x = torch.randn(1, 3, 8, 8, 8)
+    told = dict(clip=torch.randn(1, 16), numbers=torch.tensor([[6, 127, 0.02]]))
+    expected = denoiser.net(x, torch.tensor([0.5]), **told)
+    assert_close(again.net(x, torch.tensor([0.5]), **told), expected, atol=1e-4, rtol=0)
+    assert any(isinstance(m, vdm.LoRA) for m in denoiser.net.modules())     # it keeps its own
+
+def test_a_training_step_of_the_published_network():
+    """Actions start as nothing, all that does something learns, and phase 2 trains its own alone."""
+    config = vdm.Config(**SVD_SHAPE | dict(width=32, mults=(1, 2), attention=("factorised", "none"),
+                                           blocks=1, head_dim=16, actions=(1, 8, 4, 4, 2)),
+                        give="vista", loss="vista")
+    torch.manual_seed(0)
+    denoiser = vdm.build(config)
+    for p in denoiser.parameters():                     # else what starts at 0 lets nothing through
+        if p.abs().max() == 0 and p.numel() > 1:
+            torch.nn.init.normal_(p, std=0.02)
+    for module in denoiser.modules():
+        if isinstance(module, vdm.ActionProjection):
+            torch.nn.init.zeros_(module.weight)
+    clean = torch.randn(2, 4, 4, 8, 8)
+    mask = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
+    told = vdm.picture_conditions(clean[:, :1], fps=10, clip=torch.randn(2, 1024))
+    told |= dict(context=clean, mask=mask)
+    sigma = torch.tensor([1.0, 3.0])
+    noise = torch.randn_like(clean)
+    action = torch.randn(2, 19)
+    loss, _ = vdm.vista_loss(denoiser, clean, sigma, noise, **told)
+    with_action, _ = vdm.vista_loss(denoiser, clean, sigma, noise, action=action, **told)
+    assert torch.equal(loss, with_action)
+    with_action.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
+    part = vdm.part_of(denoiser)
+    assert {part[p] for p in denoiser.parameters()} == {"spatial", "temporal", "conditions"}
+    vdm.adapt(denoiser.net, "lora", 2)
+    vdm.trainable(denoiser, ("lora", "conditions"))
+    learning = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert all("branch" in name or ".action." in name for name in learning)
+    assert sum(".action." in name for name in learning) == 8
+
+def test_what_is_no_published_network(tmp_path):
+    weights = {key: w.float() for key, w in diffusers_network(**TINY).state_dict().items()}
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0{\"a\":")
+    with pytest.raises(ValueError, match="truncated"):
+        vdm.load_published(path)
+    with pytest.raises(ValueError, match="there is no file"):
+        vdm.load_published(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="no weights of SVD"):
+        vdm.load_published(vdm.build(vdm.Config()).state_dict())
+    key = "mid_block.attentions.0.proj_in.weight"
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        vdm.load_published({k: w for k, w in weights.items() if k != key}, head_dim=32)
+    with pytest.raises(ValueError, match=f"{key} is of shape"):
+        vdm.load_published(weights | {key: torch.zeros(3, 3)}, head_dim=32)
+    lora = "mid_block.attentions.0.transformer_blocks.0.attn1.q_adapter_down.weight"
+    with pytest.raises(ValueError, match="has no mid_block.*adapter"):
+        vdm.load_published(weights | {lora: torch.zeros(3, 3)}, head_dim=32)
+    denoiser = vdm.load_published(weights, head_dim=32)
+    x = torch.randn(2, 3, 4, 8, 8)
+    sigma = torch.ones(2)
+    told = vdm.picture_conditions(torch.randn(2, 1, 4, 8, 8), fps=7, clip=torch.randn(2, 16))
+    denoiser(x, sigma, **told)
+    for change, sentence in (
+            (dict(clip=torch.randn(2, 17)), r"clip is \(2, 17\), expected \(2, 16\)"),
+            (dict(numbers=torch.ones(2, 2)), "numbers is"), (dict(numbers=None), "are missing"),
+            (dict(action=torch.ones(2, 19)), "action is"), (dict(given=torch.zeros(2, 3)), "Vista"),
+            (dict(concat=torch.ones(2, 1, 3, 8, 8)), "x has 7 channels")):
+        with pytest.raises(ValueError, match=sentence):
+            denoiser(x, sigma, **told | change)
+    with pytest.raises(ValueError, match="latents are 9 x 8, expected multiples of 2"):
+        denoiser(torch.randn(2, 3, 4, 9, 8), sigma, numbers=told["numbers"])
+
+SVD_SHAPE = {name: getattr(vdm.PRESETS["svd"], name) for name in (
+    "channels", "factor", "width", "mults", "blocks", "attention", "head_dim", "kind", "images")}
+
 # ---- EMA and checkpoints -------------------------------------------------------------------------
 
 @cases("decay", [0.9999, 0.5])

@@ -8,25 +8,24 @@ A video diffusion model in four lines:
     loss  = weight(sigma) * (guess - clean)^2         training: do that at every noise level
     x     = x + (next - sigma) * (x - guess) / sigma  sampling: from pure noise down to sigma = 0
 
-The best guess is the mean of all clips that could hide behind x. At a high noise level it is a
-blur. Each step of sampling moves x a little towards the guess, so fewer clips remain possible, and
-the next guess is sharper. At the end one clip is left.
+(x - guess) / sigma is the noise that the guess leaves. The best guess is the mean of all clips that
+could hide behind x. At a high noise level it is a blur. Each step of sampling goes to a lower noise
+level, nearer to the guess. Fewer clips then remain possible, so the next guess is sharper.
 
-Part I    The method, to be read. `python vdm.py` trains a small model in three minutes.
-          1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Network, 6 EMA, 7 Generation, 8 Demo
-Part II   The papers (titles in README.md), to paste from. Each adds to Part I, and changes nothing.
-          9 DDPM, VDM, EDM, 10 Video LDM, 11 PVDM, 12 SVD, Vista, 13 FVDM, 14 Adapters and editing
-Part III  Tools: toy worlds that mark their own videos, files, the models' presets.
-          15 Worlds, 16 Video files, 17 Models
+Part I    The method, to be read: 1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Network, 6 EMA,
+          7 Generation, 8 Demo. `python vdm.py` trains a small model in three minutes.
+Part II   The papers (titles in README.md), to paste from: 9 DDPM, VDM, EDM, 10 Video LDM, 11 PVDM,
+          12 SVD, Vista, 13 FVDM, 14 Adapters and editing. They change nothing in Part I.
+Part III  Tools: 15 Toy worlds that mark their own videos, 16 Video files, 17 Models and presets
 
 Shapes    B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), and its
           values lie in [-1, 1]. Other axes are named where they appear.
 Names     sigma     noise level (B,), or (B, T) if every frame has its own
           sigmas    the falling noise levels that a sampler visits, (steps + 1,); the last is 0
-          denoise   a function (x, sigma, **conditions) -> estimate of the clean clip, like x
+          denoise   a function (x, sigma, **conditions) -> guess of the clean clip: e.g. a Denoiser
           context   the clip that holds the given frames, (B, T, C, H, W)
           mask      which frames of context are given, (B, T): 1 given, 0 to be generated
-          temporal  weight of the temporal layers: 1 is on, 0 is off, which leaves an image model
+          temporal  weight of the temporal layers: 1 is on; at 0 every frame is on its own
           scale     strength of guidance: 1 is none, above 1 exaggerates
 """
 
@@ -56,37 +55,30 @@ def expand(values, x):
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
 def lognormal(u, mean=1.5, std=1.2):
-    """Noise levels for training: log(sigma) is normal (EDM). u (...) is uniform in (0, 1).
+    """Noise levels for training: log(sigma) is normal (EDM), for u uniform in (0, 1), of any shape.
 
     The mean decides what the network learns most about. At exp(1.5) = 4.5 a small frame looks like
     pure noise to the eye. There it is decided which object appears, and where it goes."""
     return torch.exp(mean + std * torch.special.ndtri(u.double())).float()    # ndtri: u -> normal
 
-def offset_noise(noise, strength, per_frame=False):
-    """Add one random number per clip and channel to unit noise (B, T, C, H, W).
-
-    White noise hardly hides the mean of a large frame, so a network never learns to guess it. With
-    the offset it learns to make very dark and very bright clips. It is for training only. With
-    per_frame every frame gets a number of its own, as in Vista, whose strength is 0.02."""
-    B, T, C = noise.shape[:3]
-    shared = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
-    return noise + strength * shared
-
 def karras_sigmas(n, sigma_min=0.2, sigma_max=60.0, rho=7.0):
     """Noise levels for sampling, (n + 1,): from sigma_max to sigma_min, evenly spaced in
-    sigma^(1 / rho), then 0 (EDM eq. 5). A larger rho puts more of them at low noise. sigma_min is
-    for small frames of few colours; finer detail needs less (EDM: 0.002)."""
+    sigma^(1 / rho), then 0 (EDM eq. 5). A larger rho puts more of them at low noise. sigma_min 0.2
+    is for small frames of few colours; finer detail needs less (EDM: 0.002)."""
     roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n)
     return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
 def scalings(sigma, kind, sigma_data=0.5):
     """c_skip, c_out, c_in, c_noise, each of the shape of sigma (EDM eq. 7).
 
-    The clean estimate is c_skip * x + c_out * net(c_in * x, c_noise). kind says what the network
-    predicts: "eps" the noise (DDPM); "v" the noise at low sigma, and -clip at high sigma (VDM);
-    "edm" -v, for data of standard deviation sigma_data (EDM, table 1); "x0" the clip, which has
-    structure, unlike noise: so narrow networks learn it best."""
-    c_noise = sigma.clamp(min=1e-4).log() / 4                # a frame that is given has sigma 0
+    The clean estimate is c_skip * x + c_out * net(c_in * x, c_noise). So input and output of the
+    network have a size of about 1 at every sigma. kind says what the network predicts:
+
+    eps  the noise (DDPM); then clean = x - sigma * noise
+    v    alpha * noise - sqrt(1 - alpha^2) * clean: the noise at low sigma, -clean at high sigma
+    edm  minus v, for data of standard deviation sigma_data (EDM, table 1)
+    x0   the clip itself. It has structure, unlike noise: so narrow networks learn it best"""
+    c_noise = sigma.clamp(min=1e-4).log() / 4            # sigma may be 0: frames that are given
     if kind == "edm":
         root = (sigma ** 2 + sigma_data ** 2).sqrt()
         return sigma_data ** 2 / root ** 2, sigma * sigma_data / root, 1 / root, c_noise
@@ -114,10 +106,10 @@ def concat_frames(context, mask):
 class Denoiser(nn.Module):
     """A network with its scalings: denoiser(x, sigma) estimates the clean clip, like x.
 
-    x (B, T, C, H, W) is clean + sigma * noise; sigma is (B,), or (B, T). The frames of context (B,
-    T, C, H, W) that mask (B, T) marks are given: the network sees them as further channels, and
-    they come back untouched. It calls net(c_in * x, c_noise (B, T), **conditions), c_noise being
-    log(sigma) / 4, and adds concat=(B, T, C + 1, H, W) if frames are given."""
+    x is clean + sigma * noise; sigma is (B,), (B, T), or a number. It calls net(c_in * x, c_noise
+    (B, T), **conditions), c_noise being log(sigma) / 4. The frames of context that mask marks are
+    given. In x they are noisy, too, but the network also sees them clean, as further channels:
+    concat (B, T, C + 1, H, W). So it is told noise level 0 for them. They come back untouched."""
     def __init__(self, net, kind="x0", sigma_data=0.5):
         super().__init__()
         self.net = net
@@ -127,15 +119,14 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, context=None, mask=None, **conditions):
         if (context is None) != (mask is None):
             raise ValueError("context and mask belong together: pass both or neither")
-        if sigma.ndim == 1:
-            sigma = sigma[:, None].expand(x.shape[:2])                                      # (B, T)
-        told = sigma
+        sigma = torch.as_tensor(sigma, device=x.device)
+        if sigma.ndim < 2:
+            sigma = sigma.reshape(-1, 1).expand(x.shape[:2])                                # (B, T)
+        c_skip, c_out, c_in, c_noise = scalings(sigma, self.kind, self.sigma_data)          # (B, T)
         if mask is not None:
             mask = mask.to(x)
-            told = sigma * (1 - mask)        # a given frame is noisy in x, too, but clean in concat
             conditions["concat"] = concat_frames(context, mask)
-        c_skip, c_out, c_in, _ = scalings(sigma, self.kind, self.sigma_data)                # (B, T)
-        c_noise = scalings(told, self.kind, self.sigma_data)[3]                             # (B, T)
+            c_noise = scalings(sigma * (1 - mask), self.kind)[3]                            # (B, T)
         output = self.net(expand(c_in, x) * x, c_noise, **conditions)              # (B, T, C, H, W)
         estimate = expand(c_skip, x) * x + expand(c_out, x) * output.to(x.dtype)
         if mask is None:
@@ -147,15 +138,16 @@ class Denoiser(nn.Module):
 # ==================================================================================================
 
 def inverse_sigma(sigma):
-    """Weight 1 / sigma. The squared error grows about as sigma: so all noise levels count alike."""
+    """Weight 1 / sigma. The squared error grows about as sigma: so all noise levels count alike.
+    (DDPM's loss, the squared error of the noise, has weight 1 / sigma^2.)"""
     return 1 / sigma.clamp(min=1e-4)
 
 def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1.0, **conditions):
     """The weighted squared error of the clean estimate (EDM eq. 2), plus one of its change.
 
     clean and noise are clips (B, T, C, H, W), sigma is (B,) or (B, T), weight a function of sigma.
-    conditions go to the denoiser; to train on given frames pass context=clean and a mask. Returns
-    the loss and, for a log, the squared error without weight, of the shape of sigma.
+    conditions go to the denoiser. To train on given frames pass context=clean and a mask; their
+    error is 0. Returns the loss and, for a log, the plain squared error, of the shape of sigma.
 
     At high noise nearly all of the error is about where things are. That cannot be known, and it
     drowns what can be known: that neighbouring frames agree. Hence the second term: `change` times
@@ -165,7 +157,7 @@ def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1
     loss = (expand(weight(sigma), clean) * error ** 2).mean()
     count = max(error[:, 1:].numel(), 1)                             # a single frame has no change
     loss = loss + change * (error.diff(dim=1) ** 2).sum() / count
-    return loss, (error ** 2).detach().flatten(sigma.ndim).mean(-1)
+    return loss, (error ** 2).detach().flatten(sigma.ndim).mean(-1)                # like sigma
 
 def first_frames(batch, frames, odds):
     """A mask (batch, frames) that gives the first n frames. n is drawn: 0 with odds[0], and so on.
@@ -178,7 +170,7 @@ def first_frames(batch, frames, odds):
 # 4. Samplers
 # ==================================================================================================
 # A sampler is a function (denoise, x, sigmas, randn) -> clip. x starts as sigmas[0] * noise; randn
-# draws fresh noise. `clean` is an estimate: if it is right, (x - clean) / sigma is the noise in x.
+# draws fresh noise. If the guess is right, (x - guess) / sigma is the noise in x.
 
 def pairs(sigmas):
     """The pairs of numbers (from, to) of neighbours in sigmas."""
@@ -192,31 +184,31 @@ def constant(sigma, x):
 def sample_ddim(denoise, x, sigmas, randn=None):
     """DDIM (eq. 12, eta 0): put the noise that is left back at the next level. Euler's method."""
     for s, t in pairs(sigmas):
-        clean = denoise(x, constant(s, x))
-        x = clean + t * (x - clean) / s
+        guess = denoise(x, constant(s, x))
+        x = guess + t * (x - guess) / s
     return x
 
 @torch.no_grad()
 def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
-    """DPM-Solver++(2M), algorithm 2: DDIM's step, to an estimate extrapolated half a step ahead.
+    """DPM-Solver++(2M), algorithm 2: DDIM's step, with a guess extrapolated half a step ahead.
 
-    It is extrapolated from the last two, in -log(sigma). The error falls with the square of the
-    step, for one evaluation a step. eta = 1 is the SDE form: every step replaces noise by fresh
-    noise, which mends small faults of earlier steps."""
+    A straight line in log(sigma) through the last two guesses tells it. So the error falls with
+    the square of the step, for one evaluation a step. eta = 1 is the SDE form: every step replaces
+    noise by fresh noise of the same amount, which mends small faults of earlier steps."""
     last = h_last = None
     for s, t in pairs(sigmas):
-        clean = denoise(x, constant(s, x))
+        guess = denoise(x, constant(s, x))
         if t == 0:
-            return clean
-        h = math.log(s / t)
-        ahead = clean
+            return guess
+        h = math.log(s / t)                                           # the step in log(sigma)
+        ahead = guess
         if last is not None:
-            ahead = clean + h / (2 * h_last) * (clean - last)
-        keep = (t / s) ** (1 + eta)
+            ahead = guess + h / (2 * h_last) * (guess - last)
+        keep = (t / s) ** (1 + eta)                                   # eta = 0: t / s, as in DDIM
         x = keep * x + (1 - keep) * ahead
         if eta > 0:
             x = x + t * math.sqrt(1 - (t / s) ** (2 * eta)) * randn(x)
-        last = clean
+        last = guess
         h_last = h
     return x
 
@@ -230,7 +222,7 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
 # not the layer behind it: if both were 0, neither would ever get a gradient.
 
 def normalize(channels):
-    """GroupNorm over groups of about 16 channels, which must divide them."""
+    """GroupNorm over groups of about 16 channels: 3 groups of 48, 1 group of 17."""
     return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)
 
 def conv(dim_in, dim, kernel=3, stride=1, bias=True):
@@ -257,7 +249,8 @@ def rotate(x, position):
     """Rotary positions (Su et al. 2021) for x (N, heads, L, d) at position (L, axes).
 
     Pairs of features are turned by angles that grow with the position. So position enters the
-    product of two tokens only as their difference."""
+    product of two tokens only as their difference. With three axes, pairs 0, 3, 6 ... turn with t,
+    1, 4, 7 ... with h, 2, 5, 8 ... with w; later pairs turn more slowly."""
     half = x.shape[-1] // 2
     axes = position.shape[-1]
     j = torch.arange(half, device=x.device)                  # the axes take turns: j % axes
@@ -282,7 +275,8 @@ class TemporalConv(nn.Module):
 
 class ResBlock(nn.Module):
     """Two 3 x 3 convolutions on every frame, and a temporal one between them: what moves has to be
-    followed through space and time. emb (B, T, E), the embedded noise level, scales and shifts."""
+    followed through space and time. emb (B, T, E), the embedded noise level, sets the gain and the
+    shift of each channel."""
     def __init__(self, dim_in, dim, dim_emb):
         super().__init__()
         self.conv1 = nn.Sequential(normalize(dim_in), nn.SiLU(), conv(dim_in, dim))
@@ -294,13 +288,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb, temporal=1.0):                            # (B, T, C, H, W), (B, T, E)
         h = self.time(each_frame(self.conv1, x), temporal)
-        scale, shift = self.emb(emb)[..., None, None].chunk(2, dim=2)              # (B, T, C, 1, 1)
-        h = each_frame(self.norm2, h) * (1 + scale) + shift
+        gain, shift = self.emb(emb)[..., None, None].chunk(2, dim=2)               # (B, T, C, 1, 1)
+        h = each_frame(self.norm2, h) * (1 + gain) + shift
         return each_frame(self.skip, x) + each_frame(self.conv2, F.silu(h))
 
 class Attention(nn.Module):
-    """Self-attention and a feed-forward layer. A token is one place in one frame. It looks over all
-    places of its frame ("hw"), its place in all frames ("t"), or everything ("thw")."""
+    """Self-attention and a feed-forward layer. A token is one place in one frame. The letters of
+    over are the axes it looks along: all places of its frame ("hw"), its place in all frames ("t"),
+    or everything ("thw")."""
     def __init__(self, dim, head_dim=16, over="hw"):
         super().__init__()
         self.heads = dim // head_dim
@@ -362,7 +357,8 @@ class Block(nn.Module):
         return x
 
 class ConcatInput(nn.Sequential):
-    """Where given frames enter: a temporal layer (Video LDM). Without bias, none is all zeros."""
+    """Where given frames enter. It counts as a temporal layer (Video LDM): Part II tells it by its
+    class. It has no bias, so no given frames are the same as frames of zeros."""
 
 class VideoUNet(nn.Module):
     """net(x (B, T, channels, H, W), c_noise (B, T)) -> (B, T, channels, H, W).
@@ -372,9 +368,9 @@ class VideoUNet(nn.Module):
     Frames are cut into tiles of patch x patch pixels, which saves most of the work. H and W must be
     multiples of patch * 2^(levels - 1).
 
-    concat (B, T, concat_channels, H, W) are further channels, such as given frames. temporal, a
-    number or (B,), is the weight of temporal layers. conditions are modules {name: module}: a value
-    that is passed as name=value goes through its module, and (B, T or 1, E) joins the embedding."""
+    concat (B, T, concat_channels, H, W) are further channels; given frames need channels + 1.
+    temporal is a number or (B,). conditions are modules {name: module}: name=value goes through its
+    module, and (B, T or 1, dim_emb) is added to the embedding. A fresh network returns 0."""
     def __init__(self, channels=3, concat_channels=4, width=16, mults=(1, 3, 6), blocks=1,
                  attention=("none", "factorised", "joint"), head_dim=16, patch=2, dim_emb=256,
                  conditions=None):
@@ -388,7 +384,7 @@ class VideoUNet(nn.Module):
         if concat_channels > 0:
             self.concat = ConcatInput(tiles, conv(concat_channels * patch ** 2, width, bias=False))
         self.down = nn.ModuleList()
-        skips = []                           # channels that every block leaves for the way up
+        skip_dims = []                       # channels that every block leaves for the way up
         dim = width
         for level, mult in enumerate(mults):
             if level > 0:
@@ -396,12 +392,12 @@ class VideoUNet(nn.Module):
             for _ in range(blocks):
                 self.down.append(Block(dim, width * mult, dim_emb, attention[level], head_dim))
                 dim = width * mult
-                skips.append(dim)
+                skip_dims.append(dim)
         self.middle = Block(dim, dim, dim_emb, attention[-1], head_dim)
         self.up = nn.ModuleList()
         for level in reversed(range(len(mults))):
             for _ in range(blocks):
-                self.up.append(Block(dim + skips.pop(), width * mults[level], dim_emb,
+                self.up.append(Block(dim + skip_dims.pop(), width * mults[level], dim_emb,
                                      attention[level], head_dim))
                 dim = width * mults[level]
             if level > 0:
@@ -409,7 +405,7 @@ class VideoUNet(nn.Module):
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv(dim, finer)))
                 dim = finer
         last = conv(dim, channels * patch ** 2)
-        nn.init.zeros_(last.weight)          # a fresh network returns 0, so gates wait a step
+        nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.output = nn.Sequential(normalize(dim), nn.SiLU(), last, nn.PixelShuffle(patch))
 
@@ -427,7 +423,7 @@ class VideoUNet(nn.Module):
         if concat is not None:
             if self.concat is None:
                 raise ValueError("given frames need a network that was built with concat_channels")
-            x = x + temporal * each_frame(self.concat, concat)
+            x = x + temporal * each_frame(self.concat, concat)         # an image model sees none
         skips = []
         for layer in self.down:
             if isinstance(layer, Block):
@@ -471,19 +467,20 @@ class EMA:
 # ==================================================================================================
 
 def guided(denoise, scale):
-    """Context guidance: free + scale * (given - free) (Video LDM eq. 4; classifier-free guidance).
+    """Context guidance: free + scale * (told - free) (Video LDM eq. 4; classifier-free guidance).
 
-    given is the estimate under all conditions, free under none; training must have shown both.
+    told is the estimate under all conditions, free under none; training must have shown both.
     Scale 1 is the plain estimate; more exaggerates conditions. scale is a number, or (T,)."""
     scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)                      # (1 or T,)
     def denoise_guided(x, sigma, **conditions):
         if len(scale) not in (1, x.shape[1]):
             raise ValueError(f"scale has {len(scale)} numbers: expected 1 or {x.shape[1]}")
         free = denoise(x, sigma)
-        given = denoise(x, sigma, **conditions)
-        estimate = free + expand(scale.to(x), x[0]) * (given - free)               # (B, T, C, H, W)
+        told = denoise(x, sigma, **conditions)
+        factor = scale.to(x)[:, None, None, None]                                # (1 or T, 1, 1, 1)
+        estimate = free + factor * (told - free)                                   # (B, T, C, H, W)
         if conditions.get("mask") is not None:                   # given frames stay as they are
-            estimate = torch.where(expand(conditions["mask"], x) == 1, given, estimate)
+            estimate = torch.where(expand(conditions["mask"], x) == 1, told, estimate)
         return estimate
     return denoise_guided
 
@@ -491,7 +488,7 @@ def skip_guided(denoise, scale):
     """Spatiotemporal skip guidance: together + (scale - 1) * (together - alone) (Hyung et al.).
 
     alone is the estimate with temporal=0, each frame on its own, which training must have shown. To
-    exaggerate the difference makes frames agree. Wrap denoise by this first, then by guided."""
+    exaggerate the difference makes frames agree. With guided, too: guided(skip_guided(...))."""
     def denoise_guided(x, sigma, **conditions):
         together = denoise(x, sigma, **conditions)
         alone = denoise(x, sigma, temporal=0.0, **conditions)
@@ -503,7 +500,7 @@ def clip_noise(seed, clips, device="cpu"):
 
     Each clip number has a generator of its own, on the CPU: clip 3 of 8 is clip 3 drawn alone."""
     states = [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in clips]
-    generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]
+    generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]       # 63 random bits
     def noise(*shape):
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     return noise
@@ -522,32 +519,34 @@ def given_frames(context, mask, start):
 
 def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
             tell=given_frames, **options):
-    """Yield a video of any length, in pieces (B, n, C, H, W), window by window.
+    """Yield a video of any length, in pieces (B, n, C, H, W), window by window (Video LDM, Vista).
 
-    A window has this shape (B, T, C, H, W), and its first frames are given: the last `overlap`
-    frames so far (Video LDM, Vista). The memory needed does not grow with the length;
+        frames 0 1 2 3 4 5 6 7                 the first window; shape is (B, 8, C, H, W)
+                       4 5 6 7 8 9 10 11       the second: the last `overlap` frames are given
+
     torch.cat(list(rollout(...)), 1) is the whole video. context (B, n, C, H, W) are its first n
-    frames, seed and clips are those of clip_noise, and options go to generate. tell, in place of
+    frames. seed and clips are those of clip_noise, options go to generate. tell, in place of
     given_frames, is a function (context, mask, start) -> all conditions of the window of T frames
-    that begins at frame `start`; length cuts the last window only afterwards."""
+    that begins at frame `start`."""
     B, T, *chw = shape
     noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
     last = torch.zeros(B, 0, *chw) if context is None else context                 # (B, n, C, H, W)
     done = last.shape[1]
-    if done >= T or (length > T and not 0 < overlap < T):
-        raise ValueError(f"overlap is {overlap}, and context has {done} frames: a window of {T} "
-                         f"frames has room for {T - 1}, and needs an overlap of 1 or more")
+    if done >= T:
+        raise ValueError(f"context has {done} frames, a window of {T} has room for {T - 1}")
+    if length > T and not 0 < overlap < T:
+        raise ValueError(f"overlap is {overlap}, expected 1 to {T - 1} in windows of {T} frames")
     if done > 0:
         yield last
     while done < length:
         n = last.shape[1]
-        given = F.pad(last.to(sigmas.device), (0, 0, 0, 0, 0, 0, 0, T - n))        # (B, T, C, H, W)
+        padded = F.pad(last.to(sigmas.device), (0, 0, 0, 0, 0, 0, 0, T - n))       # (B, T, C, H, W)
         mask = (torch.arange(T, device=sigmas.device) < n).float().expand(B, T)
-        told = tell(given, mask, done - n)
+        told = tell(padded, mask, done - n)
         window = generate(denoise, shape, sigmas, noise=noise, **told, **options)
-        new = window[:, n:][:, :length - done]
+        new = window[:, n:n + length - done]                                # the frames not given
         done += new.shape[1]
-        last = torch.cat([given[:, :n], new], dim=1)[:, -overlap:]
+        last = torch.cat([padded[:, :n], new], dim=1)[:, -overlap:]
         yield new
 
 # ==================================================================================================
@@ -555,7 +554,7 @@ def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, cli
 # ==================================================================================================
 
 def moving_shapes(n, frames=8, size=16, radius=3):
-    """n clips (n, frames, 1, size, size) of a white disc or square that moves and bounces."""
+    """n clips (n, frames, 1, size, size) of a white shape that bounces. It may be skipped."""
     room = size - 2 * radius                                     # the centre has this much to move
     angle = 2 * math.pi * torch.rand(n, 1)
     velocity = torch.stack([angle.sin(), angle.cos()], dim=2)                            # (n, 1, 2)
@@ -591,7 +590,8 @@ def demo(path="demo.gif", steps=600, batch=16, seed=0):
         ema.update(denoiser)
         print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", end="\r", flush=True)
     denoise = skip_guided(ema.model, 1.5)
-    video = torch.cat(list(rollout(denoise, 16, (16, 8, 1, 16, 16), karras_sigmas(20))), dim=1)
+    shape = (16, 8, 1, 16, 16)                                                     # (B, T, C, H, W)
+    video = torch.cat(list(rollout(denoise, 16, shape, karras_sigmas(20), overlap=4)), dim=1)
     frames = rearrange(video, "(a b) t 1 h w -> t (a h) (b w)", a=4)           # 4 x 4 side by side
     pixels = (127.5 * (frames.clamp(-1, 1) + 1)).to(torch.uint8).numpy()
     import imageio.v3 as iio
@@ -646,6 +646,16 @@ def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
 SCHEDULES = dict(linear=linear, scaled_linear=scaled_linear, cosine=cosine, sigmoid=sigmoid,
                  lognormal=lognormal)
 
+def offset_noise(noise, strength, per_frame=False):
+    """Add one random number per clip and channel to unit noise (B, T, C, H, W).
+
+    White noise hardly hides the mean of a large frame, so a network never learns to guess it. With
+    the offset it learns to make very dark and very bright clips. It is for training only. With
+    per_frame every frame gets a number of its own, as in Vista, whose strength is 0.02."""
+    B, T, C = noise.shape[:3]
+    shared = torch.randn(B, T if per_frame else 1, C, 1, 1, device=noise.device)
+    return noise + strength * shared
+
 def resolution_shift(sigma, size, base=64):
     """Noise levels made for frames of base x base pixels, for frames of size (H, W).
 
@@ -687,9 +697,9 @@ def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
     The noise has the variance of that distribution for gamma = 0, that of the forward step for 1,
     and one between them for others (VDM: 0.1)."""
     for s, t in pairs(sigmas):
-        clean = denoise(x, constant(s, x))
+        guess = denoise(x, constant(s, x))
         keep = (t / s) ** 2
-        x = clean + keep * (x - clean)
+        x = guess + keep * (x - guess)
         if t > 0:
             low = (1 - keep) * t ** 2
             high = (1 - keep) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)     # (1 + t^2) beta, as in z
@@ -702,10 +712,10 @@ def sample_heun(denoise, x, sigmas, randn=None):
 
     The error falls with the square of the step, for two evaluations a step."""
     for s, t in pairs(sigmas):
-        clean = denoise(x, constant(s, x))
+        guess = denoise(x, constant(s, x))
         if t == 0:
-            return clean
-        slope = (x - clean) / s
+            return guess
+        slope = (x - guess) / s
         ahead = x + (t - s) * slope
         slope_ahead = (ahead - denoise(ahead, constant(t, x))) / t
         x = x + (t - s) * (slope + slope_ahead) / 2
@@ -1087,6 +1097,275 @@ def reward(denoise, shape, sigmas, ensemble=5, seed=0, **options):
     clips = [generate(denoise, shape, sigmas, seed=seed + i, **options) for i in range(ensemble)]
     return torch.exp(-torch.stack(clips).var(0).flatten(1).mean(1))
 
+# The published network of SVD, which is also Vista's: with the published weights it draws the
+# published videos. It differs from VideoUNet in the details. The noise level is added, and has no
+# scale. Space and time have residual blocks and transformers of their own, and a learned share
+# mixes their results. It works on latents, and is told three things:
+#
+#     concat   the latent of a picture, on all frames; without it, zeros
+#     clip     CLIP's description of that picture, one token; without it, zeros
+#     numbers  frame rate - 1, motion (0 to 255; 127 is usual), noise that was put on the picture
+#
+# Attention to one token is the token: its weight is 1, whatever query and key are. So the
+# published queries, keys and norms of that attention do nothing, and are left out here.
+
+LATENT_SCALE = 0.18215      # the latents that are diffused are the autoencoder's, times this number
+
+class GEGLU(nn.Module):
+    """a * GELU(b), where x (..., 2 n) is a and b, side by side (Shazeer 2020)."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, dim=-1)
+        return a * F.gelu(b)
+
+def gated_feed_forward(dim):
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, 8 * dim), GEGLU(), nn.Linear(4 * dim, dim))
+
+class StableResidual(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x))) + emb))), for pictures x (N, C, H, W), emb (N, E)."""
+    conv = staticmethod(conv)
+
+    def __init__(self, dim_in, dim, dim_emb):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, dim_in)
+        self.conv1 = self.conv(dim_in, dim)
+        self.emb = nn.Linear(dim_emb, dim)
+        self.norm2 = nn.GroupNorm(32, dim)
+        self.conv2 = zero(self.conv(dim, dim))
+        self.skip = conv(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + expand(self.emb(F.silu(emb)).movedim(-1, 1), h)
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+class StableTemporalResidual(StableResidual):
+    """The same for clips x (B, C, T, H, W), emb (B, T, E): its convolutions see three frames, its
+    norms all frames at once."""
+    conv = staticmethod(partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0)))
+
+def mixed(pictures, video, mix):
+    """Both in a learned share: that of the temporal result is 1 - sigmoid(mix)."""
+    return pictures + (1 - mix.sigmoid()).to(pictures) * (video - pictures)
+
+class StableResBlock(nn.Module):
+    """A residual block over space, then one over time, mixed."""
+
+    def __init__(self, dim_in, dim, dim_emb):
+        super().__init__()
+        self.space = StableResidual(dim_in, dim, dim_emb)
+        self.time = StableTemporalResidual(dim, dim, dim_emb)
+        self.mix = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, emb, clip, action):                            # (B, T, C, H, W), (B, T, E)
+        x = self.space(x.flatten(0, 1), emb.flatten(0, 1)).unflatten(0, x.shape[:2])
+        video = self.time(x.transpose(1, 2), emb).transpose(1, 2)                  # (B, T, C, H, W)
+        return mixed(x, video, self.mix)
+
+class ActionProjection(nn.Linear):
+    """Where Vista's actions enter: beside CLIP's token, 0 at first."""
+
+class StableAttention(nn.Module):
+    """Self-attention of tokens x (N, L, C), then what the token says, then a feed-forward layer."""
+
+    def __init__(self, dim, head_dim, dim_clip, dim_action=0):
+        super().__init__()
+        self.heads = dim // head_dim
+        self.norm = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+        self.clip = nn.Linear(dim_clip, dim, bias=False)
+        self.action = None
+        if dim_action > 0:
+            self.action = zero(ActionProjection(dim_action, dim, bias=False))
+        self.clip_out = nn.Linear(dim, dim)
+        self.feed_forward = gated_feed_forward(dim)
+
+    def forward(self, x, clip, action):          # (N, L, C), (B, dim_clip), (B, dim_action)
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "n l (heads d) -> n heads l d", heads=self.heads)
+                   for layer in (self.q, self.k, self.v))
+        seen = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(rearrange(seen, "n heads l d -> n l (heads d)"))
+        told = self.clip(clip)                                                              # (B, C)
+        if self.action is not None:
+            told = told + self.action(action)
+        told = self.clip_out(told).repeat_interleave(len(x) // len(told), 0)                # (N, C)
+        x = x + told[:, None]
+        return x + self.feed_forward(x)
+
+class StableTemporalAttention(StableAttention):
+    """The same over time, with one more feed-forward layer before it."""
+
+    def __init__(self, dim, *arguments):
+        super().__init__(dim, *arguments)
+        self.before = gated_feed_forward(dim)
+
+    def forward(self, x, clip, action):
+        return super().forward(x + self.before(x), clip, action)
+
+class StableTransformer(nn.Module):
+    """Attention over space, then over time, which is told the number of each frame; mixed."""
+
+    def __init__(self, dim, *arguments):
+        super().__init__()
+        self.enter_norm = nn.GroupNorm(32, dim, eps=1e-6)
+        self.enter = nn.Linear(dim, dim)
+        self.space_attention = StableAttention(dim, *arguments)
+        self.place = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        self.time_attention = StableTemporalAttention(dim, *arguments)
+        self.mix = nn.Parameter(torch.zeros(1))
+        self.leave = zero(nn.Linear(dim, dim))
+
+    def forward(self, x, emb, clip, action):
+        B, T, C, H, W = x.shape
+        h = self.enter(rearrange(each_frame(self.enter_norm, x), "b t c h w -> (b t) (h w) c"))
+        h = self.space_attention(h, clip, action)
+        video = rearrange(h, "(b t) l c -> (b l) t c", t=T)
+        number = self.place(waves(torch.arange(T, device=x.device), C).to(x))               # (T, C)
+        video = self.time_attention(video + number, clip, action)
+        video = rearrange(video, "(b l) t c -> (b t) l c", b=B)
+        h = self.leave(mixed(h, video, self.mix))
+        return x + rearrange(h, "(b t) (h w) c -> b t c h w", b=B, h=H)
+
+class Stage(nn.ModuleList):
+    """Layers one after another. Those of pictures are applied to every frame."""
+
+    def forward(self, x, emb, clip, action):
+        for layer in self:
+            if isinstance(layer, (StableResBlock, StableTransformer)):
+                x = layer(x, emb, clip, action)
+            else:
+                x = each_frame(layer, x)
+        return x
+
+class StableUNet(nn.Module):
+    """The network of SVD and of Vista: net(x (B, T, 8, H, W), c_noise (B,)) -> (B, T, 4, H, W).
+
+    x is the noisy latents and the picture's, as channels. It may also be the noisy ones alone; the
+    picture's then come as concat (B, 1 or T, 4, H, W). H and W must be multiples of 8. numbers (B,
+    3) must be told, clip (B, 1024) and action (B, actions) may be. c_noise is log(sigma) / 4, (B,)
+    or (B, T), and what comes is of the kind "v".
+
+    Vista has 19 numbers of action; NaN is not told: command 1, trajectory 8, speed 4, angle 4, goal
+    2. With embed_given, as in Vista, frames that are given in x have a noise embedding of their
+    own: `given` (B, T) is 0 there and -1 elsewhere, as from Replace.
+
+    Published are 1,524.6 M parameters (SVD) and 1,648.1 M (Vista). The 1,474.2 M and 1,537.0 M that
+    do something are here. ValueError, one sentence, if an input does not fit."""
+    WAVES = 128                                             # numbers that tell one number of action
+
+    def __init__(self, channels=4, concat_channels=4, width=320, mults=(1, 2, 4, 4), blocks=2,
+                 attention=("factorised", "factorised", "factorised", "none"), head_dim=64,
+                 dim_clip=1024, dim_number=256, actions=0, embed_given=False):
+        super().__init__()
+        self.channels = channels
+        self.concat_channels = concat_channels
+        self.multiple = 2 ** (len(mults) - 1)
+        self.dim_clip = dim_clip
+        self.actions = actions
+        dim_emb = 4 * width
+
+        def embedding(dim_in):
+            return nn.Sequential(nn.Linear(dim_in, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb))
+
+        def layers(dim_in, dim, attention):
+            residual = StableResBlock(dim_in, dim, dim_emb)
+            if attention == "none":
+                return [residual]
+            return [residual, StableTransformer(dim, head_dim, dim_clip, self.WAVES * actions)]
+
+        self.embed = embedding(width)
+        self.embed_given = embedding(width) if embed_given else None
+        self.embed_numbers = embedding(3 * dim_number)
+        self.down = nn.ModuleList([Stage([conv(channels + concat_channels, width)])])
+        dim = width
+        skips = [dim]
+        for level, mult in enumerate(mults):
+            if level > 0:
+                halve = nn.Sequential()
+                halve.op = conv(dim, dim, stride=2)
+                self.down.append(Stage([halve]))
+                skips.append(dim)
+            for _ in range(blocks):
+                self.down.append(Stage(layers(dim, width * mult, attention[level])))
+                dim = width * mult
+                skips.append(dim)
+        self.middle = Stage([*layers(dim, dim, "factorised"), *layers(dim, dim, "none")])
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(mults))):
+            for _ in range(blocks + 1):
+                both = dim + skips.pop()
+                dim = width * mults[level]
+                self.up.append(Stage(layers(both, dim, attention[level])))
+            if level > 0:
+                double = nn.Sequential(nn.Upsample(scale_factor=2))
+                double.conv = conv(dim, dim)
+                self.up[-1].append(double)
+        self.output = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), zero(conv(dim, channels)))
+
+    def prepare(self, x, concat, told):
+        """Put the picture's latents beside x, zeros for None. Check what is told, {name: value}."""
+        B, T, C, H, W = x.shape
+        if H % self.multiple or W % self.multiple:
+            raise ValueError(f"latents are {H} x {W}, expected multiples of {self.multiple}")
+        if C == self.channels:
+            if concat is None:
+                concat = x.new_zeros(B, 1, self.concat_channels, H, W)
+            x = torch.cat([x, concat.to(x).expand(-1, T, -1, -1, -1)], dim=2)
+        if x.shape[2] != self.channels + self.concat_channels:
+            raise ValueError(f"x has {x.shape[2]} channels, expected {self.channels} noisy and "
+                             f"{self.concat_channels} of the picture")
+        for name, (value, length) in told.items():
+            if value.shape != (B, length):
+                raise ValueError(f"{name} is {tuple(value.shape)}, expected {(B, length)}")
+        return x
+
+    def forward(self, x, c_noise, concat=None, clip=None, numbers=None, action=None, given=None):
+        B, T = x.shape[:2]
+        if numbers is None:
+            raise ValueError("numbers (B, 3) are missing: frame rate - 1, motion, augmentation")
+        if given is not None and self.embed_given is None:
+            raise ValueError("this is SVD's network: only Vista's knows frames given in x")
+        if clip is None:
+            clip = x.new_zeros(B, self.dim_clip)
+        if action is None:
+            action = x.new_full((B, self.actions), math.nan)
+        if c_noise.ndim == 1:
+            c_noise = c_noise[:, None].expand(B, T)
+        told = dict(clip=(clip, self.dim_clip), numbers=(numbers, 3), action=(action, self.actions))
+        x = self.prepare(x, concat, told)                                          # (B, T, 8, H, W)
+        level = waves(c_noise, self.embed[0].in_features).to(x)                     # (B, T, width)
+        emb = self.embed(level)                                                         # (B, T, E)
+        if given is not None:
+            emb = torch.where(given[..., None] == 0, self.embed_given(level), emb)
+        numbers = waves(numbers, self.embed_numbers[0].in_features // 3).flatten(1)
+        emb = emb + self.embed_numbers(numbers.to(x))[:, None]
+        action = waves(action, self.WAVES).nan_to_num().flatten(1).to(x)          # (B, 128 actions)
+        clip = clip.to(x)
+        skips = []
+        for stage in self.down:
+            x = stage(x, emb, clip, action)
+            skips.append(x)
+        x = self.middle(x, emb, clip, action)
+        for stage in self.up:
+            x = stage(torch.cat([x, skips.pop()], dim=2), emb, clip, action)
+        return each_frame(self.output, x)                                          # (B, T, 4, H, W)
+
+def picture_conditions(picture, fps, motion=127.0, level=0.0, clip=None):
+    """What SVD and Vista are told of a picture (B, 1, 4, H, W), of the latents that are diffused.
+
+    level is that of the noise put on the picture before it was encoded (SVD: 0.02, Vista: 0), clip
+    its CLIP token (B, 1024), or None."""
+    numbers = torch.tensor([fps - 1, motion, level], device=picture.device)
+    told = dict(concat=picture / LATENT_SCALE, numbers=numbers.expand(len(picture), 3))
+    if clip is not None:
+        told["clip"] = clip
+    return told
+
 # ==================================================================================================
 # 13. FVDM, diffusion forcing
 # ==================================================================================================
@@ -1206,9 +1485,10 @@ class TemporalAdapter(nn.Module):
 def lora_layers(net, rank):
     """LoRA for the matrices of attention and the temporal convolutions of a network, by name."""
     for name, layer in net.named_modules():
-        if isinstance(layer, Attention):
-            for part in ("q", "k", "v", "out"):
-                yield f"{name}.{part}", LoRA(getattr(layer, part), rank)
+        if isinstance(layer, (Attention, StableAttention)):
+            for part in ("q", "k", "v", "out", "clip", "clip_out"):
+                if hasattr(layer, part):
+                    yield f"{name}.{part}", LoRA(getattr(layer, part), rank)
         elif isinstance(layer, TemporalConv):
             yield f"{name}.conv", LoRA(layer.conv, rank)
 
@@ -1225,17 +1505,22 @@ def simda_layers(net):
                 yield f"{name}.out", SpatialAdapter(layer.out, dim)
 
 def adapt(net, kind="lora", rank=4):
-    """Put adapters, lora (of this rank) or simda, into a VideoUNet; return their parameters."""
+    """Put adapters, lora (of this rank) or simda, into a network; return their parameters.
+
+    SimDA's are for a VideoUNet alone."""
     if kind not in ("lora", "simda") or rank < 1:
         raise ValueError(f"adapters are {kind!r} of rank {rank}, expected lora or simda, 1 or more")
     adapters = dict(lora_layers(net, rank) if kind == "lora" else simda_layers(net))
+    if not adapters:
+        raise ValueError(f"this network has no layers for {kind}: choose lora")
     device = next(net.parameters()).device
     for name, adapter in adapters.items():
         net.set_submodule(name, adapter.to(device))
     return [p for adapter in adapters.values() for p in adapter.branch.parameters()]
 
-PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput),
-         "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding),
+PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput, StableTemporalResidual,
+                      StableTemporalAttention),
+         "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding, ActionProjection),
          "lora": (LowRank,), "adapters": (Bottleneck,)}
 
 def part_of(model):
@@ -1310,6 +1595,7 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 import dataclasses
 import hashlib
 import os
+import re
 import subprocess
 from glob import glob
 from pathlib import Path
@@ -2049,11 +2335,13 @@ class Config:
     overlap: int = 4                # frames that a window of a long video is given
 
 # A preset is a set of defaults; any flag after it wins. The comments say what differs from the
-# papers; "unverified" is what neither paper nor code tells. The presets svd and vista are not here
-# yet: they will come with the published network itself.
+# papers; "unverified" is what neither paper nor code tells.
 
 paper = partial(Config, channels=4, factor=8, blocks=2, head_dim=64, patch=1, images=0.0,
                 loss="plain", optimizer="adamw", warmup=0, ema=0.9999, skip_guidance=1.0)
+stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), kind="v", weighting="v",
+                 attention=(*["factorised"] * 3, "none"), std=1.6, sampler="ddim",
+                 sigma_min=0.002, sigma_max=700.0)
 PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
@@ -2083,6 +2371,18 @@ PRESETS = {
                  attention=(*["factorised"] * 3, "none"), schedule="linear", weighting="v",
                  context=(1 / 3, 1 / 3, 1 / 3), overlap=2, drop=0.1, steps=73_000, batch=640,
                  lr=1e-4, sampler="ddim", sampling_steps=200, sigma_min=0.01, sigma_max=157.4),
+    # SVD, image to video, 14 x 576 x 1024 pixels, the last stage of its training; load_published
+    # takes its weights. Theirs puts noise on the picture's pixels, exp(N(-3, 0.5)); ours has none,
+    # as latents come without. Unverified: weight_decay, clip_norm
+    "svd": stable(frames=14, fps=7.0, give="svd", context=(1.0,), mean=1.0, lr=3e-5, steps=50_000,
+                  batch=768, sampling_steps=25),
+    # Vista, phase 1, 25 x 576 x 1024 pixels. Phase 2: --train lora conditions --adapters lora
+    # --rank 16 --spatial-lr 1 --lr 5e-5 --batch 8, --size 40 72 for 120,000 steps, then --size 72
+    # 128 for 10,000
+    "vista": stable(frames=25, fps=10.0, give="vista", actions=(1, 8, 4, 4, 2), mean=1.0,
+                    context=(1 / 15, 2 / 15, 4 / 15, 8 / 15), offset=0.02, loss="vista", lr=1e-5,
+                    spatial_lr=0.1, warmup=1000, clip_norm=0.3, steps=20_000, batch=256,
+                    sampling_steps=50, overlap=3),
 }
 
 def noise_schedule(config):
@@ -2092,7 +2392,7 @@ def noise_schedule(config):
     return SCHEDULES[config.schedule]
 
 GIVES = dict(concat=Denoiser, hint=Denoiser, replace=Replace, per_frame=PerFrame,
-             previous=PreviousClip)
+             previous=PreviousClip, svd=Denoiser, vista=Replace)
 CHOICES = dict(kind=("eps", "v", "x0", "edm"), schedule=SCHEDULES, sampler=SAMPLERS, give=GIVES,
                weighting=("inverse", "eps", "v", "x0", "edm", "min_snr"),
                task=("predict", "ends", "any", "image", "upsample"),
@@ -2120,9 +2420,12 @@ def check_config(config):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
 
-def build(config):
-    """Config -> Denoiser with fresh weights."""
-    check_config(config)
+def build_network(config):
+    """Config -> VideoUNet or, for give svd and vista, StableUNet, with fresh weights."""
+    if config.give in ("svd", "vista"):
+        return StableUNet(config.channels, config.channels, config.width, config.mults,
+                          config.blocks, config.attention, config.head_dim,
+                          actions=sum(config.actions), embed_given=config.give == "vista")
     conditions = {}
     if config.labels:
         conditions["label"] = LabelEmbedding(config.labels)
@@ -2134,8 +2437,13 @@ def build(config):
         conditions["given"] = LabelEmbedding(1)
     concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
                            previous=config.channels).get(config.give, 0)
-    net = VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
-                    config.attention, config.head_dim, config.patch, conditions=conditions)
+    return VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
+                     config.attention, config.head_dim, config.patch, conditions=conditions)
+
+def build(config):
+    """Config -> Denoiser with fresh weights."""
+    check_config(config)
+    net = build_network(config)
     if config.adapters:
         adapt(net, config.adapters, config.rank)
     return GIVES[config.give](net, config.kind, config.sigma_data)
@@ -2193,7 +2501,14 @@ def with_weights(model, weights, path):
     return model.eval().requires_grad_(False)
 
 def load(path):
-    """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config)."""
+    """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config).
+
+    A .safetensors file holds published weights: their config is that of the preset svd or vista."""
+    if Path(path).suffix == ".safetensors":
+        denoiser = load_published(path)
+        net = denoiser.net
+        preset = PRESETS["svd" if net.embed_given is None else "vista"]
+        return denoiser, dataclasses.replace(preset, channels=net.channels)
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
@@ -2208,6 +2523,182 @@ def load_autoencoder(path):
     if not weights:
         return None, config
     return with_weights(build_autoencoder(config), weights, path), config
+
+# The weights of SVD and Vista. What StableUNet's layers are called in the files of Stability's code
+# and of Vista, and in those of diffusers. In attention all have the same names.
+
+ATTENTION_NAMES = (
+    (".norm.", ".norm1."), (".q.", ".attn1.to_q."), (".k.", ".attn1.to_k."),
+    (".v.", ".attn1.to_v."), (".out.", ".attn1.to_out.0."), (".clip.", ".attn2.to_v."),
+    (".clip_out.", ".attn2.to_out.0."), (".action.", ".attn2.v_adapter_action_control."),
+    (".feed_forward.0.", ".norm3."), (".feed_forward.1.", ".ff.net.0.proj."),
+    (".feed_forward.3.", ".ff.net.2."), (".before.0.", ".norm_in."),
+    (".before.1.", ".ff_in.net.0.proj."), (".before.3.", ".ff_in.net.2."),
+    (".space_attention.", ".transformer_blocks.0."), (".enter_norm.", ".norm."),
+    (".enter.", ".proj_in."), (".leave.", ".proj_out."), (".mix", ".time_mixer.mix_factor"))
+STABILITY_NAMES = (
+    (".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), (".emb.", ".emb_layers.1."),
+    (".norm2.", ".out_layers.0."), (".conv2.", ".out_layers.3."), (".skip.", ".skip_connection."),
+    (".space.", "."), (".time.", ".time_stack."), *ATTENTION_NAMES,
+    (".time_attention.", ".time_stack.0."), (".place.", ".time_pos_embed."),
+    (".embed.", ".time_embed."), (".embed_given.", ".cond_time_stack_embed."),
+    (".embed_numbers.", ".label_emb.0."), (".down.", ".input_blocks."),
+    (".middle.", ".middle_block."), (".up.", ".output_blocks."), (".output.", ".out."))
+DIFFUSERS_NAMES = (
+    (".emb.", ".time_emb_proj."), (".skip.", ".conv_shortcut."), (".space.", ".spatial_res_block."),
+    (".time.", ".temporal_res_block."), *ATTENTION_NAMES,
+    (".time_attention.", ".temporal_transformer_blocks.0."),
+    (".place.0.", ".time_pos_embed.linear_1."), (".place.2.", ".time_pos_embed.linear_2."),
+    (".embed.0.", ".time_embedding.linear_1."), (".embed.2.", ".time_embedding.linear_2."),
+    (".embed_numbers.0.", ".add_embedding.linear_1."),
+    (".embed_numbers.2.", ".add_embedding.linear_2."), (".down.0.0.", ".conv_in."),
+    (".middle.0.", ".mid_block.resnets.0."), (".middle.1.", ".mid_block.attentions.0."),
+    (".middle.2.", ".mid_block.resnets.1."), (".output.0.", ".conv_norm_out."),
+    (".output.2.", ".conv_out."))
+
+def renamed(name, names):
+    for ours, theirs in names:
+        name = f".{name}".replace(ours, theirs)[1:]
+    return name
+
+def stability_name(name, blocks):
+    return renamed(name, STABILITY_NAMES)
+
+def diffusers_name(name, blocks):
+    name = renamed(name, DIFFUSERS_NAMES)
+    match = re.fullmatch(r"(down|up)\.(\d+)\.(\d)\.(.+)", name)
+    if not match:
+        return name
+    way, stage, part, rest = match.groups()
+    level, block = divmod(int(stage) - dict(down=1, up=0)[way], blocks + 1)
+    if rest.startswith(("op.", "conv.")):                                      # half or double size
+        return f"{way}_blocks.{level}.{way}samplers.0.conv.{rest.split('.')[-1]}"
+    kind = ("resnets", "attentions")[int(part)]
+    return f"{way}_blocks.{level}.{kind}.{block}.{rest}"
+
+def read_weights(path):
+    """Read the tensors of a .safetensors, .pt or .ckpt file as {name: tensor}."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+            return safetensors.torch.load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return weights.get("state_dict", weights)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"to read {path}: pip install safetensors") from e
+    except Exception as e:                                         # each kind of damage has its own
+        raise ValueError(f"{path} cannot be read as weights: it is truncated, or holds code, which "
+                         f"is never run ({str(e).splitlines()[0][:150]})") from e
+
+def tensors_of(weights):
+    """Return published weights {key: tensor} of the network alone, and the naming of its keys.
+
+    The naming is a function: our name of a tensor -> its key."""
+    prefix = "model.diffusion_model."
+    if any(key.startswith(prefix) for key in weights):       # beside it: autoencoder, CLIP
+        weights = {key.removeprefix(prefix): w for key, w in weights.items()
+                   if key.startswith(prefix)}
+    if "conv_in.weight" in weights:
+        blocks = sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.time_mixer.*", key))
+                     for key in weights)
+        return weights, partial(diffusers_name, blocks=blocks)
+    return weights, partial(stability_name, blocks=0)
+
+def arguments_of(weights, naming):
+    """Read the arguments of a StableUNet, but for head_dim, off its published weights."""
+    def find(name):
+        return weights.get(naming(name))
+
+    for name in ("down.0.0.weight", "output.2.weight", "embed_numbers.0.weight",
+                 "middle.1.space_attention.clip.weight"):
+        if find(name) is None:
+            raise ValueError(f"these are no weights of SVD's or Vista's network: {naming(name)} is "
+                             f"missing among {', '.join(sorted(weights)[:3])} ...")
+    width, both = find("down.0.0.weight").shape[:2]
+    channels = len(find("output.2.weight"))
+    mults = []
+    attention = []
+    blocks = 0
+    stage = 1
+    while (first := find(f"down.{stage}.0.space.conv1.weight")) is not None:
+        mults.append(len(first) // width)
+        has_attention = find(f"down.{stage}.1.enter.weight") is not None
+        attention.append("factorised" if has_attention else "none")
+        while find(f"down.{stage}.0.space.conv1.weight") is not None:
+            stage += 1
+        blocks = blocks or stage - 1
+        stage += 1                                                            # that which halves
+    action = find("middle.1.space_attention.action.weight")
+    return dict(
+        channels=channels, concat_channels=both - channels, width=width, mults=mults, blocks=blocks,
+        attention=attention, dim_clip=find("middle.1.space_attention.clip.weight").shape[1],
+        dim_number=find("embed_numbers.0.weight").shape[1] // 3,
+        actions=0 if action is None else action.shape[1] // StableUNet.WAVES,
+        embed_given=find("embed_given.0.weight") is not None)
+
+IDLE = r".*(attn2\.(to_q|to_k|k_adapter_action_control)|blocks\.0\.norm2|time_stack\.0\.norm2)\..*"
+
+def load_published(source, head_dim=64):
+    """Published weights of SVD or Vista -> a Denoiser, in evaluation mode, on the CPU, in float32.
+
+    source is a .safetensors, .pt or .ckpt file, or a dict of tensors, with the keys of Stability's
+    code, of Vista or of diffusers' UNetSpatioTemporalConditionModel. Sizes are read off the
+    tensors; only the channels per attention head cannot be. ValueError names what is missing, what
+    has another shape, and what this network has not."""
+    weights = source if isinstance(source, dict) else read_weights(source)
+    weights, naming = tensors_of(weights)
+    arguments = arguments_of(weights, naming)
+    with torch.device("meta"):                               # 6 GB of numbers need not be drawn
+        net = StableUNet(head_dim=head_dim, **arguments)
+    keys = {name: naming(name) for name in net.state_dict()}
+    for name, empty in net.state_dict().items():
+        found = weights.get(keys[name])
+        if found is None or found.shape != empty.shape:
+            shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise ValueError(f"{keys[name]} is {shape}, expected {tuple(empty.shape)}")
+    left = [key for key in weights.keys() - set(keys.values()) if not re.fullmatch(IDLE, key)]
+    if left:
+        raise ValueError(f"this network has no {', '.join(sorted(left)[:3])} ({len(left)} tensors)"
+                         ": adapters have to be merged first")
+    net.load_state_dict({name: weights[key].float() for name, key in keys.items()}, assign=True)
+    denoiser = Replace if arguments["embed_given"] else Denoiser
+    return denoiser(net, kind="v").eval().requires_grad_(False)
+
+def save_published(path, denoiser, layout="stability"):
+    """Write the weights of a StableUNet as .safetensors, with the keys of Stability's code (and of
+    Vista's), or with layout="diffusers" those of diffusers. LoRA is merged in.
+
+    What does nothing is written, too, as these programs expect it: zeros."""
+    import safetensors.torch
+    net = denoiser.net
+    if any(isinstance(module, LoRA) for module in net.modules()):
+        net = copy.deepcopy(net)
+        for name, module in [*net.named_modules()]:
+            if isinstance(module, LoRA):
+                net.set_submodule(name, module.merge())
+    blocks = len(net.up) // (net.multiple.bit_length()) - 1
+    names = dict(stability=stability_name, diffusers=diffusers_name)
+    weights = {}
+    for name, w in net.state_dict().items():
+        key = names[layout](name, blocks)
+        weights[key] = w.contiguous()
+        parent, _, kind = key.removesuffix(".weight").rpartition(".attn2.")
+        dim = len(w)
+        if kind == "to_v":
+            weights[f"{parent}.attn2.to_q.weight"] = w.new_zeros(dim, dim)
+            weights[f"{parent}.attn2.to_k.weight"] = torch.zeros_like(w)
+            weights[f"{parent}.norm2.weight"] = w.new_ones(dim)
+            weights[f"{parent}.norm2.bias"] = w.new_zeros(dim)
+        if kind == "v_adapter_action_control":
+            weights[f"{parent}.attn2.k_adapter_action_control.weight"] = torch.zeros_like(w)
+    if layout == "stability":
+        weights = {f"model.diffusion_model.{key}": w for key, w in weights.items()}
+    temporary = f"{path}.tmp"
+    safetensors.torch.save_file(weights, temporary)
+    os.replace(temporary, path)
 
 if __name__ == "__main__":
     demo()
