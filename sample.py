@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import vdm
-from train import BAR, Parser, autocast, guided, limit, pick_device, pick_dtype, pixels, sampling
+from vdm import BAR, Parser, autocast, limit, pick_device, pick_dtype, pixels, sampling
 
 SHAPES = dict(constant=lambda low, high, frames: high, ramp=torch.linspace, triangle=vdm.triangle)
 MANY = 10 ** 9                         # --seed is at most this: seed + MANY has noise of its own
@@ -98,7 +98,7 @@ def told(job, start=0):
 
 def steered(job, denoise):
     """Return the function (x, sigma, **conditions) that samplers ask: the model, with guidance."""
-    denoise = guided(denoise, job.config)
+    denoise = vdm.skip_guided(denoise, job.config.skip_guidance)
     low, high = (1.0, 1.0, *job.guidance)[-2:]
     scale = SHAPES[job.guidance_shape](low, high, job.config.frames)
     if job.guidance and job.keep_frames:
