@@ -232,11 +232,14 @@ def write_samples(path, clips, config):
             vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
 
 def report(world, videos, action=None):
-    """Return the marks of clips by a toy world, as text. Its own clips pass."""
-    lines = [f"{len(videos)} clips of {videos.shape[1]} frames"]
-    for name, marks in world.check(videos, action).items():
+    """Return the marks of a toy world as text, with those of as many of its own clips."""
+    real = torch.stack([world[i]["video"] for i in range(len(videos))])
+    made = world.check(videos, action)
+    true = world.check(real[:, -videos.shape[1]:])
+    lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
+    for name, marks in made.items():
         if marks.dtype == bool:
-            lines.append(f"{name:>25} {marks.mean():7.0%}")
+            lines.append(f"{name:>25} {marks.mean():7.0%} {true[name].mean():6.0%}")
     return "\n".join(lines)
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -469,7 +472,7 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
     add("--sample-every", type=int, help="steps between pictures (default: a fifth of the run)")
-    add("--keep-every", type=int, help="keep a checkpoint step_000500.pt every so many steps")
+    add("--keep-every", type=int, help="keep those of every so many steps: step_000500.pt ...")
     add("--marks", type=int, default=64, help="clips generated and marked at the end")
     add("--workers", type=int, default=0, help="processes that read clips ahead")
     add("--dry-run", action="store_true", help="print parameters, operations and memory, and stop")
@@ -489,13 +492,13 @@ def parse(argv):
                      for name, value in vars(options).items() if name in comments}
     if len(options.given.get("size", "no")) == 1:                                    # square frames
         options.given["size"] *= 2
+    name = options.preset
     usual = {}
+    if options.data != "shapes":
+        name += "-" + Path(options.data).stem
     if options.data == "drive":
-        usual = dict(skip_guidance=1.0)                     # with more, clips obey less often
-    if not options.out:
-        options.out = Path("out", options.preset)
-        if options.data != "shapes":
-            options.out = Path(f"{options.out}-{Path(options.data).stem}")
+        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    options.out = options.out or Path("out", name)
     return options, dataclasses.replace(vdm.PRESETS[options.preset], **usual | options.given)
 
 # ##################################################################################################
