@@ -601,7 +601,8 @@ def start_from(path, config):
     """Build a model with the averaged weights of a checkpoint (--init).
 
     Adapters, and what embeds labels and actions, may be new. All else must be the same."""
-    old, saved = vdm.load(path)
+    with torch.random.fork_rng([]):                   # which leaves the seed to what is new
+        old, saved = vdm.load(path)
     wrong = [name for name in MODEL if getattr(saved, name) != getattr(config, name)
              and (getattr(saved, name) or name not in ADDED)]
     if saved.adapters and saved.rank != config.rank:
