@@ -14,8 +14,6 @@ If a model's latents come from elsewhere, --context and all videos are .npy file
 import argparse
 import dataclasses
 import math
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import vdm
-from train import BAR, Parser, autocast, guided, limit, pick_device, pick_dtype, pixels, sampling
+from vdm import limit, need
 
 SHAPES = dict(constant=lambda low, high, frames: high, ramp=torch.linspace, triangle=vdm.triangle)
 MANY = 10 ** 9                         # --seed is at most this: seed + MANY has noise of its own
@@ -71,8 +69,6 @@ def choose(job):
     """Return the way to sample, and the numbers of frames that can be given, e.g. [1, 2, 3, 4]."""
     config = job.config
     T = config.frames
-    need(job.actions is None or not (job.interpolate or config.give == "previous"),
-         "--actions goes neither with --interpolate nor with a model of --give previous")
     if job.interpolate:
         limit("interpolate", f"2 to {T - 1}, in windows of {T} frames", 2, T - 1, job)
         ends = config.task == "ends" and job.interpolate == [T - 1]
@@ -86,11 +82,34 @@ def choose(job):
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
     return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
 
-# ---- what they need ------------------------------------------------------------------------------
-
-def need(met, sentence):
-    if not met:
-        raise ValueError(sentence)
+def plan(job):
+    """Find the way to sample, read what is given and told, and find the length of the videos."""
+    T = job.config.frames
+    job.way, known = choose(job)
+    usual = job.config.overlap
+    if usual not in known:
+        usual = max(known[:T], default=1)
+    job.overlap = job.overlap or usual
+    job.given = read_context(job)
+    n = len(job.given)
+    some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
+    need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
+         f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
+    lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1}
+    length = lengths.get(job.way, T)
+    job.told = read_told(job)
+    if job.actions is not None:
+        need(job.way in (roll_out, follow_hint),
+             "--actions goes neither with --interpolate nor with a model of --give previous")
+        length = job.told["action"].shape[1] - T
+    if job.interpolate or job.actions is not None:
+        limit("length", f"{length}, by --actions or --interpolate", length, length, job)
+    job.length = job.length or length
+    if job.way is not follow_hint:
+        limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
+    need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
+         f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
+         f"model was {some}: try --reconstruction 2")
 
 def told(job, start=0):
     """Return label and actions of the window that begins at frame `start`, the same for all."""
@@ -98,7 +117,7 @@ def told(job, start=0):
 
 def steered(job, denoise):
     """Return the function (x, sigma, **conditions) that samplers ask: the model, with guidance."""
-    denoise = guided(denoise, job.config)
+    denoise = vdm.skip_guided_by(job.config, denoise)
     low, high = (1.0, 1.0, *job.guidance)[-2:]
     scale = SHAPES[job.guidance_shape](low, high, job.config.frames)
     if job.guidance and job.keep_frames:
@@ -116,38 +135,11 @@ def steered(job, denoise):
 
     return reconstruct
 
-def plan(job):
-    """Read what is given and told, and find the length of the videos."""
-    T = job.config.frames
-    job.way, known = choose(job)
-    usual = job.config.overlap
-    if usual not in known:
-        usual = max(known[:T], default=1)
-    job.overlap = job.overlap or usual
-    job.given = read_context(job)
-    n = len(job.given)
-    some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
-    need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
-         f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
-    lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1}
-    length = lengths.get(job.way, T)
-    job.told = read_told(job)
-    if job.actions is not None:
-        length = job.told["action"].shape[1] - T
-    if job.interpolate or job.actions is not None:
-        limit("length", f"{length}, by --actions or --interpolate", length, length, job)
-    job.length = job.length or length
-    if job.way is not follow_hint:
-        limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
-    need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
-         f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
-         f"model was {some}: try --reconstruction 2")
-
 # ---- flags and files -----------------------------------------------------------------------------
 
 def parse(argv):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
+    p = vdm.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                   allow_abbrev=False)
     add = p.add_argument
     add("checkpoint", nargs="?", help="a last.pt, or the folder of a run")
     add("--n", type=int, default=16, help="number of videos (16)")
@@ -173,18 +165,39 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
     job = p.parse_args(argv)
-    limit("n length context_frames interpolate sampling_steps batch overlap", "1 up", 1, MANY, job)
-    limit("reconstruction guidance skip_guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
-    limit("fps", "0.1 to 1000", 0.1, 1000, job)
+    limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
+    limit("reconstruction guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
     job.folder = job.out.with_suffix("")
     need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
          f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
-    need("" not in (job.context, job.actions), "--context or --actions is empty: leave it out")
-    for name in filter(None, (job.context, job.actions)):
-        path = Path(name).resolve()
-        need(job.folder.resolve() not in (path.with_suffix(""), path.parent),
-             f"{name} might be overwritten by what is written to {job.out}: name another --out")
+    path = Path(job.context or "").absolute()
+    need(job.folder.absolute() not in (path.with_suffix(""), path.parent),
+         f"{job.context} might be overwritten by what is written to {job.out}: name another --out")
     return job
+
+def open_model(job):
+    """Load the model that a name means: by default the newest, or the one that comes along."""
+    ours = Path(__file__).with_name("notebooks") / "tiny.pt"
+    newest = max(Path("out").glob("**/last.pt"), key=lambda p: p.stat().st_mtime, default=ours)
+    path = Path(job.checkpoint or newest)
+    if path.is_dir():
+        path = path / "last.pt"
+    model, config = vdm.load(path)
+    job.autoencoder, _ = vdm.load_autoencoder(path)
+    job.latents = config.factor > 0 and job.autoencoder is None
+    for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
+        if getattr(job, name) is not None:
+            setattr(config, name, getattr(job, name))
+    vdm.check(None, config)
+    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
+    if job.hint_noise is None:
+        job.hint_noise = config.hint_noise / 2
+    if job.reconstruction is not None or config.independent:       # then any frames may be given
+        config = dataclasses.replace(config, task="any", give="concat")
+    job.config = config
+    print(f"model   {path}")
+    return model
 
 def read_array(path, shape):
     """Read an .npy file of numbers (T, *shape)."""
@@ -195,23 +208,22 @@ def read_array(path, shape):
     need(x.shape[1:] == shape, f"{path} holds {tuple(x.shape)}, but the model knows (T, *{shape})")
     return x
 
-def read_actions(text, config):
-    """Read letters of vdm.Drive, or an .npy file of numbers, as actions (length, A)."""
-    if text.endswith(".npy"):
-        return read_array(text, (sum(config.actions),))
-    keys = vdm.Drive.KEYS
-    need(text and set(text) <= set(keys) and sum(config.actions) == 6, f"--actions is {text!r}, "
-         f"expected letters of {keys} for a model of --data drive, or an .npy file")
-    return torch.tensor(vdm.Drive.ACTIONS[[keys.index(letter) for letter in text]])
-
 def read_told(job):
     """Read what is told of each frame: label (1, frames), actions (1, frames, A), then NaN."""
     told = {}
     if job.label is not None:
         told["label"] = torch.tensor(job.label, device=job.device).expand(1, MANY)
     if job.actions is not None:
-        actions = read_actions(job.actions, job.config).to(job.device)
-        told["action"] = F.pad(actions, (0, 0, 0, job.config.frames), value=math.nan)[None]
+        width = sum(job.config.actions)
+        if job.actions.endswith(".npy"):
+            actions = read_array(job.actions, (width,))
+        else:
+            keys = vdm.Drive.KEYS
+            need(set(job.actions) <= set(keys) and width == 6, f"--actions is {job.actions!r}, "
+                 f"expected letters of {keys} for a model of --data drive, or an .npy file")
+            actions = torch.tensor(vdm.Drive.ACTIONS[[keys.index(key) for key in job.actions]])
+        actions = F.pad(actions, (0, 0, 0, job.config.frames), value=math.nan)
+        told["action"] = actions[None].to(job.device)
     return told
 
 def read_context(job):
@@ -219,130 +231,79 @@ def read_context(job):
     if job.context is None:
         return torch.empty(0)
     stride = 1 if job.interpolate else job.config.stride
+    usual = MANY if job.interpolate else job.overlap
     shrink = dict(upsample=4).get(job.config.task, 1)
-    channels, *size = job.frame
     if job.latents:
-        clip = read_array(job.context, job.frame)
+        clip = read_array(job.context, (job.config.channels, *job.config.size))
     else:
+        size, channels = vdm.pixels(job.config)
         clip = vdm.read_video(job.context, [n // shrink for n in size], channels)
         clip = F.interpolate(clip, scale_factor=shrink, mode="bilinear")
     clip = clip[(len(clip) - 1) % stride::stride].to(job.device)
     limit("context_frames", f"at most {len(clip)}, as --context has", 1, len(clip), job)
-    usual = len(clip) if job.interpolate else job.overlap
     clip = clip[-(job.context_frames or usual):]
     if job.autoencoder:
         return job.autoencoder.encode(clip[None])[0]
     return clip
 
 def record(job):
-    """Make all videos (n, T, C, H, W), in a file, as they may be larger than memory.
-
-    After Ctrl-C these are the videos that are complete or, of the first, the frames that are."""
-    spool = tempfile.TemporaryFile(dir=job.out.parent)
-    whole = (job.n, job.length, *job.frame)
-    videos = torch.from_numpy(np.memmap(spool, np.float32, "w+", shape=whole))
-    bar = tqdm(total=job.n * job.length, unit="frame", **BAR)
+    """Make all videos (n, T, C, H, W). After Ctrl-C these are the ones that are complete or, of
+    the first, the frames that are."""
+    made = []                                                    # the pieces of each batch
     try:
         for first in range(0, job.n, job.batch):
             clips = range(first, min(first + job.batch, job.n))
             shape = (len(clips), job.config.frames, job.config.channels, *job.config.size)
             given = job.given.expand(len(clips), *job.given.shape) if job.context else None
-            done = 0
             pieces = job.way(job, clips, shape, given)
             if job.autoencoder:
                 pieces = job.autoencoder.stream(pieces)
-            for piece in pieces:
-                videos[clips.start:clips.stop, done:done + piece.shape[1]] = piece
-                done += piece.shape[1]
-                bar.update(len(clips) * piece.shape[1])
+            made.append([])
+            for piece in tqdm(pieces, f"video {first + 1} on", unit="piece", **vdm.BAR):
+                made[-1].append(piece.cpu())
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C")
-        if first == 0:
-            return videos[:len(clips), :done]
-        return videos[:first]
-    return videos
+        made = made[:-1] or made
+    need(made and made[0], "there was no frame yet: nothing is written")
+    return torch.cat([torch.cat(pieces, 1) for pieces in made])
 
 def write(job, videos):
     """Write every video into the folder; all of them as a grid, the first ones as a film strip."""
-    class Grid:                                       # its frames are made when they are asked for
-        def __getitem__(self, t):
-            return vdm.grid(videos[:, t:t + 1])[0]
-
-    length = videos.shape[1]
-    grids = {job.out, job.out.with_suffix(".gif")}
-    if length > 64:                                            # all of a GIF has to be in memory
-        grids = {job.out}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if job.latents:
+        for i, video in enumerate(videos):
+            np.save(job.folder / f"{i:03d}.npy", video)
+        return
     for i, video in enumerate(videos):
         vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
-    for path in grids:
-        vdm.write_video(path, Grid(), job.config.fps)
-    strip = vdm.film_strip(videos[:8, ::-(-length // 32)])                 # more is too wide to see
+    grid = vdm.grid(videos)
+    vdm.write_video(job.out, grid, job.config.fps)
+    if len(grid) <= 64:                                                  # more make a huge file
+        vdm.write_video(job.out.with_suffix(".gif"), grid, job.config.fps)
+    strip = vdm.film_strip(videos[:8, ::-(-len(grid) // 32)])              # more is too wide to see
     vdm.write_video(job.out.with_suffix(".png"), strip[None], scale=2)
-
-def open_model(job):
-    """Load the model that a name means: by default the newest, or the one that comes along."""
-    ours = Path(__file__).with_name("notebooks") / "tiny.pt"
-    newest = max(Path("out").glob("**/last.pt"), key=lambda p: p.stat().st_mtime, default=ours)
-    path = Path(job.checkpoint or newest)
-    if path.is_dir():
-        path = path / "last.pt"
-    need(path.is_file(), f"there is no {path}: train first (python train.py), or name a checkpoint")
-    model, config = vdm.load(path)
-    job.autoencoder, _ = vdm.load_autoencoder(path)
-    job.latents = config.factor > 0 and job.autoencoder is None
-    size, channels = pixels(config)
-    job.frame = (channels, *size)
-    if job.latents:
-        job.frame = (config.channels, *config.size)
-    for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
-        if getattr(job, name) is not None:
-            setattr(config, name, getattr(job, name))
-    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
-    limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
-    need(config.skip_guidance == 1 or config.images, "--skip-guidance must be 1: the model was "
-         "trained with --images 0, so it does not know frames on their own")
-    if job.hint_noise is None:
-        job.hint_noise = config.hint_noise / 2
-    if job.reconstruction is not None or config.independent:       # then any frames may be given
-        config = dataclasses.replace(config, task="any", give="concat")
-    job.config = config
-    print(f"model   {path}")
-    return model
 
 def main(argv=None):
     job = parse(argv)
     model = open_model(job)
-    job.device = pick_device(job.device)
-    dtype = pick_dtype(job.dtype, job.device)
+    job.device = vdm.pick_device(job.device)
+    dtype = vdm.pick_dtype(job.dtype, job.device)
     if job.autoencoder:
         job.autoencoder.to(job.device)
     plan(job)
     job.denoise = steered(job, model.to(job.device))
     job.level = torch.tensor([job.hint_noise], device=job.device)                           # (1,)
-    sigmas, job.sampler = sampling(job.config)
+    sigmas, job.sampler = vdm.sampling(job.config)
     job.sigmas = sigmas.to(job.device)
     print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
           f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with autocast(job.device, dtype):
+    with vdm.autocast(job.device, dtype):
         videos = record(job)
-    need(videos.numel(), "there was no frame yet: nothing is written")
     if job.actions is not None and len(videos) > 1:
-        spread = sum(videos[:, t].clamp(-1, 1).var(0).mean() for t in range(videos.shape[1]))
-        print(f"reward  {math.exp(-spread / videos.shape[1]):.3f}: exp(-variance among the videos)")
-    if job.latents:
-        for i, video in enumerate(videos):
-            np.save(job.folder / f"{i:03d}.npy", video)
-    else:
-        write(job, videos)
+        spread = videos.clamp(-1, 1).var(0).mean().item()
+        print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
+    write(job, videos)
     print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: a smaller --batch makes fewer videos at a time")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    vdm.run_program(main)

@@ -14,7 +14,6 @@ log.csv, samples/, and last.pt, which is all that --resume and sample.py need.
 """
 
 import argparse
-import copy
 import csv
 import dataclasses
 import inspect
@@ -32,21 +31,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as whole
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vdm
+from vdm import BAR, Parser, autocast, check, need, pick_device, pick_dtype, pixels, sampling
 
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 LOSSES = dict(plain=partial(vdm.diffusion_loss, change=0.0), change=vdm.diffusion_loss,
               vista=vdm.vista_loss)
 SIGMA_EDGES = (0, 0.1, 0.3, 1, 3, 10, math.inf)      # log.csv has the error between these levels
-BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)
 
 # ---- a training step -----------------------------------------------------------------------------
 
@@ -131,17 +131,18 @@ def loss_of(model, batch, drawn, config):
 
 def descend(step, config, model, optimizers):
     """Step down the clipped gradient. Return its norm and the share of the peak learning rate."""
-    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"the gradient is {norm} at step {step + 1}: the last checkpoint is kept; "
-                         "a lower --lr or --muon-lr, or --dtype fp32, is the usual cure")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if hasattr(norm, "full_tensor"):                               # of a model in shards
+        norm = norm.full_tensor()
+    need(norm.isfinite(), f"the gradient is {norm} at step {step + 1}: the last checkpoint is kept;"
+         " a lower --lr or --muon-lr, or --dtype fp32, is the usual cure")
     rate = min((step + 1) / max(config.warmup, 1), 1 - step / config.steps)  # up, then down to 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
         optimizer.step()
         optimizer.zero_grad()
-    return norm, rate
+    return norm.item(), rate
 
 # ---- optimisers ----------------------------------------------------------------------------------
 
@@ -202,37 +203,19 @@ def make_optimizers(config, model):
 
 # ---- samples -------------------------------------------------------------------------------------
 
-def pixels(config):
-    """Return size and channels of a run's frames, of which the network may know only latents."""
-    if config.factor:
-        return tuple(n * config.factor for n in config.size), 3
-    return tuple(config.size), config.channels
-
-def sampling(config):
-    """Return the noise levels that a config's sampler visits, and the sampler."""
-    sigmas = vdm.karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max,
-                               config.rho)
-    return sigmas, vdm.SAMPLERS[config.sampler]
-
-def guided(denoise, config):
-    """Return denoise with a config's skip guidance."""
-    if config.skip_guidance == 1:
-        return denoise
-    return vdm.skip_guided(denoise, config.skip_guidance)
-
 def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
     """Generate n clips (n, T, C, H, W), 16 at a time, and decode them if there is an autoencoder.
 
     Clip i depends on (seed, i) alone and on what it is told: label (n,), action (n, T, A)."""
     sigmas, sampler = sampling(config)
+    denoise = vdm.skip_guided_by(config, denoiser)
     clips = []
     for i in range(0, n, 16):
         shape = (min(16, n - i), config.frames, config.channels, *config.size)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         here = {name: x[i:i + shape[0]].to(device) for name, x in told.items()}
         with autocast(device, dtype):
-            clip = vdm.generate(guided(denoiser, config), shape, sigmas.to(device), sampler, noise,
-                                **here)
+            clip = vdm.generate(denoise, shape, sigmas.to(device), sampler, noise, **here)
         if autoencoder is not None:
             clip = autoencoder.decode(clip)
         clips.append(clip.cpu())
@@ -249,70 +232,67 @@ def write_samples(path, clips, config):
             vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
 
 def report(world, videos, action=None):
-    """Return the marks of a toy world as text, with those of as many real clips beside them."""
-    fresh = copy.copy(world)
-    fresh.frames = videos.shape[1]
-    fresh.seed = 987_654_321
-    real = default_collate([fresh[i] for i in range(len(videos))])
-    made = world.check(videos)
-    true = world.check(real["video"])
-    if action is not None:
-        made = world.check(videos, action[:len(videos)])
-        true = world.check(real["video"], real["action"])
+    """Return the marks of a toy world as text, with those of as many of its own clips."""
+    real = torch.stack([world[i]["video"] for i in range(len(videos))])
+    made = world.check(videos, action)
+    true = world.check(real[:, -videos.shape[1]:])
     lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
-    for name in made:
-        if made[name].dtype == bool:
-            lines.append(f"{name:>25} {made[name].mean():7.0%} {true[name].mean():6.0%}")
-    if "copies" in made:
-        lines.append(f"{'copies':>25} {np.sum(made['copies']):7} {np.sum(true['copies']):6}")
+    for name, marks in made.items():
+        if marks.dtype == bool:
+            lines.append(f"{name:>25} {marks.mean():7.0%} {true[name].mean():6.0%}")
     return "\n".join(lines)
 
 # ---- the run -------------------------------------------------------------------------------------
 
 def main(argv=None):
     options, config = parse(argv)
-    config, state = resume(options, config)
+    state, config = resume(options, config)
     check(options, config)
+    if options.dry_run:
+        with torch.device("meta"):                      # where tensors have a size, but no numbers
+            return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
     if config.frames == 2 and options.device.type == "cpu":
         options.dtype = torch.float32              # PyTorch 2.13: Conv3d's gradient in bf16 is NaN
-    if options.dry_run:
-        return dry_run(config, options.dtype, make_optimizers)
     join(options, config)
     autoencoder, config = find_autoencoder(options, config, state)
+    if options.local:                      # the first process of a machine reads and decodes files
+        dist.barrier()
     data, held_out, config = open_data(options, config, autoencoder)
+    if dist.is_initialized() and not options.local:
+        dist.barrier()
     learner = make_learner(options, config, state)
     told = {}
     if config.actions:
-        some = [held_out[i]["action"] for i in range(max(6, options.marks))]
+        some = [held_out[i]["action"] for i in range(options.marks)]
         told["action"] = torch.stack(some)[:, -config.frames:]                           # (N, T, A)
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder, **told)
-    if not state:                                     # whenever a run is killed, --resume goes on
-        state = dict(step=0, seconds=0.0)
-        store(0, 0.0)
-    seconds = train(options, config, data, learner, store, picture, state["step"], state["seconds"])
-    if seconds is not None:
-        finish(options, config, held_out, picture, seconds)
+    if train(options, config, data, learner, store, picture, state):
+        finish(options, config, held_out, picture)
 
 def make_learner(options, config, state):
     """Make the network, its average and its optimisers: fresh, by --init, or as in a checkpoint."""
     torch.manual_seed(options.seed)
-    net = vdm.build(config)
-    if options.init and not state:
-        start_from(options.init, net, config)
+    if options.init and not options.resume:
+        net = start_from(options.init, config)
+    else:
+        net = vdm.build(config)
     if config.train != ("all",):
         vdm.trainable(net, config.train)
-        if not (options.init or state or "spatial" in config.train):
-            raise ValueError("--train without spatial needs --init: they would stay random")
+        need(options.init or options.resume or "spatial" in config.train,
+             "--train without spatial needs --init: they would stay random")
     net.to(options.device)
     ema = vdm.EMA(net, config.ema)
     model = spread(net, ema, options)
     optimizers = make_optimizers(config, model)
-    if state:
-        restore(state, model, ema, optimizers)
+    if options.resume:
+        whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
+                             optim_state_dict=state["optimizers"], options=WHOLE)
+        whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
+        ema.updates = state["ema_updates"]
     if options.compile:
         net.net.compile()
     total = sum(p.numel() for p in net.parameters())
@@ -322,11 +302,14 @@ def make_learner(options, config, state):
           f"run     {config.steps} steps of {config.batch} clips, to {options.out}/")
     return model, ema, optimizers
 
-def train(options, config, data, learner, store, picture, start, seconds):
-    """Make all steps from `start` on. Return the seconds that all took, or None if stopped."""
-    save_every = options.save_every or max(1, config.steps // 10)
-    keep_every = options.keep_every or config.steps
+def train(options, config, data, learner, store, picture, state):
+    """Make all steps that are left. Return whether they are done: False if a signal came."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    start = state["step"]
+    seconds = state["seconds"]
+    save_every = options.save_every or options.keep_every or max(1, config.steps // 10)
     sample_every = options.sample_every or max(1, config.steps // 5)
+    trim(options.out / "log.csv", start)
     batches = read_batches(data, config, options, start)
     records = []
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps,
@@ -338,23 +321,25 @@ def train(options, config, data, learner, store, picture, start, seconds):
             seconds += time.perf_counter() - began
             done = step + 1
             stop = gather(torch.tensor([len(stops)], device=options.device)).any()
-            saving = stop or 0 in (done % save_every, done % keep_every, config.steps - done)
+            saving = stop or done % save_every == 0 or done == config.steps
             if saving or done % 10 == 0:                         # a resumed log then loses no step
                 bar.set_postfix(loss=f"{records[-1]['loss']:.4f}", refresh=False)
                 log(options, done, seconds, records)
                 records = []
             if saving:
                 store(done, seconds)
-            if stop and done < config.steps:
+            if done == config.steps:
+                break
+            if stop:
                 bar.close()
-                name = stops[0] if stops else "another process"
-                print(f"stopped by {name} after step {done}, all saved: --resume goes on")
-                return None
-            if done % sample_every == 0 and done < config.steps:
-                clips = picture(6)                                    # always from the same noise
+                print(f"stopped after step {done}, all saved: --resume goes on")
+                return False
+            if done % sample_every == 0:
+                clips = picture(min(6, options.marks))                # always from the same noise
                 if options.rank == 0:
                     write_samples(options.out / f"samples/step_{done:06d}", clips, config)
-    return seconds
+    print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
+    return True
 
 def read_batches(data, config, options, start):
     """Yield all parts of batches from step `start` on, read ahead by workers if there are any."""
@@ -370,13 +355,13 @@ def deaf(worker):
 
 @contextmanager
 def stop_signals():
-    """Yield a list to which SIGTERM and Ctrl-C add their names. A second Ctrl-C stops at once."""
+    """Yield a list to which SIGTERM and Ctrl-C are added. A second Ctrl-C stops at once."""
     stops = []
 
     def ask(number, frame):
-        if number == signal.SIGINT and "Ctrl-C" in stops:
+        if number == signal.SIGINT and number in stops:
             raise KeyboardInterrupt
-        stops.append("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+        stops.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)
               if signal.getsignal(number) != signal.SIG_IGN}               # as it is under nohup
@@ -403,36 +388,34 @@ def log(options, step, seconds, records):
                 table.writeheader()
             table.writerow(row)
 
+WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
 def save(options, config, learner, autoencoder, step, seconds):
     """Write last.pt and, every keep_every steps, a checkpoint that stays. All processes call it."""
-    held = state_of(*learner)
+    model, ema, optimizers = learner
+    weights, moments = whole.get_state_dict(model, optimizers, options=WHOLE)
+    average = whole.get_model_state_dict(ema.model, options=WHOLE)
+    state = dict(config=dataclasses.asdict(config), seed=options.seed, data=options.data,
+                 encode=options.encode, step=step, seconds=seconds, model=weights,
+                 optimizers=moments, ema=average, ema_updates=ema.updates)
     if autoencoder is not None:
-        held["autoencoder"] = autoencoder.state_dict()
-    paths = [options.out / "last.pt"]
-    if options.keep_every and step > 0 and step % options.keep_every == 0:
-        paths.append(options.out / f"step_{step:06d}.pt")
-    for path in paths:
-        if options.rank == 0:
-            vdm.save(path, config=dataclasses.asdict(config), step=step, seconds=seconds,
-                     seed=options.seed, data=options.data, encode=options.encode, **held)
+        state["autoencoder"] = autoencoder.state_dict()
+    if options.rank == 0:
+        vdm.save(options.out / "last.pt", **state)
+        if options.keep_every and step % options.keep_every == 0:
+            vdm.save(options.out / f"step_{step:06d}.pt", **state)
 
-def finish(options, config, held_out, picture, seconds):
+def finish(options, config, held_out, picture):
     """End a run: clips by the averaged weights, their marks, files, and the next command."""
     clips = picture(options.marks, seed=1)                  # by all, as a sharded model needs all
     if options.rank:
         return
-    print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
     files = write_samples(options.out / "samples/final", clips, config)
     if options.data in WORLDS:
         print(report(held_out, clips, picture.keywords.get("action")))
     last = options.out / "last.pt"
     print("files  ", *files, last, options.out / "log.csv", sep="\n        ")
-    flags = ""
-    if options.data == "drive":
-        flags = " --actions " + "".join("LLSSRRXX"[t % 8] for t in range(config.frames))
-    elif sum(config.context[1:]):
-        flags = f" --length {4 * config.frames}" if config.task == "predict" else " --context FILE"
-    print(f"next    python sample.py {last}{flags}")
+    print("next    python sample.py", last)
 
 # ---- data ----------------------------------------------------------------------------------------
 
@@ -443,43 +426,34 @@ def open_data(options, config, autoencoder):
     if config.give == "previous":                                  # an item is two clips in a row
         frames *= 2
     if options.data in WORLDS:
+        need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
+             "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
+        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: expected 3")
         world = WORLDS[options.data]
         data = world(frames, size, seed=options.seed)
         held_out = world(frames, size, seed=options.seed + 1)
         print(f"data    {world.__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
-        if config.factor and autoencoder is None:
-            raise ValueError("this run needs latents: name an autoencoder (--latents CKPT, made by "
-                             "notebooks/autoencoder.py) or, as --data, .npy files of latents")
-        if channels != 3:
-            raise ValueError(f"--channels is {channels}, but toy worlds are in colour: expected 3")
     else:
         folder = vdm.VideoFolder
         if config.factor and autoencoder is None:
             folder = Latents
             size = config.size
             channels = config.channels
-        with one_first(options.local):                        # which decodes for the others
-            data = held_out = folder(options.data, frames, size, config.stride, channels,
-                                     options.seed, progress=not options.local, cache=True)
+        data = held_out = folder(options.data, frames, size, config.stride, channels,
+                                 options.seed, progress=not options.local, cache=True)
         print(data.report)
         config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
-        with one_first(options.local):
-            folder = encode(data, options, n, autoencoder)
-        data = Latents(folder, frames, config.size, 1, config.channels, options.seed)
-        print(data.report)
+        data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
+                       config.channels, options.seed)
     config = dataclasses.replace(config, actions=config.actions or data.actions)
-    if config.labels not in (0, data.labels) or sum(config.actions) != sum(data.actions):
-        raise ValueError(f"--labels is {config.labels} and --actions {config.actions}, but the data"
-                         f" has {data.labels} labels and actions {data.actions}")
+    need(config.labels in (0, data.labels) and sum(config.actions) == sum(data.actions),
+         f"--labels is {config.labels} and --actions {config.actions}, but the data has "
+         f"{data.labels} labels and actions {data.actions}")
     return data, held_out, config
 
 # ---- flags ---------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(f"error: {message} (--help lists all flags)")
 
 def parse(argv):
     """Read flags into (options, Config). The comment beside each field of Config is its help."""
@@ -488,7 +462,7 @@ def parse(argv):
     add = p.add_argument
     add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
     add("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder")
-    add("--out", help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
+    add("--out", type=Path, help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
     add("--encode", type=int, default=2048, help="with --latents: clips that are encoded, once")
@@ -498,7 +472,7 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
     add("--sample-every", type=int, help="steps between pictures (default: a fifth of the run)")
-    add("--keep-every", type=int, help="keep a checkpoint step_000500.pt every so many steps")
+    add("--keep-every", type=int, help="keep those of every so many steps: step_000500.pt ...")
     add("--marks", type=int, default=64, help="clips generated and marked at the end")
     add("--workers", type=int, default=0, help="processes that read clips ahead")
     add("--dry-run", action="store_true", help="print parameters, operations and memory, and stop")
@@ -510,7 +484,7 @@ def parse(argv):
     for f in dataclasses.fields(vdm.Config):
         kind = dict(type=f.type)
         if f.type is tuple:
-            kind = dict(nargs="+", type=type((*f.default, 0)[0]))
+            kind = dict(nargs="+", type=type((*f.default, 0)[0]))       # of an empty one, int
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=f"{comments[f.name]} ({f.default})", **kind)
     options = p.parse_args(argv)
@@ -523,78 +497,9 @@ def parse(argv):
     if options.data != "shapes":
         name += "-" + Path(options.data).stem
     if options.data == "drive":
-        usual = dict(skip_guidance=1.0)                     # with more, clips obey less often
-    options.out = Path(options.out or f"out/{name}")
+        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    options.out = options.out or Path("out", name)
     return options, dataclasses.replace(vdm.PRESETS[options.preset], **usual | options.given)
-
-MOST = sys.float_info.max
-LIMITS = {
-    ("1 or more", 1, MOST): "steps batch frames stride size channels width mults blocks patch rank "
-                            "head_dim actions sampling_steps overlap marks encode micro "
-                            "save_every sample_every keep_every",
-    ("0 or more", 0, MOST): "factor stills labels workers offset hint_noise context lr muon_lr "
-                            "warmup weight_decay spatial_lr skip_guidance",
-    ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
-    ("0 to 1", 0, 1): "independent images drop ema", ("0.1 to 1000", 0.1, 1000): "fps",
-    ("0 to 10^12", 0, 10 ** 12): "seed", ("-1000 to 1000", -1000, 1000): "mean"}
-
-def limit(names, expected, low, high, *sources):
-    """Refuse numbers of these names that are outside low to high, or NaN."""
-    for name in names.split():
-        for value in (getattr(source, name, None) for source in sources):
-            if value is not None and not all(low <= x <= high for x in np.atleast_1d(value)):
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
-
-def check(options, config):
-    """Refuse, in one sentence, what could not run or would silently do something else."""
-    for expected, names in LIMITS.items():
-        limit(names, *expected, config, options)
-    odds = config.context
-    for wrong, sentence in (
-        (not options.data, "--data is empty, expected shapes, drive, or a file or folder"),
-        (len(config.size) != 2, f"--size is {config.size}, expected one or two numbers"),
-        (config.sigma_min >= config.sigma_max, "--sigma-min must be less than --sigma-max"),
-        (not odds[0] or len(odds) > config.frames, f"--context is {odds}, expected odds of 0, 1, 2 "
-         "... given frames, no more numbers than --frames, and the first not 0"),
-        (config.give == "previous" and (len(odds) != 2 or config.task != "predict"),
-         "--give previous needs two numbers as --context, and --task predict"),
-        (config.task != "predict" and (config.frames < 3 or sum(odds) == odds[0]),
-         f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones"),
-        (config.task in ("image", "upsample") and config.give != "hint",
-         f"--task {config.task} needs --give hint"),
-        (config.task == "upsample" and (config.factor or np.mod(config.size, 4).any()),
-         "--task upsample needs pixels, and --size in multiples of 4"),
-        (config.stills and (config.independent or config.give == "previous"),
-         "--stills goes with neither --independent nor --give previous"),
-        (config.skip_guidance != 1 and not config.images, "--skip-guidance asks for frames on their"
-         " own, which --images above 0 teaches: without, it must be 1"),
-    ):
-        if wrong:
-            raise ValueError(sentence)
-    vdm.check_config(config)
-
-def pick_device(name):
-    """Return the device of this name; auto is a GPU where there is one."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        x = torch.zeros(1, device=name)
-        x.item()                                                       # which device meta cannot
-        return x.device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} is not to be had here: try --device auto") from e
-
-def pick_dtype(name, device):
-    """Return bf16 where hardware multiplies it faster than fp32. Weights are fp32 either way."""
-    if name != "auto":
-        return dict(fp32=torch.float32, bf16=torch.bfloat16)[name]
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # ##################################################################################################
 # In a small run what follows has next to nothing to do.
@@ -611,24 +516,16 @@ class Latents(vdm.VideoFolder):
         except (OSError, ValueError, EOFError) as e:
             raise ValueError(f"{file} is no .npy file of latents ({e})") from e
         shape = (self.channels, *self.size)
-        if x.dtype.kind != "f" or x.ndim not in (4, 5) or x.shape[-3:] != shape:
-            raise ValueError(f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
-                             f"{', '.join(map(str, shape))}); videos need --latents CKPT")
+        need(x.dtype.kind == "f" and x.ndim in (4, 5) and x.shape[-3:] == shape,
+             f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
+             f"{', '.join(map(str, shape))}); videos need --latents CKPT")
         std = np.std(x[:64], dtype=np.float64)
-        if not 0.4 < std < 2:
-            raise ValueError(f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
-                             f"it by {1 / max(std, 1e-9):.4g}")
+        need(0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
+             f"it by {1 / max(std, 1e-9):.4g}")
         return list(x.reshape(-1, *x.shape[-4:])), 8.0
 
-    def __getitem__(self, i):
-        number, cut = self.place(i)
-        clip = np.array(self.clips[number][cut], np.float32)
-        item = dict(video=torch.from_numpy(clip))                                     # (T, c, h, w)
-        if self.actions:
-            item["action"] = torch.full((self.frames, *self.actions), torch.nan)
-            if self.moves[number] is not None:
-                item["action"] = torch.tensor(self.moves[number][cut])
-        return item
+    def to_float(self, latents):
+        return torch.from_numpy(np.array(latents, np.float32))                        # (T, c, h, w)
 
 def encode(data, options, n, autoencoder):
     """Encode items 0 ... n - 1 of a dataset, once: return a folder of .npy files, and actions.
@@ -641,34 +538,28 @@ def encode(data, options, n, autoencoder):
     folder = options.out.parent / f"latents-{checksum:08x}"
     if folder.exists():
         return folder
-    latents = []
-    actions = []
-    for i in tqdm(range(n), "encoding", ncols=100):
+    items = []
+    for i in tqdm(range(n), "encoding", **BAR):
         item = data[i]
         latent = autoencoder.encode(item["video"][None].to(options.device))[0]        # (T, c, h, w)
-        latents.append(latent.half().cpu().numpy())
-        actions.append(item.get("action"))
+        items.append(item | dict(video=latent.half().cpu()))
+    items = default_collate(items)
     part = folder.with_suffix(".part")                        # gets its name when it is whole
     part.mkdir(parents=True, exist_ok=True)
-    np.save(part / "video.npy", np.stack(latents))
+    np.save(part / "video.npy", items["video"])
     if data.actions:
-        np.save(part / "video.actions.npy", np.stack(actions))
+        np.save(part / "video.actions.npy", items["action"])
     return part.rename(folder)
 
 def find_autoencoder(options, config, state):
     """Return the autoencoder of a run, or None, and config with its channels and factor."""
     path = options.latents
-    if state and "autoencoder" in state:
+    if "autoencoder" in state:
         path = options.out / "last.pt"
     if path is None:
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
-    if autoencoder is None:
-        raise ValueError(f"--latents {path} is no autoencoder, and holds none")
-    for name in ("channels", "factor"):
-        if options.given.get(name, getattr(made, name)) != getattr(made, name):
-            raise ValueError(f"--{name} is {options.given[name]}, but the autoencoder in {path} "
-                             f"has {getattr(made, name)}: leave the flag out")
+    need(autoencoder is not None, f"--latents {path} is no autoencoder, and holds none")
     config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
     return autoencoder.to(options.device), config
 
@@ -678,30 +569,22 @@ MAY_CHANGE = ("steps", "sampler", "sampling_steps", "skip_guidance", "sigma_min"
               "rho", "overlap", "fps")
 
 def resume(options, config):
-    """Return the configuration to run and, with --resume, the checkpoint to go on from."""
+    """Return the checkpoint to go on from, nearly empty without --resume, and the configuration."""
     path = options.out / "last.pt"
-    log = options.out / "log.csv"
     if not options.resume:
-        if not options.dry_run and (path.exists() or log.exists()):
-            raise ValueError(f"{options.out} already holds a run: --resume continues it, another "
-                             "--out starts a new one")
-        return config, None
+        need(not path.exists() or options.dry_run, f"{options.out} already holds a run: --resume "
+             "continues it, another --out starts a new one")
+        return dict(step=0, seconds=0.0), config
     state, saved = vdm.read_checkpoint(path)
-    if "stage" in state:
-        raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
-    now = options.given | {name: getattr(options, name) for name in ("seed", "data", "encode")}
     was = vars(saved) | state
-    changed = [name for name in now if now[name] != was[name] and name not in MAY_CHANGE]
-    if changed:
-        raise ValueError(f"--resume goes on with a run's own settings, but {', '.join(changed)} is "
-                         f"another in {path}: leave the flag out, or name another --out. These may "
-                         f"change: {', '.join(MAY_CHANGE)}")
+    now = options.given | dict(seed=options.seed, data=options.data, encode=options.encode)
+    changed = [name for name in now if now[name] != was.get(name) and name not in MAY_CHANGE]
+    need(not changed, f"--resume goes on with a run's own settings, but {', '.join(changed)} is "
+         f"another in {path}: leave the flag out, or name another --out. These may change: "
+         f"{', '.join(MAY_CHANGE)}")
     config = dataclasses.replace(saved, **options.given)
-    finished = any(options.out.glob("samples/final.*"))
-    if state["step"] > config.steps or (state["step"] == config.steps and finished):
-        raise ValueError(f"{path} has done all its {state['step']} steps: raise --steps to go on")
-    trim(log, state["step"])
-    return config, state
+    need(state["step"] <= config.steps, f"{path} has done {state['step']} steps: raise --steps")
+    return state, config
 
 def trim(log, step):
     """Forget what was logged after the checkpoint, and a row that a kill cut short."""
@@ -710,47 +593,27 @@ def trim(log, step):
         kept = rows[:1] + [row for row in rows[1:] if int(row.split(b",")[0]) <= step]
         os.truncate(log, sum(map(len, kept)))
 
-def state_of(model, ema, optimizers):
-    """Return weights, averages and optimisers on the CPU, whole even if processes share them."""
-    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    held = dict(model=whole.get_model_state_dict(model, options=options), optimizers={},
-                ema=whole.get_model_state_dict(ema.model, options=options), ema_updates=ema.updates)
-    if ema.updates:                     # else get_... would make a first step, which Adam counts
-        held["optimizers"] = whole.get_optimizer_state_dict(model, optimizers, options=options)
-    return held
+ADDED = ("labels", "actions", "adapters")
+MODEL = ("channels", "width", "mults", "blocks", "attention", "head_dim", "patch", "kind",
+         "sigma_data", "give", *ADDED)
 
-def restore(state, model, ema, optimizers):
-    """Put back what state_of returned, in however many processes."""
-    options = whole.StateDictOptions(full_state_dict=True)
-    whole.set_model_state_dict(model, state["model"], options=options)
-    whole.set_model_state_dict(ema.model, state["ema"], options=options)
-    if state["optimizers"]:
-        whole.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-    ema.updates = state["ema_updates"]
+def start_from(path, config):
+    """Build a model with the averaged weights of a checkpoint (--init).
 
-def start_from(path, denoiser, config):
-    """Copy the averaged weights of a checkpoint into a fresh model (--init).
-
-    Adapters and conditions that only the model has stay as they are, which is as nothing. All else
-    must be the same."""
-    state, saved = vdm.read_checkpoint(path)
-    part = vdm.part_of(denoiser)
-    ours = {name.replace(".layer.", "."): p for name, p in denoiser.named_parameters()}
-    theirs = {name.replace(".layer.", "."): w for name, w in state["ema"].items()}
-    new = {name for name in ours.keys() - theirs.keys()
-           if part[ours[name]] in ("lora", "adapters", "conditions")}
-    wrong = [name for name in ("kind", "sigma_data", "head_dim")
-             if getattr(saved, name) != getattr(config, name)]
-    for name in sorted((ours.keys() | theirs.keys()) - new):
-        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
-            wrong.append(name)
-    if wrong:
-        raise ValueError(f"--init {path} is another model, as {', '.join(wrong[:3])} show: give "
-                         "the flags that it was trained with")
-    with torch.no_grad():
-        for name in ours.keys() - new:
-            ours[name].copy_(theirs[name])
-    print(f"init    {path}, averaged weights after {state['step']} steps; new: {len(new)} tensors")
+    Adapters, and what embeds labels and actions, may be new. All else must be the same."""
+    with torch.random.fork_rng([]):                   # which leaves the seed to what is new
+        old, saved = vdm.load(path)
+    wrong = [name for name in MODEL if getattr(saved, name) != getattr(config, name)
+             and (getattr(saved, name) or name not in ADDED)]
+    if saved.adapters and saved.rank != config.rank:
+        wrong.append("rank")
+    need(not wrong, f"--init {path} is another model, of another {', '.join(wrong)}: give the "
+         "flags that it was trained with")
+    net = vdm.build(dataclasses.replace(config, adapters=saved.adapters))
+    net.load_state_dict(old.state_dict(), strict=False)
+    if config.adapters != saved.adapters:
+        vdm.adapt(net.net, config.adapters, config.rank)
+    return net
 
 # ---- many processes, short memory ----------------------------------------------------------------
 
@@ -758,18 +621,18 @@ def join(options, config):
     """Become one of torchrun's processes, if there are any, and take a share of every batch.
 
     options gets rank, local (the rank on this machine) and parts: rows of the batch, as slices."""
-    options.rank, options.local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    options.rank = int(os.environ.get("RANK", 0))
+    options.local = int(os.environ.get("LOCAL_RANK", 0))
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if options.shard and (processes == 1 or config.optimizer == "muon"):
-        raise ValueError("--shard needs torchrun --nproc_per_node N train.py ..., N above 1, and "
-                         "--optimizer adamw, as muon would have to put all matrices together")
+    need(not options.shard or (processes > 1 and config.optimizer == "adamw"), "--shard needs "
+         "torchrun --nproc_per_node N train.py ..., N above 1, and --optimizer adamw, as muon would"
+         " have to put all matrices together")
     mine = config.batch // processes
     micro = options.micro or max(1, mine)
-    if config.batch % (processes * micro):
-        raise ValueError(f"--batch is {config.batch}, expected a multiple of {processes * micro}: "
-                         f"{processes} processes, --micro {micro} clips at a time")
-    first = options.rank * mine
-    options.parts = [slice(i, i + micro) for i in range(first, first + mine, micro)]
+    need(config.batch % (processes * micro) == 0, f"--batch is {config.batch}, expected a multiple "
+         f"of {processes * micro}: {processes} processes, --micro {micro} clips at a time")
+    rows = range(options.rank * mine, (options.rank + 1) * mine, micro)
+    options.parts = [slice(i, i + micro) for i in rows]
     if processes > 1:
         backend = "gloo"
         if options.device.type == "cuda":
@@ -781,20 +644,6 @@ def join(options, config):
         if options.rank:                                                     # only the first speaks
             sys.stdout = open(os.devnull, "w")
 
-@contextmanager
-def one_first(number):
-    """Let process 0 do what follows; then the others do it, and find it done."""
-    if number:
-        dist.barrier()
-    yield
-    if not number and dist.is_initialized():
-        dist.barrier()
-
-def leave():
-    """Part from the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 def gather(x):
     """Join x (n, ...) of all processes, one after another: (processes n, ...)."""
     if not dist.is_initialized():
@@ -802,10 +651,6 @@ def gather(x):
     everyone = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(everyone, x.contiguous())
     return everyone
-
-def full(x):
-    """Return a tensor that may be sharded, whole."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 def blocks(model):
     return [module for module in model.modules() if isinstance(module, vdm.Block)]
@@ -820,8 +665,6 @@ def spread(net, ema, options):
         for block in blocks(net):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if options.shard:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(options.device.type, (dist.get_world_size(),))
         for model in (net, ema.model):
             for layer in [*blocks(model), model]:
@@ -832,99 +675,63 @@ def spread(net, ema, options):
 
 # ---- --dry-run: what a run would need ------------------------------------------------------------
 
-def estimate(model, config, dtype):
-    """Estimate a clip. Return the operations, and the bytes that backward would need.
-
-    The bytes are dicts by storage: for each block one, whose first is its input; for None, all
-    else."""
-    kept = {None: {}}
-    here = None
+def estimate(model, config):
+    """Let a model estimate a clip. Return the operations, and the bytes that its backward pass
+    needs, all and with --checkpoint-activations: inputs of blocks, and the largest block."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}                                                                     # by storage
+    marks = []
 
     def keep(x):
         storage = x.untyped_storage()
         if storage._cdata not in weights:
-            kept[here][storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage.nbytes()
         return x
 
-    def enter(block, args):
-        nonlocal here
-        here = block
-        kept[block] = {}
-        keep(args[0])
-
-    def leave(block, args, output):
-        nonlocal here
-        here = None
+    def mark(block, args, output=None):
+        marks.append((sum(kept.values()), args[0].nbytes))
 
     for block in blocks(model):
-        block.register_forward_pre_hook(enter)
-        block.register_forward_hook(leave)
-    x = torch.zeros(1, config.frames, config.channels, *config.size)
-    given = dict(context=x, mask=torch.zeros(x.shape[:2]))
+        block.register_forward_pre_hook(mark)
+        block.register_forward_hook(mark)
+    clip = torch.zeros(1, config.frames, config.channels, *config.size)
+    given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
     if config.give == "previous":
-        given = dict(previous=x)
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu      # not known to it
-    flops = FlopCounterMode(display=False, custom_mapping={
-        attention: lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v)})
+        given = dict(previous=clip)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-    with flops, hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        held = model(x, torch.ones(1), **given)                # it holds all that backward needs
-    return flops.get_total_flops(), kept
+    with FlopCounterMode(display=False) as counter, hooks:
+        held = model(clip, torch.ones(1), **given)             # it holds all that backward needs
+    marks = np.array(marks)                                                       # (2 blocks, 2)
+    inside = marks[1::2, 0] - marks[::2, 0]
+    total = sum(kept.values())
+    short = total - inside.sum() + inside.max() + marks[::2, 1].sum()
+    return counter.get_total_flops(), total, short
 
-def fake(config, mode):
-    """Build a model without numbers: on a meta device, and then of fake tensors as if on a CPU."""
-    with torch.device("meta"):
-        model = vdm.build(config)
-    with mode:
-        for module in model.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(torch.zeros(p.shape)))
+def dry_run(config):
+    """Print parameters by part, operations, and memory in float32, of which bf16 takes less."""
+    model = vdm.build(config)
     if config.train != ("all",):
         vdm.trainable(model, config.train)
-    return model
-
-def dry_run(config, dtype, make_optimizers):
-    """Print parameters by part, operations, and memory, as a step of one clip would need it."""
-    mode = FakeTensorMode()
-    model = fake(config, mode)
-    with mode:
-        once, kept = estimate(model, config, dtype)
-        optimizers = make_optimizers(config, model)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        for optimizer in optimizers:
-            optimizer.step()
-    numbers = {}
-    for p, part in vdm.part_of(model).items():
-        numbers[part] = numbers.get(part, 0) + p.numel()
-    for part, n in numbers.items():
-        print(f"parameters {n / 1e6:12,.2f} M {part}")
+    part = vdm.part_of(model)
+    for name in dict.fromkeys(part.values()):
+        n = sum(p.numel() for p in part if part[p] == name)
+        print(f"parameters {n / 1e6:12,.2f} M {name}")
+    once, total, short = estimate(model, config)
     step = 3 * once * config.batch                                # backward is worth two forward
     print(f"operations {once / 1e9:12,.2f} G to estimate a clip once\n"
           f"operations {step / 1e9:12,.2f} G in a step of {config.batch} clips")
-    weights = 4 * sum(numbers.values())
-    inputs = sum(next(iter(sizes.values())) for block, sizes in kept.items() if block is not None)
-    outside, *each = (sum(sizes.values()) for sizes in kept.values())
-    memory = {"weights": weights, "EMA": weights,
-              "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
-              "optimiser": sum(x.nbytes for o in optimizers for x in numbers_of(o)),
-              "activations of a clip": outside + sum(each),
-              "with --checkpoint-activations": outside + inputs + max(each)}
+    moments = 0
+    for optimizer in make_optimizers(config, model):
+        of_each = {Muon: 1, torch.optim.AdamW: 2}[type(optimizer)]
+        moments += sum(of_each * p.nbytes for g in optimizer.param_groups for p in g["params"])
+    weights = sum(p.nbytes for p in part)
+    trained = sum(p.nbytes for p in part if p.requires_grad)
+    memory = {"weights": weights, "EMA": weights, "gradients": trained, "optimiser": moments,
+              "activations of a clip": total, "with --checkpoint-activations": short}
     for name, size in memory.items():
         print(f"memory     {size / 2 ** 20:12,.2f} MiB {name}")
 
-def numbers_of(optimizer):
-    return [x for state in optimizer.state.values() for x in state.values()]
-
 if __name__ == "__main__":
-    try:
-        main()
-        leave()
-    except torch.OutOfMemoryError as e:
-        sys.exit("error: the memory of the GPU is full: try --micro 1, --checkpoint-activations or "
-                 "--shard; --dry-run tells what they save")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; if it had begun to train, the same command with --resume goes on")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    vdm.run_program(main)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -16,7 +16,7 @@ Part I    The method, to be read: 1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Net
           7 Generation, 8 Demo. `python vdm.py` trains a small model in three minutes.
 Part II   The papers (titles in README.md), to paste from: 9 DDPM, VDM, EDM, 10 Video LDM, 11 PVDM,
           12 SVD, Vista, 13 FVDM, 14 Adapters and editing. They change nothing in Part I.
-Part III  Tools: 15 Toy worlds that mark their own videos, 16 Video files, 17 Models and presets
+Part III  Tools: 15 Worlds that mark their own videos, 16 Video files, 17 Models, 18 Programs
 
 Shapes    B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), and its
           values lie in [-1, 1]. Other axes are named where they appear.
@@ -1606,11 +1606,13 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 # PART III. TOOLS. Worlds, files, presets.
 # ##################################################################################################
 
+import argparse
 import dataclasses
 import hashlib
 import os
 import re
 import subprocess
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -1699,8 +1701,8 @@ class MovingShapes:
             outside = np.maximum(down - r, (2 * side - down - r) / 5 ** 0.5)
         return np.clip(0.5 - outside, 0, 1)
 
-    def check(self, videos):
-        """Mark clips (B, T, 3, H, W) with values from -1 to 1.
+    def check(self, videos, action=None):
+        """Mark clips (B, T, 3, H, W) with values from -1 to 1. There are no actions here.
 
         The result is a dict of arrays. Each law has an entry (B,): do all shapes keep it? `passed`
         (B,) tells whether they keep all laws. kinds, colors and speeds (B, objects) tell what is
@@ -2171,6 +2173,7 @@ class VideoFolder:
     report   what was used, what was skipped, and why"""
 
     labels = 0
+    to_float = staticmethod(from_uint8)
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
                  cache=False):
@@ -2278,7 +2281,7 @@ class VideoFolder:
 
     def __getitem__(self, i):
         number, cut = self.place(i)
-        item = dict(video=from_uint8(self.clips[number][cut]))                 # (frames, C, H, W)
+        item = dict(video=self.to_float(self.clips[number][cut]))              # (frames, C, H, W)
         if self.actions:
             item["action"] = torch.full((self.frames, *self.actions), math.nan)
             if self.moves[number] is not None:
@@ -2711,6 +2714,117 @@ def save_published(path, denoiser, layout="stability"):
     temporary = f"{path}.tmp"
     safetensors.torch.save_file(weights, temporary)
     os.replace(temporary, path)
+
+# ==================================================================================================
+# 18. Programs: what train.py and sample.py share
+# ==================================================================================================
+
+BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)              # of progress
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+    def error(self, message):
+        sys.exit(f"error: {message} (--help lists all flags)")
+
+def need(met, sentence):
+    """Refuse, by this sentence, what does not meet a condition."""
+    if not met:
+        raise ValueError(sentence)
+
+def limit(names, expected, low, high, *sources):
+    """Refuse numbers of these names that are outside low to high, or NaN."""
+    for name in names.split():
+        for value in (getattr(source, name, None) for source in sources):
+            need(value is None or all(low <= x <= high for x in np.atleast_1d(value)),
+                 f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+MOST = sys.float_info.max
+LIMITS = {
+    ("1 or more", 1, MOST):
+        "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
+        "sampling_steps overlap marks encode micro save_every sample_every keep_every",
+    ("0 or more", 0, MOST):
+        "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
+        "spatial_lr skip_guidance",
+    ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
+    ("0 to 1", 0, 1): "independent images drop ema",
+    ("0.1 to 1000", 0.1, 1000): "fps",
+    ("-1000 to 1000", -1000, 1000): "mean",
+    ("0 to 10^9", 0, 10 ** 9): "seed"}
+
+def check(options, config):
+    """Refuse, in one sentence, what could not run or would silently do something else."""
+    for expected, names in LIMITS.items():
+        limit(names, *expected, config, options)
+    odds = config.context
+    need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
+    need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
+    need(odds[0] > 0 and len(odds) <= config.frames, f"--context is {odds}, expected odds of 0, 1, "
+         "2 ... given frames, no more numbers than --frames, and the first not 0")
+    need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
+         "--give previous needs two numbers as --context, and --task predict")
+    need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
+         f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
+    need(config.give == "hint" or config.task not in ("image", "upsample"),
+         f"--task {config.task} needs --give hint")
+    need(config.task != "upsample" or not (config.factor or np.mod(config.size, 4).any()),
+         "--task upsample needs pixels, and --size in multiples of 4")
+    need(not config.stills or not (config.independent or config.give == "previous"),
+         "--stills goes with neither --independent nor --give previous")
+    need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
+         " which --images above 0 teaches: without, it must be 1")
+    check_config(config)
+
+def pixels(config):
+    """Return size and channels of a run's frames, of which the network may know only latents."""
+    if config.factor:
+        return tuple(n * config.factor for n in config.size), 3
+    return tuple(config.size), config.channels
+
+def sampling(config):
+    """Return the noise levels that a config's sampler visits, and the sampler."""
+    sigmas = karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
+    return sigmas, SAMPLERS[config.sampler]
+
+def skip_guided_by(config, denoise):
+    """Return denoise with a config's skip guidance, if it has any."""
+    if config.skip_guidance == 1:
+        return denoise
+    return skip_guided(denoise, config.skip_guidance)
+
+def pick_device(name):
+    """Return the device of this name; auto is a GPU where there is one."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} is not to be had here: try --device auto") from e
+
+def pick_dtype(name, device):
+    """Return bf16 where hardware multiplies it faster than fp32. Weights are fp32 either way."""
+    if name != "auto":
+        return dict(fp32=torch.float32, bf16=torch.bfloat16)[name]
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+def autocast(device, dtype):
+    """Return a context in which networks compute in a dtype."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+def run_program(main):
+    """Run a program, and end it with one sentence if it fails by what its user can change."""
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit("error: the memory of the GPU is full: sample.py takes less with a smaller "
+                 "--batch, train.py with --micro 1, --checkpoint-activations or --shard")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; if a run has saved a checkpoint, train.py --resume goes on from it")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
 
 if __name__ == "__main__":
     demo()

@@ -97,8 +97,8 @@ def finish(options, config, autoencoder, held_out):
 
 def main(argv=None):
     options, config = parse(argv)
-    for expected, names in train.LIMITS.items():
-        train.limit(names, *expected, options, config)
+    for expected, names in vdm.LIMITS.items():
+        vdm.limit(names, *expected, options, config)
     if (options.out / "last.pt").exists():
         raise ValueError(f"{options.out} already holds a run: name another --out")
     if (options.stage == "decoder") != (options.latents is not None):
@@ -111,7 +111,7 @@ def main(argv=None):
     options.parts = [slice(0, config.batch)]
     torch.manual_seed(options.seed)
     if options.latents:
-        model, config = train.find_autoencoder(options, config, None)
+        model, config = train.find_autoencoder(options, config, {})
     else:
         model = vdm.build_autoencoder(config).to(options.device)
     model.requires_grad_(options.stage == "autoencoder")

@@ -46,7 +46,7 @@ class Model:
         if self.autoencoder is not None:
             self.autoencoder.to(self.device)
         self.size = train.pixels(config)[0]
-        self.denoise = train.guided(self.denoiser, self.config)
+        self.denoise = vdm.skip_guided_by(self.config, self.denoiser)
         sigmas, self.sampler = train.sampling(self.config)
         self.sigmas = sigmas.to(self.device)
 
