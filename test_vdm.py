@@ -297,14 +297,6 @@ def test_stratified(monkeypatch):
     monkeypatch.setattr(torch, "rand", torch.zeros)
     assert (vdm.stratified(4) > 0).all()
 
-def test_the_schedule_of_a_config():
-    """The median of log-normal noise, and one standard deviation more; a name is that schedule."""
-    u = torch.tensor([0.5, 0.841345])
-    got = vdm.noise_schedule(vdm.Config(mean=0.7, std=1.6))(u).log()
-    assert got.tolist() == pytest.approx([0.7, 2.3], abs=1e-4)
-    got = vdm.noise_schedule(vdm.Config(schedule="cosine", mean=9.0))(u)
-    agree(got, torch.tan(math.pi / 2 * u), rtol=1e-3, atol=0)
-
 @cases("per_frame", [False, True])
 def test_offset_noise_covariance(per_frame):
     """1 + l^2 of a pixel, l^2 within a frame, l^2 or 0 between frames, 0 between channels."""
@@ -357,48 +349,30 @@ def test_weights_of_frames_without_noise_are_finite(name, want):
     """1 / 0 is cut at sigma 1e-4."""
     assert vdm.loss_weight(torch.zeros(1), name).item() == pytest.approx(want, rel=1e-3)
 
-def loss_by_hand(error, weight, change):
-    """The mean of weight error^2, plus change times the mean of (what the error changes by)^2."""
-    moved = np.diff(error, axis=1)
-    loss = (weight[:, :, None, None, None] * error ** 2).mean()
-    return loss + change * (moved ** 2).sum() / max(moved.size, 1)
-
 @cases("per_frame", [False, True])
 @cases("frames, change", [(4, 0.0), (4, 0.7), (1, 0.7)])
-def test_loss_and_its_gradient(frames, change, per_frame, double):
-    """By numpy; central differences, which are exact for squares, in some direction. One frame has
+def test_loss(frames, change, per_frame, double):
+    """By numpy, and the gradient by a central difference, which is exact for squares. One frame has
     no change, and a loss that is finite."""
     net = Told(2, frames, 1, 2, 2)
     clean, noise, way = torch.randn(3, 2, frames, 1, 2, 2)
-    sigma = torch.tensor([[0.3], [2.0]]).expand(2, frames)
-    if per_frame:
-        sigma = torch.rand(2, frames) + 0.2
+    sigma = torch.rand(2, frames if per_frame else 1) + 0.2
+    weight = five(sigma).numpy() ** -3.0
+
+    def by_hand(wrong):
+        moved = np.diff(wrong, axis=1)
+        return (weight * wrong ** 2).mean() + change * (moved ** 2).sum() / max(moved.size, 1)
+
     loss, error = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean,
                                      sigma if per_frame else sigma[:, 0], noise,
-                                     lambda sigma: 1 / sigma ** 3, change)
+                                     lambda sigma: sigma ** -3, change)
     loss.backward()
     wrong = (net.out - clean).detach().numpy()
-    by_hand = lambda wrong: loss_by_hand(wrong, sigma.numpy() ** -3.0, change)
     assert loss.item() == pytest.approx(by_hand(wrong), rel=1e-12)
     slope = (by_hand(wrong + way.numpy()) - by_hand(wrong - way.numpy())) / 2
     assert (net.out.grad * way).sum().item() == pytest.approx(slope, rel=1e-8)
     plain = (wrong ** 2).mean((2, 3, 4))
     np.testing.assert_allclose(error.numpy(), plain if per_frame else plain.mean(1), rtol=1e-12)
-    assert not error.requires_grad
-
-def test_joint_loss_is_its_two_terms():
-    """PVDM's objective (Yu et al. 2023), both terms by hand from the denoiser."""
-    denoiser = tiny("previous")
-    sigma = torch.tensor([0.5, 3.0])
-    weight = lambda s: 1 / s ** 2 + 1
-    clean, previous, noise = torch.randn(3, 2, 3, 1, 4, 4)
-    x = clean + five(sigma) * noise
-    given = (denoiser(x, sigma, previous=previous) - clean) ** 2
-    free = (denoiser(x, sigma) - clean) ** 2
-    loss, error = vdm.joint_loss(denoiser, clean, previous, sigma, noise, share=0.3, change=0.0,
-                                 weight=weight)
-    agree(loss, (weight(five(sigma)) * (0.3 * given + 0.7 * free)).mean())
-    agree(error, free.mean((1, 2, 3, 4)))
 
 def test_pictures_beside_clips_are_what_vdm_appends(monkeypatch):
     """VDM's joint training, as its paper has it: all T + N frames in one sequence, temporal
@@ -431,16 +405,6 @@ def test_pictures_beside_clips_are_what_vdm_appends(monkeypatch):
     want = vdm.diffusion_loss(denoiser, frames, sigma, noise, **weight)[0]
     agree(loss, want, rtol=1e-5, atol=1e-6)
     assert abs(loss - open_to_all) > 1e-4
-
-def test_pictures_have_no_condition_and_no_change():
-    """By hand: a clip is told a label and has a change, a picture beside it has neither."""
-    wrong = torch.randn(2, 3, 1, 2, 2)
-    zeros = torch.zeros(2, 7, 1, 2, 2)
-    denoise = lambda x, sigma, label=None: 0 * x + (5.0 if label is None else wrong)
-    loss, _ = vdm.joint_image_loss(denoise, zeros[:, :3], zeros[:, 3:], torch.ones(2), zeros,
-                                   change=0.7, label=torch.zeros(2))
-    want = (3 * loss_by_hand(wrong.double().numpy(), np.ones((2, 3)), 0.7) + 4 * 25) / 7
-    assert loss.item() == pytest.approx(want, rel=1e-5)
 
 def test_dynamics_weight():
     """By numpy; a clip that is right everywhere weighs 1, as does a single frame."""
@@ -507,29 +471,22 @@ def binomial(n, p):
     """How far a count of n draws of odds p may be from n p: five standard deviations."""
     return 5 * math.sqrt(n * p * (1 - p))
 
-@cases("draw", [vdm.first_frames, vdm.draw_mask])
-def test_first_frames(draw):
-    """Each number of given frames as often as its odds say; they are the first ones."""
-    odds = 0.5, 0, 0.2, 0.3
-    mask = draw(5000, 6, odds)
-    assert mask.shape == (5000, 6)
-    assert (mask.diff(dim=1) <= 0).all()
-    for n, share in enumerate(odds):
-        assert abs((mask.sum(1) == n).sum() - 5000 * share) <= binomial(5000, share)
-
 def test_tasks_of_the_mask():
-    """Ends: exactly these two. Any: 1 to T - 1 frames, equally often, and each frame as often as
-    another. In all, no frame as often as is said."""
-    ends, anything, every = (vdm.draw_mask(5000, 5, (0.25, 0.5, 0.25), task)
-                             for task in ("ends", "any", "all"))
-    assert {tuple(m) for m in ends.tolist()} == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 1)}
-    assert {tuple(m) for m in every.tolist()} == {(0, 0, 0, 0, 0), (1, 1, 1, 1, 1)}
-    for mask in (ends, anything, every):
+    """Predict: the first ones. Ends: exactly these two. Any: 1 to T - 1 frames, equally often, and
+    each frame as often as another. In each, no frame as often as is said."""
+    masks = {task: vdm.draw_mask(5000, 5, (0.25, 0.5, 0.25), task)
+             for task in ("predict", "ends", "any", "all")}
+    for mask in masks.values():
         assert abs((mask.sum(1) == 0).sum() - 1250) < binomial(5000, 0.25)
-    counts = torch.bincount(anything.sum(1).long(), minlength=6)
+    kinds = {task: {tuple(m) for m in mask.int().tolist()} for task, mask in masks.items()}
+    assert kinds["predict"] == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0)}
+    assert kinds["ends"] == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 1)}
+    assert kinds["all"] == {(0, 0, 0, 0, 0), (1, 1, 1, 1, 1)}
+    assert abs((masks["predict"].sum(1) == 1).sum() - 2500) < binomial(5000, 0.5)
+    counts = torch.bincount(masks["any"].sum(1).long(), minlength=6)
     assert counts[5] == 0
     assert (counts[1:5] - 937.5).abs().max() < binomial(5000, 0.1875)
-    given = anything[anything.sum(1) > 0]
+    given = masks["any"][masks["any"].sum(1) > 0]
     assert (given.sum(0) - len(given) / 2).abs().max() < binomial(len(given), 0.5)
 
 def test_blurred():
@@ -587,31 +544,6 @@ def test_given_frames_are_untouched_and_have_no_gradient(give):
         agree((net.seen, net.told), (want, told))
         agree(net.c_noise, level.clamp(min=1e-4).log() / 4)
 
-@cases("image", [False, True])
-def test_hints_are_shown_and_estimated(image):
-    """Noise of the level that the network is told; every frame is estimated and has a loss; where
-    the mask is 0 nothing is shown. The picture of image_hint is the same on all frames."""
-    net = Told(2, 3, 1, 2, 2)
-    denoiser = vdm.Denoiser(net, "eps")
-    mask = torch.tensor([[1.0, 1, image], [0, 0, 0]])
-    x, clean, noise = torch.randn(3, 2, 3, 1, 2, 2)
-    level = torch.tensor([0.5, 2.0])
-    sigma = torch.tensor([0.4, 3.0])
-    make = lambda clip: vdm.hint(clip, mask, level, noise)
-    order = [0, 1, 2]
-    if image:
-        make = lambda clip: vdm.image_hint(clip[:, :1], mask, level, noise[:, :1])
-        order = [0, 0, 0]
-    shown = five(mask) * (clean + five(level) * noise)[:, order]
-    want = dict(concat=torch.cat([shown, five(mask).expand(2, 3, 1, 2, 2)], 2),
-                augmentation=torch.tensor([0.5, -1.0]))
-    for clip in (clean, torch.where(five(mask) > 0, clean, math.nan)):         # NaN is not read
-        agree(denoiser(x, sigma, **make(clip)), x - five(sigma) * net.out)
-        agree(net.told, want)
-    agree(net.c_noise, (sigma.log() / 4)[:, None].expand(2, 3))
-    vdm.diffusion_loss(denoiser, clean, sigma, noise, **make(clean))[0].backward()
-    assert (net.out.grad != 0).all()
-
 @cases("give", GIVES)
 def test_per_frame_sigma(give):
     """Equal levels in all frames are one level per clip; frame t goes by its own level."""
@@ -654,20 +586,6 @@ def test_each_frame_goes_by_its_own_label():
     order = torch.tensor([0, 2, 1, -1])
     alone = denoiser(x, torch.ones(4), label=order)
     agree(denoiser(x[:1], torch.ones(1), label=order[None])[0], alone[range(4), range(4)])
-
-def test_modes_are_dropped_together_and_each_on_its_own():
-    """By counting 20,000 clips: whole modes, whole clips, pairs as often as chance has it."""
-    sizes = 2, 1, 3
-    rate = 0.2
-    got = 1 - vdm.drop_modes(torch.ones(20_000, 3, 6), sizes, rate).isnan().float()
-    assert (got == got[:, :1, [0, 0, 2, 3, 3, 3]]).all()
-    gone = (got[:, 0, [0, 2, 3]] == 0).double()                        # (clips, modes)
-    alone = rate + (1 - rate) * rate
-    both = rate + (1 - rate) * rate ** 2
-    want = both + (alone - both) * torch.eye(3).double()
-    agree(gone.T @ gone / len(gone), want, rtol=0, atol=0.015)
-    clip = torch.randn(5, 3, 6)
-    assert torch.equal(vdm.drop_modes(clip, sizes, 0.0), clip)
 
 def test_guidance():
     """Video LDM eq. 4 by hand, for a network that says 5 with a condition and 2 without. (Its
@@ -799,21 +717,6 @@ def test_interpolation_fills_every_gap(K, factor, frames):
         with pytest.raises(ValueError, match=f"factor is {wrong}, expected 2 to {frames - 1}"):
             vdm.interpolate(line, keys, wrong, frames, sigmas)
 
-@cases("name", ["heun", "dpmpp_2m_sde"])
-def test_clip_3_of_8_is_clip_3_alone(name):
-    """The same clip, drawn with others or alone, in a window and in a roll-out."""
-    options = dict(sigmas=vdm.karras_sigmas(2, 0.05, 20), sampler=vdm.SAMPLERS[name], seed=5)
-    denoiser = tiny()
-    make = partial(vdm.generate, denoiser, **options)
-    roll = partial(rolled, denoiser, length=5, overlap=1, **options)
-    clips = make(shape=(8, 3, 1, 4, 4))
-    alone = make(shape=(1, 3, 1, 4, 4), noise=vdm.clip_noise(5, [3]))
-    agree(clips[3:4], alone, rtol=1e-3, atol=1e-3)
-    assert (clips[2] - clips[3]).abs().max() > 0.1
-    video = roll(shape=(8, 3, 1, 4, 4))
-    agree(video[:, :3], clips, rtol=1e-3, atol=1e-3)
-    agree(video[3:4], roll(shape=(1, 3, 1, 4, 4), clips=[3]), rtol=1e-2, atol=1e-2)
-
 def test_noise_of_seeds_and_clips():
     """Unit noise, another for every seed and clip, and at every call; again the same from anew."""
     pairs = (0, 0), (0, 1), (1, 0), (1, 1)
@@ -822,42 +725,29 @@ def test_noise_of_seeds_and_clips():
     assert torch.equal(again(10_000), noise[0])
     agree(torch.cat([*noise, again(10_000)]).cov(), torch.eye(5), rtol=0, atol=0.06)
 
-@cases("wrap, asked", [(lambda denoise: denoise, [True] * 3),
-                       (partial(vdm.guided, scale=2.0), [False, True] * 3)])
-def test_generate_starts_from_noise_at_sigma_max(wrap, asked):
+@cases("scale, asked", [(None, [True] * 3), (2.0, [False, True] * 3)])
+def test_generate_starts_from_noise_at_sigma_max(scale, asked):
     """Standard deviation 80; one evaluation a step, or two where guidance asks for them."""
     seen = []
 
     def denoise(x, sigma, **told):
-        seen.append((x, sigma, told))
+        seen.append((x, sigma, bool(told)))
         return 0 * x
 
-    shape = 2, 8, 3, 16, 16
-    given = dict(context=torch.ones(shape), mask=torch.tensor([[1] + [0] * 7] * 2))
-    vdm.generate(wrap(denoise), shape, vdm.karras_sigmas(3, 1, 80), **given)
+    wrapped = vdm.guided(denoise, scale) if scale else denoise
+    vdm.generate(wrapped, (2, 8, 3, 16, 16), vdm.karras_sigmas(3, 1, 80), label=torch.ones(2))
     x, sigma, _ = seen[0]
     assert (sigma == 80).all()
-    assert [told == given for _, _, told in seen] == asked
+    assert [told for _, _, told in seen] == asked
     assert x.std().item() == pytest.approx(80, rel=0.04)
     assert abs(x.mean()) < 4
 
-def normal(x, sigma, std=None, beside_the_point=None):
-    """The exact denoiser of pixels ~ Normal(M, std^2) of their own, std (B,) being told."""
-    std = torch.full_like(sigma, S) if std is None else std
-    return M + five(std ** 2 / (std ** 2 + sigma ** 2)) * (x - M)
-
 def test_reward():
-    """exp(-variance) where it is known; higher for the surer condition, untouched by one that
-    changes nothing."""
-    shape = 2, 8, 3, 16, 16
-    std = torch.tensor([0.2, 0.9])
-    sigmas = vdm.karras_sigmas(60, 0.002, 80)
-    ask = partial(vdm.reward, normal, shape, sigmas, sampler=vdm.sample_heun)
-    assert ask().tolist() == pytest.approx([math.exp(-S ** 2)] * 2, rel=0.02)
-    got = ask(std=std)
-    assert got.tolist() == pytest.approx((-std ** 2).exp().tolist(), rel=0.03)
-    assert torch.equal(got, ask(std=std, beside_the_point=torch.randn(shape)))
-    assert not torch.equal(got, ask(std=std, seed=9))
+    """exp(-variance) where it is known: of pixels that are Normal(M, S^2), each on its own."""
+    denoise = lambda x, sigma: M + S ** 2 / (S ** 2 + five(sigma) ** 2) * (x - M)
+    got = vdm.reward(denoise, (2, 8, 3, 16, 16), vdm.karras_sigmas(60, 0.002, 80),
+                     sampler=vdm.sample_heun)
+    assert got.tolist() == pytest.approx([math.exp(-S ** 2)] * 2, rel=0.02)
 
 @cases("name, give", [*((name, "concat") for name in vdm.SAMPLERS),
                       ("ddim", "replace"), ("ddim", "per_frame")])
@@ -1914,7 +1804,6 @@ def test_copies_are_counted(clips, size):
 # ==================================================================================================
 
 MERGED = [0, 1, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8, 9, 10, 10, 10]        # GIF stores 11 frames of these
-NOISE = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
 
 def flat(T, H=32, W=32, C=3):
     """Frame t is 8 t everywhere."""
@@ -1932,112 +1821,86 @@ def save(path, frames, **options):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    """A folder of videos of all kinds, whole and damaged."""
     folder = tmp_path_factory.mktemp("made")
     for name in ("a/b", "frames", "few", ".hidden", "empty"):
         (folder / name).mkdir(parents=True)
     save(folder / "UP.MP4", flat(20), fps=10)
     save(folder / "a/b/odd.mkv", flat(16, 46, 62), fps=20)
-    save(folder / "mute.mp4", NOISE, fps=10)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
+    save(folder / "mute.mp4", noise, fps=10)
     sound = [imageio_ffmpeg.get_ffmpeg_exe(), *"-v error -f lavfi -i sine=d=9 -i".split()]
-    for name in ("a/long.mp4", "a/long.mkv"):    # 4 s of pictures, 9 s of sound; the header first
-        subprocess.run([*sound, folder / "mute.mp4", "-movflags", "faststart", folder / name])
-        data = (folder / name).read_bytes()
-        (folder / name.replace("long", "cut")).write_bytes(data[: len(data) // 3])
+    long = folder / "a/long.mp4"                 # 4 s of pictures, 9 s of sound; the header first
+    subprocess.run([*sound, folder / "mute.mp4", "-movflags", "faststart", long])
+    data = long.read_bytes()
+    (folder / "a/cut.mp4").write_bytes(data[:len(data) // 3])
     rgb = [Image.fromarray(f) for f in flat(16, 31, 45)]
     save(folder / "grey.gif", [p.convert("L") for p in rgb], duration=100)
     save(folder / "nine.gif", rgb[:9], duration=100)
     save(folder / "merged.gif", [rgb[t] for t in MERGED], duration=40)
-    clear = np.concatenate([flat(16, 31, 45), np.full((16, 31, 45, 1), 255, np.uint8)], axis=3)
-    clear[:, :8] = 255, 255, 255, 0                         # white, but transparent: shows black
-    save(folder / "rgba.gif", [Image.fromarray(f) for f in clear], duration=100)
     save(folder / "moves.webp", rgb, duration=50)
     for t, picture in enumerate(rgb):
         picture.save(folder / f"frames/frame{t + 1}.{['png', 'tif', 'bmp'][t % 3]}")
     rgb[2].save(folder / "few/2.JPG")
     np.save(folder / "five.npy", np.stack([flat(16)] * 3))
     np.save(folder / "grey.npy", flat(17)[..., 0])
-    for name in ("notes.txt", ".hidden/x.mp4", "bad.mp4", "zero.avi"):
-        (folder / name).write_text("" if name == "zero.avi" else "x")
+    for name in ("notes.txt", ".hidden/x.mp4", "bad.mp4"):
+        (folder / name).write_text("x")
     return folder
 
 # ---- reading -------------------------------------------------------------------------------------
 
-def test_read(made):
-    for name, shape, rate in (("a/b/odd.mkv", (16, 46, 62), 20), ("merged.gif", (16, 31, 45), 25),
-                              ("moves.webp", (16, 31, 45), 20), ("few/2.JPG", (1, 31, 45), 8),
-                              ("a/long.mp4", (40, 64, 64), 10), ("a/long.mkv", (40, 64, 64), 10)):
-        (frames,), fps = vdm.decode(made / name)
-        assert (frames.shape, fps, frames.dtype) == ((*shape, 3), rate, np.uint8)
-    assert brightness(vdm.decode(made / "merged.gif")[0][0]) == MERGED
-    assert (vdm.decode(made / "rgba.gif")[0][0][:, :8] == 0).all()
-    assert vdm.read_video(made / "grey.npy").shape == (17, 3, 32, 32)
-    assert vdm.read_video(str(made / "five.npy")).shape == (16, 3, 32, 32)          # the first
-    assert vdm.read_video(made / "frames", (8, 12), channels=1).shape == (16, 1, 8, 12)
-    assert brightness(vdm.decode(made / "frames")[0][0]) == list(range(16))     # natural order
-    with pytest.raises(ValueError, match="channels is 4, expected 1 .* or 3"):
-        vdm.decode(made / "frames", channels=4)
+@cases("name, shape, rate", [
+    ("a/b/odd.mkv", (16, 46, 62), 20), ("merged.gif", (16, 31, 45), 25),
+    ("moves.webp", (16, 31, 45), 20), ("few/2.JPG", (1, 31, 45), 8),
+    ("a/long.mp4", (40, 64, 64), 10), ("frames", (16, 31, 45), 8), ("grey.npy", (17, 32, 32), 8)])
+def test_decode(made, name, shape, rate):
+    """Shapes and speeds; the brightness of frames in order, pictures in their natural one."""
+    (frames,), fps = vdm.decode(made / name)
+    assert (frames.shape, fps, frames.dtype) == ((*shape, 3), rate, np.uint8)
+    order = {"merged.gif": MERGED, "few/2.JPG": [2]}.get(name, list(range(shape[0])))
+    if name != "a/long.mp4":                                                # which is noise
+        assert brightness(frames) == order
 
-def test_damaged_videos_are_named_with_the_cause(made, tmp_path, monkeypatch):
-    for name, cause in {"none.mp4": "No such file", "zero.avi": "Invalid data",
-                        "a/cut.mp4": "ffmpeg cannot read all: ", "a/cut.mkv": "ended prematurely",
-                        "notes.txt": "cannot identify", "empty": "without pictures"}.items():
-        with pytest.raises(ValueError, match=f"{name}: .*{cause}") as error:
-            vdm.read_video(made / name)
-        assert "\n" not in str(error.value)
-    (tmp_path / "12:30.mp4").write_bytes((made / "mute.mp4").read_bytes())
-    (tmp_path / "padded.gif").write_bytes((made / "grey.gif").read_bytes() + b"\0\0\r\n")
-    monkeypatch.chdir(tmp_path)
-    assert len(vdm.read_video("12:30.mp4")) == 40           # ffmpeg could take it for a protocol
-    assert len(vdm.read_video("padded.gif")) == 16
+@cases("name, cause", {"none.mp4": "No such file", "bad.mp4": "Invalid data",
+                       "a/cut.mp4": "ffmpeg cannot read all: ", "notes.txt": "cannot identify",
+                       "empty": "without pictures"}.items())
+def test_damaged_videos_are_named_with_the_cause(made, name, cause):
+    with pytest.raises(ValueError, match=f"{name}: .*{cause}") as error:
+        vdm.read_video(made / name)
+    assert "\n" not in str(error.value)
 
 @pytest.mark.filterwarnings("ignore::UserWarning")                   # PIL's, of damaged tags
-def test_whatever_is_damaged_is_a_valueerror_or_read(tmp_path):
+@cases("suffix", [".gif", ".webp", ".png", ".jpg", ".bmp", ".tif", ".npy", ".npz"])
+def test_whatever_is_damaged_is_a_valueerror_or_read(tmp_path, suffix):
     """Cut anywhere, overwritten anywhere, or another kind of file behind the suffix."""
     rng = np.random.default_rng(0)
     clip = flat(8) + rng.integers(0, 30, (8, 32, 32, 3)).astype(np.uint8)
-    images = [Image.fromarray(f) for f in clip]
-    whole = {}
-    for suffix in (".gif", ".webp", ".png", ".jpg", ".bmp", ".tif", ".npy", ".npz"):
-        path = tmp_path / f"a{suffix}"
-        if suffix == ".npy":
-            np.save(path, clip)
-        elif suffix == ".npz":
-            np.savez_compressed(path, clip)
-        else:
-            images[0].save(path, save_all=suffix in (".gif", ".webp"), append_images=images[1:])
-        whole[path] = path.read_bytes()
-    for path, data in whole.items():
-        step = max(1, len(data) // 12)
-        cut = [data[:n] for n in range(0, len(data), step)]
-        length = data.find(b"IDAT") - 1           # of a PNG's chunk: the next begins inside of it
-        broken = data[:length] + b"\x09" + data[length + 1 :]
-        for damaged in [*cut, rng.bytes(500), broken if path.suffix == ".png" else b""]:
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=re.escape(f"{path}: ") + r"\S"):
-                vdm.decode(path)
-        changed = [bytearray(data) for _ in range(40)]
-        for k, damaged in enumerate(changed):
-            damaged[k if k < 20 else rng.integers(len(data))] ^= 255
-        for damaged in [*changed, *whole.values()]:
-            path.write_bytes(damaged)
-            try:
-                vdm.decode(path)
-            except ValueError as error:
-                assert str(error).startswith(f"{path}: ")
-
-@pytest.mark.parametrize("error", [ImportError, NameError, TypeError, AttributeError, MemoryError,
-                                   KeyboardInterrupt])
-def test_mistakes_in_the_code_are_not_taken_for_damage(made, tmp_path, monkeypatch, error):
-    def broken(*args, **options):
-        raise error("mine")
-
-    monkeypatch.setattr(vdm, "crop_to", broken)
-    monkeypatch.setattr("imageio.v3.imwrite", broken)
-    with pytest.raises(error, match="mine"):
-        vdm.VideoFolder(made / "few", 1, (8, 8))
-    with pytest.raises(error, match="mine"):
-        vdm.write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 8, 8))
-    assert not list(tmp_path.iterdir())
+    first, *others = [Image.fromarray(f) for f in clip]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npy":
+        np.save(path, clip)
+    elif suffix == ".npz":
+        np.savez_compressed(path, clip)
+    else:
+        first.save(path, save_all=suffix in (".gif", ".webp"), append_images=others)
+    data = path.read_bytes()
+    length = data.find(b"IDAT") - 1               # of a PNG's chunk: the next begins inside of it
+    bad = [data[:n] for n in range(0, len(data), len(data) // 12)] + [rng.bytes(500)]
+    if suffix == ".png":
+        bad.append(data[:length] + b"\x09" + data[length + 1:])
+    for damaged in bad:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: ") + r"\S"):
+            vdm.decode(path)
+    for k in [*range(20), *rng.integers(len(data), size=20)]:
+        damaged = bytearray(data)
+        damaged[k] ^= 255
+        path.write_bytes(damaged)
+        try:
+            vdm.decode(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
 
 def test_what_a_phone_stores(tmp_path):
     """A picture that EXIF says to turn, and one with a second picture in the same file."""
@@ -2047,54 +1910,53 @@ def test_what_a_phone_stores(tmp_path):
     exif[0x0112] = 6                                             # to be turned clockwise: on top
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     read = vdm.decode(tmp_path / "turned.png")[0][0][0]
-    assert read.shape == (24, 16, 3) and (read[:8] == 200).all() and (read[8:] == 0).all()
+    assert read.shape == (24, 16, 3)
+    assert (read[:8] == 200).all()
+    assert (read[8:] == 0).all()
     second = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
     Image.fromarray(pixels).save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[second])
-    assert vdm.read_video(tmp_path / "two.jpg").shape == (1, 3, 16, 24)
+    assert vdm.read_video(tmp_path / "two.jpg", (8, 12)).shape == (1, 3, 8, 12)
 
-def test_pictures_of_16_bits_and_half_transparent_ones(tmp_path):
+@cases("channels", [1, 3])
+def test_pictures_of_16_bits_and_half_transparent_ones(tmp_path, channels):
     """16 bits are their upper 8. Of 32 bits and of floats, nobody knows what is white."""
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(ramp * 256 + 255 - ramp).save(tmp_path / "a.png")
-    for channels in (1, 3):
-        read = vdm.decode(tmp_path / "a.png", None, channels)[0][0]
-        assert (read == ramp[None, :, :, None]).all() and read.shape == (1, 16, 16, channels)
+    read = vdm.decode(tmp_path / "a.png", None, channels)[0][0]
+    assert np.array_equal(read, np.tile(ramp[None, :, :, None], channels))
+    for mode, pixel in (("LA", (200, 51)), ("RGBA", (200, 200, 200, 51))):   # a fifth is opaque
+        Image.new(mode, (8, 8), pixel).save(tmp_path / "c.png")
+        assert (vdm.decode(tmp_path / "c.png", (4, 4), channels)[0][0] == 40).all()
     for dtype, mode in ((np.int32, "I"), (np.float32, "F")):
         Image.fromarray(np.ones((16, 16), dtype)).save(tmp_path / "b.tiff")
         with pytest.raises(ValueError, match=f"b.tiff: pixels of mode {mode}, expected 8 or 16"):
-            vdm.read_video(tmp_path / "b.tiff")
-    for mode, pixel in (("LA", (200, 51)), ("RGBA", (200, 200, 200, 51))):   # a fifth is opaque
-        Image.new(mode, (8, 8), pixel).save(tmp_path / "c.png")
-        for channels in (1, 3):
-            assert (vdm.decode(tmp_path / "c.png", (4, 4), channels)[0][0] == 40).all()
+            vdm.read_video(tmp_path / "b.tiff", channels=channels)
 
-def test_arrays_and_train_folder(tmp_path):
+@cases("shape", [(16, 32, 31, 4), (1, 32, 31, 3), (3, 32, 31, 4), (2, 3, 32, 31, 3)])
+def test_arrays(tmp_path, shape):
+    """One clip or many, with colour or more."""
+    np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
+    assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
+
+@cases("array, words", [
+    (np.array([print], object), ""), (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, "),
+    (np.zeros((2, 16, 32, 32), np.float32), r"expected uint8 .* found float32 \(2, 16, 32, 32\)")])
+def test_other_arrays_are_refused(tmp_path, array, words):
+    """Code, channels first, floats."""
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match="a.npy: .*" + words):
+        vdm.read_video(tmp_path / "a.npy")
+
+def test_moving_mnist_and_a_train_folder(tmp_path):
+    """The first is stored as (T, N, H, W); of the second, test/ is not looked at."""
     mnist = np.arange(20)[:, None, None, None] + 10 * np.arange(21)[None, :, None, None]
-    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))  # (T, N, H, W)
+    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))
     data = vdm.VideoFolder(tmp_path, 20, (64, 64))
     assert [clip[:, 0, 0, 0].tolist() for clip in data.clips] == mnist[:, :, 0, 0].T.tolist()
-    assert "-> 21 clips used" in data.report
     for name, n in (("train", 1), ("test", 2)):
         (tmp_path / "own" / name / "class").mkdir(parents=True)
         np.save(tmp_path / "own" / name / "class/x.npy", np.zeros((n, 16, 8, 8, 3), np.uint8))
-    own = vdm.VideoFolder(tmp_path / "own", 16, (8, 8))
-    assert f"1 files in {tmp_path / 'own/train'} -> 1 clips" in own.report
-    np.save(tmp_path / "evil.npy", np.array([print], object), allow_pickle=True)
-    np.save(tmp_path / "first.npy", np.zeros((16, 3, 32, 32), np.uint8))
-    with pytest.raises(ValueError) as error:
-        vdm.VideoFolder(tmp_path, 21, (32, 32))
-    for line in ("0 clips", "x.npy: 16 frames", "evil.npy: ", r"first.npy: expected uint8 \(\[N,"):
-        error.match(line)
-    np.save(tmp_path / "float.npy", np.zeros((2, 16, 32, 32), np.float32))
-    with pytest.raises(ValueError, match=r"expected uint8 .* found float32 \(2, 16, 32, 32\)"):
-        vdm.read_video(tmp_path / "float.npy")
-    np.savez(tmp_path / "two.npz", a=np.full((17, 8, 9), 7, np.uint8), labels=np.arange(3))
-    assert (vdm.decode(tmp_path / "two.npz")[0][0] == np.full((17, 8, 9, 3), 7)).all()
-    np.savez(tmp_path / "none.npz")
-    pytest.raises(ValueError, vdm.decode, tmp_path / "none.npz").match("none.npz: expected uint8")
-    for shape in ((16, 32, 31, 4), (1, 32, 31, 3), (3, 32, 31, 4), (2, 3, 32, 31, 3)):
-        np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))        # a picture and three, too
-        assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
+    assert len(vdm.VideoFolder(tmp_path / "own", 16, (8, 8))) == 1
     with pytest.raises(ValueError, match="missing does not exist"):
         vdm.VideoFolder(tmp_path / "missing", 16, (8, 8))
 
@@ -2102,51 +1964,48 @@ def test_arrays_and_train_folder(tmp_path):
 
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
-    few = "frames are too few, an item takes 16: lower --frames or --stride\n"
-    for line in (f"data: 19 files in {made} -> 14 clips used, 7 skipped, 24x24 crop, 3 channels, "
-                 "10 fps\n", f"skipped {made / 'few'}: 1 {few}", f"nine.gif: 9 {few}",
-                 f"skipped {made / 'notes.txt'}: cannot identify image file", "cut.mp4: ffmpeg ",
-                 "cut.mkv: ffmpeg cannot read all: ", "bad.mp4: ffmpeg ", "zero.avi: ffmpeg "):
-        assert line in data.report + "\n", data.report
+    for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
+                  "10 fps\n", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
+        assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
     assert sorted(map(brightness, grey)) == sorted(
-        [list(range(n)) for n in (16,) * 8 + (17, 20)] + [MERGED])
+        [list(range(n)) for n in (16,) * 7 + (17, 20)] + [MERGED])
     with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, an item takes 22: "):
         vdm.VideoFolder(made / "grey.npy", 8, (24, 24), stride=3)
 
 def test_items_depend_on_seed_and_index_only(tmp_path):
     for n in range(5):
         np.save(tmp_path / f"{n}.npy", flat(12 + n, C=1) + np.uint8(n))       # brightness 8 t + n
-    data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=1)
-    again = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=1)
-    other = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=2)
+    data, again, other = (vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=seed)
+                          for seed in (1, 1, 2))
     values = np.stack([vdm.to_uint8(data[i]["video"])[:, 0, 0, 0] for i in range(20)])
     assert (vdm.to_uint8(again[17]["video"])[:, 0, 0, 0] == values[17]).all()
     assert (np.diff(values) == 3 * 8).all()                                   # stride 3, in order
     clips = (values[:, 0] % 8).reshape(4, 5)                                       # of 4 rounds
-    assert (np.sort(clips) == np.arange(5)).all() and len(np.unique(clips, axis=0)) > 1
+    assert (np.sort(clips) == np.arange(5)).all()
+    assert len(np.unique(clips, axis=0)) > 1
     assert len(np.unique(values[:, 0])) > 5                           # not always the same window
     assert sum(torch.equal(data[i]["video"], other[i]["video"]) for i in range(20)) < 10
-    assert len(data) == 5 and data.fps == 8 / 3 and data[7]["video"].shape == (4, 3, 32, 32)
+    assert data.fps == 8 / 3
     grey = vdm.VideoFolder(tmp_path, 4, (8, 8), channels=1)
-    assert grey[0]["video"].shape == (4, 1, 8, 8) and data[0].keys() == {"video"}
+    assert grey[0]["video"].shape == (4, 1, 8, 8)
+    assert grey[0].keys() == {"video"}
 
 def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
     long = np.full((9, 8, 8), 3, np.uint8)
-    np.savez(tmp_path / "two.npz", a=np.zeros((5, 8, 8), np.uint8), b=long)
+    np.savez(tmp_path / "two.npz", a=np.zeros((5, 8, 8), np.uint8), b=long, labels=np.arange(3))
     for i in range(12):
         (tmp_path / f"{i:02d}.txt").write_text("x")
-    data = vdm.VideoFolder(tmp_path / "two.npz", 8, (8, 8))
-    assert len(data) == 1 and (vdm.to_uint8(data[0]["video"]) == 3).all() and data.fps == 8
-    assert "two.npz: 5 frames are too few, an item takes 8: " in data.report
-    report = vdm.VideoFolder(tmp_path, 8, (8, 8)).report             # of nine reasons at most
-    assert report.count("cannot identify") == 9 and report.endswith("skipped 4 more")
+    data = vdm.VideoFolder(tmp_path, 8, (8, 8))
+    assert len(data) == 1
+    assert (vdm.to_uint8(data[0]["video"]) == 3).all()
+    assert data.report.count("cannot identify") == 9                 # of nine reasons at most
+    assert data.report.endswith("skipped 4 more")
 
 def test_actions_beside_a_clip(tmp_path):
-    """Frame t shows t and is told (t, k) of clip k. What is wrong is skipped with a reason."""
-    def told(n, k):
-        return np.stack([np.arange(n), np.full(n, k)], 1)
-
+    """Frame t shows t and is told (t, k) of clip k, clip 0 nothing."""
+    told = lambda n, k: np.stack([np.arange(n), np.full(n, k)], 1)
     (tmp_path / "pictures").mkdir()
     for t, picture in enumerate(flat(12)):
         Image.fromarray(picture).save(tmp_path / f"pictures/{t}.png")
@@ -2156,53 +2015,37 @@ def test_actions_beside_a_clip(tmp_path):
     for name, actions in (("pictures", told(12, 1)), ("film.v2", told(14, 2)),
                           ("two", np.stack([told(12, 3), told(12, 4)]))):
         np.save(tmp_path / f"{name}.actions.npy", actions)
-    wrong = dict(short=told(11, 0), flat=np.zeros(12), wide=np.zeros((12, 3)),
-                 endless=told(12, np.inf), text=np.full((12, 2), "left"),
-                 code=np.array([print], object), scalar=np.zeros(()))
-    for name, actions in wrong.items():
-        np.save(tmp_path / f"{name}.npy", flat(12))
-        np.save(tmp_path / f"{name}.actions.npy", actions)
-    np.save(tmp_path / "zero.npy", flat(12))
-    (tmp_path / "zero.actions.npy").touch()
     data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
-    assert "12 files" in data.report and "5 clips used, 8 skipped" in data.report
-    assert ", 4 fps, 4 with actions\n" in data.report
-    for name in (*wrong, "zero"):
-        assert re.search(rf"skipped .*{name}.actions.npy: \S", data.report), name
-    assert "short.actions.npy: int64 (1, 11, 2) is not 1 clips x 12 frames x (2,) " in data.report
-    items = [data[i] for i in range(25)]
-    for item in items:
-        action = item["action"]
-        untold = action.isnan().all()
-        assert action.dtype == torch.float32 and action.shape == (4, 2)
-        assert untold or action[:, 0].tolist() == brightness(vdm.to_uint8(item["video"]))
-    assert {item["action"].nan_to_num()[1, 1].item() for item in items} == {0, 1, 2, 3, 4}
+    assert data.report.endswith(", 4 fps, 4 with actions")
+    seen = set()
+    for i in range(25):
+        action = data[i]["action"]
+        assert action.shape == (4, 2)
+        seen.add(action.nan_to_num()[1, 1].item())
+        if not action.isnan().all():
+            assert action[:, 0].tolist() == brightness(vdm.to_uint8(data[i]["video"]))
+    assert seen == {0, 1, 2, 3, 4}
     assert data.actions == (2,)
 
-def test_a_subclass_may_read_other_files(tmp_path):
-    class Latents(vdm.VideoFolder):
-        def read(self, file):
-            return list(np.load(file, mmap_mode="r")), 5.0
-
-        def __getitem__(self, i):
-            number, cut = self.place(i)
-            return dict(video=torch.tensor(self.clips[number][cut]))
-
-    x = np.random.default_rng(0).normal(size=(2, 6, 4, 3, 3)).astype(np.float32)
-    np.save(tmp_path / "x.npy", x)
-    data = Latents(tmp_path, 6, (3, 3), channels=4)
-    shown = [data[i]["video"].numpy() for i in range(2)]
-    assert data.fps == 5 and any((np.stack(order) == x).all() for order in (shown, shown[::-1]))
+@cases("actions", [np.zeros((11, 2)), np.zeros(12), np.full((12, 2), np.inf),
+                   np.full((12, 2), "left"), np.array([print], object), np.zeros(()), None])
+def test_wrong_actions_are_skipped_with_a_reason(tmp_path, actions):
+    """Too few, of another shape, not finite, no numbers, code, an empty file."""
+    np.save(tmp_path / "a.npy", flat(12))
+    (tmp_path / "a.actions.npy").touch()
+    if actions is not None:
+        np.save(tmp_path / "a.actions.npy", actions)
+    with pytest.raises(ValueError, match=r"0 clips used, 1 skipped(.|\n)*a.actions.npy: \S"):
+        vdm.VideoFolder(tmp_path, 4, (8, 8))
 
 # ---- clips kept on disk --------------------------------------------------------------------------
 
 @pytest.fixture
 def videos(tmp_path):
-    """A folder with an array of two clips, clips of two lengths, a film, pictures and a text."""
+    """A folder with an array of two clips, clips of two lengths, pictures and a text."""
     (tmp_path / "v/frames").mkdir(parents=True)
     for t, picture in enumerate(flat(12)):
         Image.fromarray(picture).save(tmp_path / f"v/frames/{t}.png")
-    save(tmp_path / "v/film.mp4", flat(14), fps=10)
     np.save(tmp_path / "v/two.npy", np.stack([flat(9), flat(9) + np.uint8(1)]))
     np.savez(tmp_path / "v/three.npz", flat(5) + np.uint8(2), flat(7) + np.uint8(3))
     (tmp_path / "v/notes.txt").write_text("x")
@@ -2228,31 +2071,30 @@ def same(a, b):
 def test_files_are_decoded_once(videos, monkeypatch):
     """Items are those without a cache. Only what changed, or is wanted otherwise, is decoded."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
-    every = ["film.mp4", "frames", "notes.txt", "three.npz", "two.npy"]
+    every = ["frames", "notes.txt", "three.npz", "two.npy"]
     for expected in (every, ["notes.txt"]):
         data, names = cached(monkeypatch, videos)
-        assert names == expected and data.report == plain.report and data.fps == plain.fps
+        assert names == expected
+        assert data.report == plain.report
         assert same(data, plain)
         pickled = pickle.dumps(data)                        # as it goes to a worker: without pixels
-        assert len(pickled) < 3000 and same(pickle.loads(pickled), plain)
+        assert len(pickled) < 3000
+        assert same(pickle.loads(pickled), plain)
     for change in (dict(size=(8, 16)), dict(channels=1)):
         assert cached(monkeypatch, videos, **change)[1] == every
-        assert cached(monkeypatch, videos, **change)[1] == ["notes.txt"]
     assert cached(monkeypatch, videos)[1] == ["notes.txt"]
     np.save(videos / "two.npy", np.stack([flat(9) + np.uint8(4)] * 2))
     Image.fromarray(flat(1)[0]).save(videos / "frames/7.png", compress_level=1)
     data, names = cached(monkeypatch, videos)
     assert names == ["frames", "notes.txt", "two.npy"]
     assert sum((clip[0:1] == 4).all() for clip in data.clips) == 2
-    (videos / "more.npy").write_bytes((videos / "two.npy").read_bytes())
-    assert cached(monkeypatch, videos)[1] == ["more.npy", "notes.txt"]
 
 def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
     """A lost or shortened file in the cache, of clips or of their ends, is made anew."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     cached(monkeypatch, videos)
     kept = sorted((videos / ".vdm_cache").iterdir())
-    assert len(kept) == 8 and {path.suffix for path in kept} == {".npy"}     # none is temporary
+    assert [path.suffix for path in kept] == [".npy"] * 6                    # none is temporary
     for path in kept:
         data = path.read_bytes()
         for rest in (None, 0, len(data) - 1):
@@ -2260,67 +2102,67 @@ def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
             if rest is not None:
                 path.write_bytes(data[:rest])
             again, names = cached(monkeypatch, videos)
-            assert len(names) == 2 and same(again, plain) and path.read_bytes() == data
+            assert len(names) == 2
+            assert same(again, plain)
+            assert path.read_bytes() == data
 
 def test_without_room_for_a_cache_clips_stay_in_memory(videos, monkeypatch, capsys):
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     (videos / ".vdm_cache").write_text("in the way")
     assert same(cached(monkeypatch, videos)[0], plain)
     assert capsys.readouterr().out.count("cannot be written") == 1
-    (videos / ".vdm_cache").unlink()
-    save_array = np.save
-
-    def full(file, array):
-        if len(list((videos / ".vdm_cache").glob("*.npy"))) > 2:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        save_array(file, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        assert same(cached(monkeypatch, videos)[0], plain)
-    assert capsys.readouterr().out.count("No space left") == 1
-    assert all(path.suffix == ".npy" for path in (videos / ".vdm_cache").iterdir())
-    assert same(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------
 
-def test_range_crop_and_pictures(tmp_path):
+def test_range_and_crop(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     clip = vdm.from_uint8(pixels)
     assert (clip.min(), clip.max(), clip.shape) == (-1, 1, (1, 1, 16, 16))
-    assert (vdm.to_uint8(clip) == pixels).all() and vdm.to_uint8(clip * 9).max() == 255
+    assert (vdm.to_uint8(clip) == pixels).all()
+    assert vdm.to_uint8(clip * 9).max() == 255
     pytest.raises(ValueError, vdm.to_uint8, clip / 0).match("NaN")
     bars = np.zeros((20, 60, 3), np.uint8)
     bars[:, 20:40] = 200                                                       # the centre square
     Image.fromarray(bars).save(tmp_path / "bars.png")
     assert (vdm.decode(tmp_path / "bars.png", (20, 20))[0][0] == 200).all()
+
+def test_film_strips_and_grids(tmp_path):
     clips = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 2, 3, 4, 6) / 4
     strip = vdm.film_strip(clips)
+    assert strip.shape == (3, 5 * 5 + 1, 2 * 7 + 1)
+    assert strip[0, 6, 1] == 0.25                                              # clip 1
+    assert strip[0, 5, 1] < -0.5                                               # the line above it
     tiled = vdm.grid(clips)
-    assert strip[0, 6, 1] == 0.25 and strip[0, 5, 1] < -0.5             # clip 1; the line above it
-    assert (strip.shape, tiled.shape) == ((3, 5 * 5 + 1, 2 * 7 + 1), (2, 3, 2 * 5 + 1, 3 * 7 + 1))
-    assert tiled[0, 0, 6, 8] == 1 and (tiled[0, 0, 6:10, 15:21] == -1).all()     # clip 4; no clip
+    assert tiled.shape == (2, 3, 2 * 5 + 1, 3 * 7 + 1)
+    assert tiled[0, 0, 6, 8] == 1                                              # clip 4
+    assert (tiled[0, 0, 6:10, 15:21] == -1).all()                              # no clip
     path = vdm.write_video(tmp_path / "new/strip.png", strip[None], scale=2)
     pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (52, 30, 3) and pixels[12, 2, 0] == 159
+    assert pixels.shape == (52, 30, 3)
+    assert pixels[12, 2, 0] == 159
 
-@pytest.mark.parametrize("H, W", [(28, 28), (63, 65), (255, 128)])
-def test_writer(tmp_path, H, W):
-    clip = vdm.from_uint8(flat(6, H, W, 1)).expand(-1, 3, -1, -1)
-    for suffix in (".mp4", ".gif"):
-        path = vdm.write_video(tmp_path / "new" / f"clip{suffix}", clip, fps=8)
-        frames = np.stack(list(iio.imiter(path, plugin="FFMPEG" if suffix == ".mp4" else "pillow")))
-        k = frames.shape[1] // H
-        assert frames.shape[:3] == (6, k * H, k * W) and min(frames.shape[1:3]) >= 128
-        assert brightness(frames) == list(range(6))
-    meta = iio.immeta(tmp_path / "new/clip.mp4", plugin="FFMPEG")
-    assert meta["pix_fmt"].startswith("yuv420p") and (meta["codec"], meta["fps"]) == ("h264", 8)
-    assert Image.open(path).info["loop"] == 0 and Image.open(path).info["duration"] == 120
-    assert len(list((tmp_path / "new").iterdir())) == 2                 # no temporary file is left
-    for fps, duration in ((50, 20), (100, 20)):              # viewers slow down what is below 20 ms
-        path = vdm.write_video(tmp_path / f"{fps}.gif", clip, fps)
-        assert Image.open(path).info["duration"] == duration
+@cases("H, W", [(28, 28), (63, 65), (255, 128)])
+@cases("suffix", [".mp4", ".gif"])
+def test_writer(tmp_path, H, W, suffix):
+    """Frames come back in order, enlarged; sides are even; no temporary file is left."""
+    clip = vdm.from_uint8(flat(6, H, W, 1))
+    path = vdm.write_video(tmp_path / "new" / f"clip{suffix}", clip, fps=8)
+    frames = np.stack(list(iio.imiter(path, plugin="FFMPEG" if suffix == ".mp4" else "pillow")))
+    k = frames.shape[1] // H
+    assert frames.shape[:3] == (6, k * H, k * W)
+    assert min(frames.shape[1:3]) >= 128
+    assert brightness(frames) == list(range(6))
+    assert os.listdir(tmp_path / "new") == [path.name]
+    if suffix == ".mp4":
+        meta = iio.immeta(path, plugin="FFMPEG")
+        assert meta["pix_fmt"].startswith("yuv420p")
+        assert (meta["codec"], meta["fps"]) == ("h264", 8)
+
+@cases("fps, duration", [(8, 120), (50, 20), (100, 20)])     # viewers slow down what is below 20 ms
+def test_duration_of_gifs(tmp_path, fps, duration):
+    path = vdm.write_video(tmp_path / "a.gif", vdm.from_uint8(flat(6)), fps)
+    assert Image.open(path).info["duration"] == duration
+    assert Image.open(path).info["loop"] == 0
 
 def test_of_an_mp4_one_frame_at_a_time_is_in_memory(tmp_path):
     pixels = flat(9)
@@ -2337,12 +2179,14 @@ def test_of_an_mp4_one_frame_at_a_time_is_in_memory(tmp_path):
     assert brightness(written) == list(range(9))
 
 def test_a_failed_write_and_wrong_input(tmp_path, monkeypatch):
+    """An ffmpeg that dies at once: a GIF is written, and the old file stays. NaN is no fault of
+    ffmpeg's."""
     clip = vdm.from_uint8(flat(5, C=1))
     path = tmp_path / "a.mp4"
     for name, wrong in (("a.avi", clip), ("a.mp4", clip[0]), ("a.gif", clip.expand(-1, 4, -1, -1))):
         pytest.raises(ValueError, vdm.write_video, tmp_path / name, wrong).match(name)
     before = vdm.write_video(path, clip).read_bytes()
-    false = tmp_path / "ffmpeg"                    # an ffmpeg that dies at once
+    false = tmp_path / "ffmpeg"
     false.write_text("#!/bin/sh\nfor last; do :; done\n"
                      'case "$last" in *.mp4) : > "$last";; esac\nexit 1\n')
     false.chmod(0o755)
@@ -2350,9 +2194,9 @@ def test_a_failed_write_and_wrong_input(tmp_path, monkeypatch):
     for n in (1, 5):                               # the pipe may hold all that one frame takes
         assert vdm.write_video(path, clip[:n]) == tmp_path / "a.gif"
         assert brightness(np.stack(list(iio.imiter(tmp_path / "a.gif")))) == list(range(n))
-    assert path.read_bytes() == before                                         # the old one, whole
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.mp4", "ffmpeg"]
-    with pytest.raises(ValueError, match="NaN"):   # which is no fault of ffmpeg's
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.mp4", "ffmpeg"]
+    with pytest.raises(ValueError, match="NaN"):
         vdm.write_video(path, clip / 0)
 
 # ==================================================================================================
