@@ -2848,7 +2848,7 @@ LATENT = ("--preset latent --frames 4 --size 4 --width 8 --head-dim 8 --mults 1 
           "--batch 2 --attention joint --steps 3 --sampling-steps 2 --marks 2 --encode 5 "
           "--sample-every 99 --context 0.5 0 0.5 --overlap 2 --device cpu --dtype fp32 ")
 AUTO = "--frames 4 --size 4 --batch 2 --steps 3 --marks 2 --device cpu --dtype fp32 "
-autoencoder_c = runpy.run_path(str(ROOT / "notebooks/autoencoder.py"), run_name="autoencoder")["main"]
+autoencoder_c = runpy.run_path(str(ROOT / "notebooks/autoencoder.py"))["main"]
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
@@ -3071,8 +3071,9 @@ def test_what_is_to_be_read_is_short():
 # ==================================================================================================
 
 SIDE = 16
-SMALL_d = dict(frames=4, size=(SIDE, SIDE), width=8, mults=(1,), attention=("joint",), head_dim=8, patch=4,
-             context=(0.5, 0.0, 0.5), overlap=2, sampling_steps=2, skip_guidance=1.0, images=0.1)
+SMALL_d = dict(frames=4, size=(SIDE, SIDE), width=8, mults=(1,), attention=("joint",), head_dim=8,
+               patch=4, context=(0.5, 0.0, 0.5), overlap=2, sampling_steps=2, skip_guidance=1.0,
+               images=0.1)
 LATENT_d = dict(size=(4, 4), channels=4, factor=4, patch=1)
 
 def checkpoint_d(path, autoencoder=None, **fields):
@@ -3091,7 +3092,7 @@ def checkpoint_d(path, autoencoder=None, **fields):
 def here(tmp_path, monkeypatch):
     """A folder to work in, with a clip of 6 frames, one of 4 small ones, and a picture."""
     monkeypatch.chdir(tmp_path)
-    clip = vdm.to_uint8(torch.rand(7, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1)
+    clip = np.random.default_rng(1).integers(0, 256, (7, SIDE, SIDE, 3)).astype(np.uint8)
     np.save("clip.npy", clip[:6])
     np.save("small.npy", clip[:4, :4, :4])
     Image.fromarray(clip[6]).save("picture.png")
@@ -3100,8 +3101,9 @@ def here(tmp_path, monkeypatch):
 def strips(path, side=SIDE):
     """What a film strip shows, which is written without loss: uint8 (n, T, side, side, 3)."""
     picture = np.asarray(Image.open(path))[::2, ::2]
-    cells = [[picture[y + 1:y + 1 + side, x + 1:x + 1 + side] for x in range(0, picture.shape[1] - 1, side + 1)]
-             for y in range(0, picture.shape[0] - 1, side + 1)]
+    H, W, _ = picture.shape
+    cells = [[picture[y + 1:y + 1 + side, x + 1:x + 1 + side] for x in range(0, W - 1, side + 1)]
+             for y in range(0, H - 1, side + 1)]
     return np.array(cells)
 
 def run_d(flags, side=SIDE, out="a.mp4", **fields):
@@ -3116,14 +3118,17 @@ def near(a, b):
 
 ANY, DRIVE = dict(task="any", give="replace"), dict(actions=(4, 2))
 HINT, PREVIOUS = dict(give="hint", hint_noise=0.4), dict(give="previous", context=(0.5, 0.5))
-WAYS_d = {         # fields of Config, flags, length, and which frames of the videos are those of a file
-    "nothing": ({}, "", 4, None), "short": ({}, "--length 3", 3, None), "long": ({}, "--length 9", 9, None),
+WAYS_d = {         # fields of Config, flags, length, which frames of the videos are those of a file
+    "nothing": ({}, "", 4, None), "short": ({}, "--length 3", 3, None),
+    "long": ({}, "--length 9", 9, None),
     "clip": ({}, "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
-    "one": (dict(context=(0.5, 0.5)), "--context picture.png", 4, ("picture.png", slice(1), slice(1))),
-    "overlap": (ANY, "--length 8 --overlap 3 --context clip.npy --context-frames 1", 8, ("clip.npy", slice(5, 6), slice(1))),
+    "one": (dict(context=(0.5, 0.5)), "--context picture.png", 4,
+            ("picture.png", slice(1), slice(1))),
+    "overlap": (ANY, "--length 8 --overlap 3 --context clip.npy --context-frames 1", 8,
+                ("clip.npy", slice(5, 6), slice(1))),
     "stride": (dict(stride=3), "--context clip.npy", 4, ("clip.npy", slice(2, 6, 3), slice(2))),
-    "per frame": (dict(give="per_frame", context=(1.0,), independent=1.0), "--context clip.npy --length 7", 7,
-                  ("clip.npy", slice(4, 6), slice(2))),
+    "per frame": (dict(give="per_frame", context=(1.0,), independent=1.0),
+                  "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
     "hint": (HINT, "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
     "any hint": (HINT | dict(task="any"), "--length 7 --hint-noise 0.1", 7, None),
     "previous": (PREVIOUS, "--context clip.npy", 8, ("clip.npy", slice(2, 6), slice(4))),
@@ -3133,14 +3138,19 @@ WAYS_d = {         # fields of Config, flags, length, and which frames of the vi
                           ("clip.npy", slice(4, 6), slice(2))),
     "label": (dict(labels=3), "--label 2 --guidance 1.5 3 --guidance-shape ramp", 4, None),
     "skip": ({}, "--skip-guidance 2 --length 6 --guidance 2 --guidance-shape triangle", 6, None),
-    "interpolate": (ANY, "--context clip.npy --interpolate 2", 11, ("clip.npy", slice(6), slice(None, None, 2))),
-    "twice": (ANY, "--context clip.npy --context-frames 3 --interpolate 2 3", 13, ("clip.npy", slice(3, 6), slice(None, None, 6))),
-    "ends": (dict(task="ends"), "--context clip.npy --interpolate 3", 16, ("clip.npy", slice(6), slice(None, None, 3))),
+    "interpolate": (ANY, "--context clip.npy --interpolate 2", 11,
+                    ("clip.npy", slice(6), slice(None, None, 2))),
+    "twice": (ANY, "--context clip.npy --context-frames 3 --interpolate 2 3", 13,
+              ("clip.npy", slice(3, 6), slice(None, None, 6))),
+    "ends": (dict(task="ends"), "--context clip.npy --interpolate 3", 16,
+             ("clip.npy", slice(6), slice(None, None, 3))),
     "image": (HINT | dict(task="image"), "--context picture.png --length 3", 3, None),
     "upsample": (HINT | dict(task="upsample"), "--context small.npy", 4, None),
-    "reconstruct": (dict(context=(1.0,)), "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
+    "reconstruct": (dict(context=(1.0,)),
+                    "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
                     ("clip.npy", slice(3, 6), slice(3))),
-    "reconstruct hints": (HINT | dict(task="upsample"), "--context clip.npy --reconstruction 2 --length 6 --overlap 1", 6,
+    "reconstruct hints": (HINT | dict(task="upsample"),
+                          "--context clip.npy --reconstruction 2 --length 6 --overlap 1", 6,
                           ("clip.npy", slice(5, 6), slice(1))),
     "reconstruct between": (PREVIOUS, "--context clip.npy --reconstruction 1 --interpolate 2", 11,
                             ("clip.npy", slice(6), slice(None, None, 2)))}
@@ -3152,7 +3162,8 @@ def test_every_way_to_sample(here, way):
     fields, flags, length, given = WAYS_d[way]
     made = run_d(f"--n 2 {flags}", **fields)
     assert made.shape == (2, length, SIDE, SIDE, 3)
-    assert sorted(os.listdir("a")) == ["000.mp4", "001.mp4"] and {"a.mp4", "a.gif", "a.png"} < set(os.listdir())
+    assert sorted(os.listdir("a")) == ["000.mp4", "001.mp4"]
+    assert {"a.mp4", "a.gif", "a.png"} < set(os.listdir())
     assert iio.imread("a/001.mp4", plugin="FFMPEG").shape[0] == length
     new = np.ones(length, bool)
     if given:
@@ -3178,7 +3189,8 @@ def test_roll_out_by_hand(here):
         video = vdm.read_video("clip.npy")[None, -2:]
         while video.shape[1] < 9:
             context = torch.cat([video[:, -2:], torch.zeros(1, 2, 3, SIDE, SIDE)], 1)
-            window = vdm.generate(model, context.shape, sigmas, vdm.SAMPLERS["dpmpp_2m_sde"], noise=draw, context=context,
+            window = vdm.generate(model, context.shape, sigmas, vdm.SAMPLERS["dpmpp_2m_sde"],
+                                  noise=draw, context=context,
                                   mask=torch.tensor([[1.0, 1, 0, 0]]))
             video = torch.cat([video, window[:, 2:]], 1)
         assert near(made[i], vdm.to_uint8(video[0, :9]))
@@ -3191,11 +3203,13 @@ def test_roll_out_by_hand(here):
 def test_actions_go_to_their_windows(here, monkeypatch, flags, fields, wanted):
     """The network is told action t with frame t, and NaN after the last."""
     seen, forward = [], vdm.ActionEmbedding.forward
-    monkeypatch.setattr(vdm.ActionEmbedding, "forward", lambda self, action: seen.append(action[0]) or forward(self, action))
+    monkeypatch.setattr(vdm.ActionEmbedding, "forward",
+                        lambda self, action: seen.append(action[0]) or forward(self, action))
     run_d(f"--n 1 --steps 1 {flags}", **DRIVE | fields)
     names = {tuple(a): k for a, k in zip(vdm.Drive.ACTIONS.tolist(), "LSRX")}
     assert ["".join(names.get(tuple(a), "?") for a in window.tolist()) for window in seen] == wanted
-    np.save("same.npy", vdm.Drive.ACTIONS[["LSRX".index(k) for k in flags.split()[flags.split().index("--actions") + 1]]])
+    letters = re.search("--actions ([A-Z]*)", flags)[1]
+    np.save("same.npy", vdm.Drive.ACTIONS[["LSRX".index(k) for k in letters]])
     told, seen[:] = seen.copy(), []
     run_d(f"--n 1 --steps 1 {re.sub('--actions [A-Z]*', '--actions same.npy', flags)}")
     assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(told, seen))
@@ -3203,41 +3217,50 @@ def test_actions_go_to_their_windows(here, monkeypatch, flags, fields, wanted):
 @cases("flags, level", [("", 0.2), ("--hint-noise 0.05", 0.05), ("--hint-noise 0", 0.0)])
 @cases("task", ["predict", "image", "upsample"])
 def test_hints_are_as_noisy_as_is_said(here, monkeypatch, flags, level, task):
-    """By default half of the most in training. Every video and window has noise of its own, a picture one for all frames."""
+    """By default half of the most in training. Every video and window has noise of its own, a
+    picture one for all frames."""
     seen, forward = [], vdm.Denoiser.forward
-    monkeypatch.setattr(vdm.Denoiser, "forward", lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
     file = dict(predict="clip.npy --length 6", image="picture.png", upsample="small.npy")[task]
     run_d(f"--n 9 --steps 1 --context {file} {flags}", **HINT | dict(task=task))
     shown = seen[0]["concat"][:, :, :3]
     if task == "predict":
-        assert len(seen) == 2 and seen[0]["concat"][:, :, 3].mean((0, 2, 3)).tolist() == [1, 1, 0, 0]
+        assert len(seen) == 2
+        assert seen[0]["concat"][:, :, 3].mean((0, 2, 3)).tolist() == [1, 1, 0, 0]
         noise = shown[:, :2] - vdm.read_video("clip.npy")[-2:]
     elif task == "image":
         noise = shown - vdm.from_uint8(np.asarray(Image.open("picture.png")))
         assert torch.equal(shown[:, 0], shown[:, 3])
     else:
-        noise = shown - torch.nn.functional.interpolate(vdm.read_video("small.npy"), scale_factor=4, mode="bilinear")
+        small = vdm.read_video("small.npy")
+        noise = shown - F.interpolate(small, scale_factor=4, mode="bilinear")
     close(noise.std().item(), level, atol=1e-5, rtol=0.05)
     assert seen[0]["augmentation"].tolist() == pytest.approx([level] * 9)
     assert level == 0 or abs((noise[0] * noise[1]).mean()) < 0.2 * level ** 2
 
 def fake(**flags):
-    usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant", keep_frames=False, reconstruction=None)
+    usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant",
+                 keep_frames=False, reconstruction=None)
     return SimpleNamespace(**usual | flags)
 
 @cases("numbers, shape, wanted", [
-    ([2.5], "constant", [2.5] * 4), ([2.5], "ramp", [1, 1.5, 2, 2.5]), ([1.5, 3], "ramp", [1.5, 2, 2.5, 3]),
-    ([2.5], "triangle", [1, 2, 2, 1])])
+    ([2.5], "constant", [2.5] * 4), ([2.5], "ramp", [1, 1.5, 2, 2.5]),
+    ([1.5, 3], "ramp", [1.5, 2, 2.5, 3]), ([2.5], "triangle", [1, 2, 2, 1])])
 @cases("keep", [False, True])
 def test_guidance_d(numbers, shape, wanted, keep):
-    """free + scale (given - free), where a label is worth 1 and a picture 10: with --keep-frames both estimates see it."""
-    ask = lambda x, sigma, label=None, concat=None: 0 * x + (label is not None) + 10 * (concat is not None)
+    """free + scale (given - free), where a label is worth 1 and a picture 10: with --keep-frames
+    both estimates see it."""
+    def ask(x, sigma, label=None, concat=None):
+        return 0 * x + (label is not None) + 10 * (concat is not None)
+
     denoise = sample.steered(fake(guidance=numbers, guidance_shape=shape, keep_frames=keep), ask)
     got = denoise(torch.randn(2, 4, 3, 2, 2), torch.ones(2), label=0, concat=0)[1, :, 2, 1, 0]
     close(got, torch.tensor(wanted) * 1.0 + 10 if keep else torch.tensor(wanted) * 11.0)
 
 def test_reconstruction_by_its_formula():
-    """VDM eq. 7 for a linear network: half its gradient, times the weight; nothing where no frame is given."""
+    """VDM eq. 7 for a linear network: half its gradient, times the weight; nothing where no frame
+    is given."""
     matrix, x, context = torch.randn(4, 4), torch.randn(1, 4, 1, 1, 1), torch.randn(1, 4, 1, 1, 1)
     ask = lambda x, sigma: torch.einsum("st,btchw->bschw", matrix, x)
     denoise = sample.steered(fake(reconstruction=3.0), ask)
@@ -3250,17 +3273,19 @@ def test_reconstruction_by_its_formula():
     close(got, torch.cat([context.flatten()[:1], want[1:]]))
 
 def test_every_frame_in_its_place(here, monkeypatch):
-    """Three videos of known brightness in two batches, in pieces of uneven length: no GIF of so many
-    frames, and the strip shows every third one. The reward is exp(-variance among videos)."""
+    """Three videos of known brightness in two batches, in pieces of uneven length: no GIF of so
+    many frames, and the strip shows every third one."""
     light = torch.rand(3, 70) * 1.8 - 0.9
 
     def rollout(denoise, length, shape, sigmas, overlap, given, seed, clips, *_, **options):
-        yield from light[list(clips), :, None, None, None].expand(-1, -1, 3, SIDE, SIDE).split([4, 30, 1, 35], 1)
+        video = light[list(clips), :, None, None, None].expand(-1, -1, 3, SIDE, SIDE)
+        yield from video.split([4, 30, 1, 35], 1)
 
     monkeypatch.setattr(vdm, "rollout", rollout)
     strip = run_d("--n 3 --batch 2 --length 70")
-    assert np.abs(strip.mean((2, 3, 4)) / 127.5 - 1 - light[:, ::3].numpy()).max() < 0.01 and not Path("a.gif").exists()
-    grid = iio.imread("a.mp4", plugin="FFMPEG")                            # 2 x 2 cells of 17 x 17 pixels
+    assert np.abs(strip.mean((2, 3, 4)) / 127.5 - 1 - light[:, ::3].numpy()).max() < 0.01
+    assert not Path("a.gif").exists()
+    grid = iio.imread("a.mp4", plugin="FFMPEG")                    # 2 x 2 cells of 17 x 17 pixels
     k = grid.shape[1] // 35
     for i in range(3):
         seen = grid[:, (17 * (i // 2) + 9) * k, (17 * (i % 2) + 9) * k].mean(-1) / 127.5 - 1
@@ -3271,14 +3296,18 @@ def test_every_frame_in_its_place(here, monkeypatch):
 def test_reward_d(here, capsys):
     made = run_d("--n 3 --actions LSRXL", **DRIVE)
     said = float(re.search(r"reward +(\S+):", capsys.readouterr().out)[1])
-    assert said == pytest.approx(math.exp(-(made / 127.5).var(0, ddof=1).mean()), abs=0.002) and said < 0.999
+    assert said == pytest.approx(math.exp(-(made / 127.5).var(0, ddof=1).mean()), abs=0.002)
+    assert said < 0.999
     run_d("--n 1 --actions LSRXL")
     assert "reward" not in capsys.readouterr().out
 
-@cases("batch, length, windows, kept", [(1, 4, 2, (2, 4)), (3, 6, 1, (3, 4)), (2, 6, 3, (2, 6)), (3, 6, 0, None)])
+@cases("batch, length, windows, kept", [(1, 4, 2, (2, 4)), (3, 6, 1, (3, 4)), (2, 6, 3, (2, 6)),
+                                        (3, 6, 0, None)])
 def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capsys, batch, length, windows, kept):
     """The videos that are complete or, if none is, the frames that there are of the first ones."""
-    flags, left, generate = f"--n 3 --length {length} --batch {batch}", iter(range(windows)), vdm.generate
+    flags = f"--n 3 --length {length} --batch {batch}"
+    left = iter(range(windows))
+    generate = vdm.generate
     whole = run_d(flags, out="b.mp4")
 
     def interrupted(*args, **options):
@@ -3307,8 +3336,10 @@ def test_latents_with_their_autoencoder(here):
     model, config = vdm.load("last.pt")
     sigmas = vdm.karras_sigmas(2, config.sigma_min, config.sigma_max, config.rho)
     with torch.no_grad():
-        given = autoencoder.encode(vdm.read_video("clip.npy")[None])[:, -2:].expand(2, -1, -1, -1, -1)
-        latents = torch.cat(list(vdm.rollout(model, 9, (2, 4, 4, 4, 4), sigmas, 2, given, sampler=vdm.sample_ddim)), 1)
+        given = autoencoder.encode(vdm.read_video("clip.npy")[None])[:, -2:]
+        given = given.expand(2, -1, -1, -1, -1)
+        latents = torch.cat(list(vdm.rollout(model, 9, (2, 4, 4, 4, 4), sigmas, 2, given,
+                                             sampler=vdm.sample_ddim)), 1)
         assert near(made, vdm.to_uint8(autoencoder.decode_all(latents)))
 
 def test_latents_from_elsewhere(here):
@@ -3316,64 +3347,85 @@ def test_latents_from_elsewhere(here):
     checkpoint_d("last.pt", **LATENT_d)
     given = np.random.default_rng(0).normal(size=(5, 4, 4, 4)).astype(np.float32)
     np.save("given.npy", given)
-    sample.main("last.pt --device cpu --n 2 --context given.npy --length 7 --out x/made.mp4".split())
-    assert sorted(os.listdir("x")) == ["made"] and sorted(os.listdir("x/made")) == ["000.npy", "001.npy"]
+    flags = "--device cpu --n 2 --context given.npy --length 7 --out x/made.mp4"
+    sample.main(["last.pt", *flags.split()])
+    assert os.listdir("x") == ["made"]
+    assert sorted(os.listdir("x/made")) == ["000.npy", "001.npy"]
     a, b = np.load("x/made/000.npy"), np.load("x/made/001.npy")
-    assert a.shape == (7, 4, 4, 4) and np.array_equal(a[:2], given[-2:]) and np.array_equal(b[:2], given[-2:]) and (a[2:] != b[2:]).all()
+    assert a.shape == (7, 4, 4, 4) and (a[2:] != b[2:]).all()
+    assert np.array_equal(a[:2], given[-2:]) and np.array_equal(b[:2], given[-2:])
     for wrong in ("clip.npy", "nothing.npy", "picture.png"):
         with pytest.raises(ValueError, match=wrong):
             sample.main(f"last.pt --context {wrong}".split())
 
 def test_which_checkpoint(here, monkeypatch, capsys):
-    """Without a name the newest under out/, else the weights that come along; of a folder its last.pt."""
+    """Without a name the newest under out/, else the weights that come along; of a folder its
+    last.pt."""
     (here / "notebooks").mkdir()
     monkeypatch.setattr(sample, "__file__", str(here / "sample.py"))
     quick = ["--n", "1", "--steps", "1", "--device", "cpu"]
     with pytest.raises(ValueError, match=r"tiny\.pt"):
         sample.main(quick)
     checkpoint_d("notebooks/tiny.pt")
-    for name, flags in (("notebooks/tiny.pt", []), ("out/b/last.pt", []), ("out/a/last.pt", ["out/a"]), ("out/b/last.pt", [])):
+    for name, flags in (("notebooks/tiny.pt", []), ("out/b/last.pt", []),
+                        ("out/a/last.pt", ["out/a"]), ("out/b/last.pt", [])):
         for k, other in enumerate("ab"):
             if name.startswith("out"):
                 checkpoint_d(f"out/{other}/last.pt")
                 os.utime(f"out/{other}/last.pt", (1e9 + k, 1e9 + k))
         sample.main([*flags, *quick])
         said = capsys.readouterr().out
-        assert re.search(f"{name}\n.*1 videos of 4 frames, dpmpp_2m_sde, 1 steps, on cpu in (float32|bfloat16)", said)
+        assert re.search(f"{name}\n.*1 videos of 4 frames, dpmpp_2m_sde, 1 steps, on cpu in "
+                         "(float32|bfloat16)", said)
 
 WRONG = [        # fields of Config, flags, words that must be said
-    ({}, "--length 1 --context clip.npy", "--length is 1, expected more than the 2"), ({}, "--length 2 --context clip.npy", "--length is 2"),
-    ({}, "--context clip.npy --context-frames 1", "--context gives 1 frames, but .* given 2 frames: choose --context-frames"),
-    ({}, "--context picture.png", "--context gives 1 frames"), ({}, "--context clip.npy --context-frames 9", "--context-frames is 9, expected at most 6"),
+    ({}, "--length 1 --context clip.npy", "--length is 1, expected more than the 2"),
+    ({}, "--length 2 --context clip.npy", "--length is 2"),
+    ({}, "--context clip.npy --context-frames 1", "given 2 frames: choose --context-frames"),
+    ({}, "--context picture.png", "--context gives 1 frames"),
+    ({}, "--context clip.npy --context-frames 9", "--context-frames is 9, expected at most 6"),
     (dict(context=(1.0,)), "--context clip.npy", "given no frames: .* try --reconstruction"),
-    (dict(context=(1.0,)), "--length 5", "--length is 5, so a window .* given no frames: try --reconstruction"),
-    (dict(task="ends"), "--context clip.npy", "given no frames: .* or --interpolate"), (dict(task="ends"), "--length 5", "given no frames"),
-    ({}, "--length 9 --overlap 3", "--length is 9, so .* from 3 frames .--overlap., but .* given 2 frames"),
-    ({}, "--length 9 --overlap 4", "from 4 frames .--overlap"), (HINT | dict(task="image"), "--length 5", "given no frames"),
-    ({}, "--interpolate 2 --context clip.npy", "--interpolate needs a model of --task any or, to be 3, of --task ends"),
-    (dict(task="ends"), "--interpolate 2 --context clip.npy", "to be 3, of --task ends"), (ANY, "--interpolate 2", "--context gives 0"),
+    (dict(context=(1.0,)), "--length 5", "so a window .* given no frames: try --recon"),
+    (dict(task="ends"), "--context clip.npy", "given no frames: .* or --interpolate"),
+    (dict(task="ends"), "--length 5", "given no frames"),
+    ({}, "--length 9 --overlap 3", "so .* from 3 frames .--overlap., but .* given 2"),
+    ({}, "--length 9 --overlap 4", "from 4 frames .--overlap"),
+    (HINT | dict(task="image"), "--length 5", "given no frames"),
+    ({}, "--interpolate 2 --context clip.npy", "--interpolate needs a model of --task any"),
+    (dict(task="ends"), "--interpolate 2 --context clip.npy", "to be 3, of --task ends"),
+    (ANY, "--interpolate 2", "--context gives 0"),
     (HINT | dict(task="any"), "--interpolate 2 --context clip.npy", "--interpolate needs"),
-    (ANY, "--interpolate 2 4 --context clip.npy", "--interpolate is .2, 4., expected 2 to 3"), (ANY, "--interpolate 1 --context clip.npy", "2 to 3"),
+    (ANY, "--interpolate 2 4 --context clip.npy", "--interpolate is .2, 4., expected 2 to 3"),
+    (ANY, "--interpolate 1 --context clip.npy", "2 to 3"),
     (ANY, "--interpolate 2 --context picture.png", "--context gives 1 frames"),
     (ANY, "--interpolate 2 --length 5 --context clip.npy", "--length is 5, expected 11"),
-    (DRIVE | ANY, "--interpolate 2 --actions LL --context clip.npy", "--actions goes neither with --interpolate nor"),
+    (DRIVE | ANY, "--interpolate 2 --actions LL --context clip.npy", "goes neither with"),
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
     (PREVIOUS | DRIVE, "--actions LLLLL", "nor with a model of --give previous"),
-    (HINT | dict(task="upsample"), "--context picture.png", "--context gives 1 frames, but .* given 4"),
+    (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
-    (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"), ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
-    (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"), (dict(labels=3), "--label -1", "--label is -1"),
-    ({}, "--label 0", "one of 0 classes"), ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
-    (DRIVE, "--actions LQ", "--actions is 'LQ', expected letters of LSRX"), (DRIVE, "--actions LL --length 3", "--length is 3, expected 2"),
-    (DRIVE, "--actions LL --context clip.npy", "--length is 2, expected more"), (DRIVE, "--actions no.npy", "no.npy cannot be read"),
-    (DRIVE, "--actions clip.npy", r"clip.npy holds \(6, 16, 16, 3\), but the model knows"), ({}, "--context nothing.mp4", "nothing.mp4"),
-    (dict(images=0.0), "--skip-guidance 2", "--skip-guidance .* --images"), ({}, "--context a/x.npy", "x.npy might be overwritten"),
-    ({}, "--context a.png", "a.png might be overwritten .* another --out"), ({}, "--out last.mp4 --context last.gif", "overwritten"),
-    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"), ({}, "--out folder.mp4", "--out is folder.mp4"),
-    ({}, "--out taken.mp4", "and a folder taken"), ({}, "--device quantum", "--device quantum"),
-    ({}, "--n 0", "--n is 0, expected 1"), ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
-    ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"), ({}, "--steps 0", "steps is 0"),
+    (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
+    ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
+    (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"),
+    (dict(labels=3), "--label -1", "--label is -1"), ({}, "--label 0", "one of 0 classes"),
+    ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
+    (DRIVE, "--actions LQ", "--actions is 'LQ', expected letters of LSRX"),
+    (DRIVE, "--actions LL --length 3", "--length is 3, expected 2"),
+    (DRIVE, "--actions LL --context clip.npy", "--length is 2, expected more"),
+    (DRIVE, "--actions no.npy", "no.npy cannot be read"),
+    (DRIVE, "--actions clip.npy", r"clip.npy holds \(6, 16, 16, 3\), but the model knows"),
+    ({}, "--context nothing.mp4", "nothing.mp4"),
+    (dict(images=0.0), "--skip-guidance 2", "--skip-guidance .* --images"),
+    ({}, "--context a/x.npy", "x.npy might be overwritten"),
+    ({}, "--context a.png", "a.png might be overwritten .* another --out"),
+    ({}, "--out last.mp4 --context last.gif", "overwritten"),
+    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"),
+    ({}, "--out folder.mp4", "--out is folder.mp4"), ({}, "--out taken.mp4", "and a folder taken"),
+    ({}, "--device quantum", "--device quantum"), ({}, "--n 0", "--n is 0, expected 1"),
+    ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
+    ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"),
+    ({}, "--steps 0", "steps is 0"),
     ({}, "--reconstruction -1 --length 9", "--reconstruction is -1")]
 
 @cases("fields, flags, words", WRONG)
@@ -3391,11 +3443,14 @@ def test_a_mistake_has_no_traceback(here):
     """Exit 1 with the sentence alone; the command line in the docstring is the one that runs."""
     checkpoint_d("last.pt")
     command = [sys.executable, sample.__file__, "last.pt"]
-    done = subprocess.run([*command, "--length", "9", "--overlap", "3"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: --length is 9") and done.stderr.count("\n") == 1
+    done = subprocess.run([*command, "--length", "9", "--overlap", "3"], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --length is 9")
+    assert done.stderr.count("\n") == 1
     (here / "bad.pt").write_bytes(b"no checkpoint")
     done = subprocess.run([*command[:2], "bad.pt"], capture_output=True, text=True)
-    assert done.returncode == 1 and "bad.pt is no checkpoint of this program" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "bad.pt is no checkpoint of this program" in done.stderr
+    assert "Traceback" not in done.stderr
 
 # ==================================================================================================
 # The experiments
