@@ -1441,8 +1441,10 @@ def test_part_I_runs_alone(tmp_path):
 GUIDE = Path(vdm.__file__).with_name("README.md").read_text()
 GUIDE = {piece: re.findall(r"`(\w+)`", needs)         # rows: | piece | take with it | imports |
          for piece, needs in re.findall(r"^\| `(\w+)` \|(.*\|.*)\|$", GUIDE, re.M)}
-CLIP, SHAPE = torch.linspace(0, 99, 1536).sin().view(2, 4, 3, 8, 8), (2, 4, 3, 8, 8)
-SIGMA, SIGMAS = torch.tensor([0.5, 2.0]), torch.tensor([4.0, 2.0, 1.0, 0.0])
+SHAPE = 2, 4, 3, 8, 8
+CLIP = torch.linspace(0, 99, 1536).sin().view(SHAPE)
+SIGMA = torch.tensor([0.5, 2.0])
+SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.0])
 GIVEN = dict(context=CLIP, mask=torch.tensor([[1.0, 0, 0, 0]]).expand(2, 4))
 
 def shrink(x, sigma, context=0.0, mask=None, temporal=1.0):
@@ -3442,8 +3444,9 @@ def test_benchmark(tmp_path, capsys, fields, flags):
     assert {len(row) for row in rows} == {len(names)}
     assert [cell.strip() for cell in rows[3][2:9]] == ["100%"] * 7
 
-@cases("fields, flags, words", [(dict(actions=(4, 2)), "", "told nothing: "),
-                                (dict(task="any"), "--interpolate 2 2", "interpolation 2 x 2: ")])
+@cases("fields, flags, words", [
+    (dict(actions=(4, 2)), "", "told nothing: "),
+    (dict(task="any"), "--interpolate 2 2", "interpolation 2 x 2: ")])
 def test_benchmark_of_commands_and_interpolation(tmp_path, capsys, fields, flags, words):
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "2", *flags.split()])
