@@ -1,7 +1,7 @@
 """
-test_vdm.py: every part of vdm.py, train.py and sample.py against a truth that is not this project's:
-a closed form, a brute-force loop, numpy, the schedulers of `diffusers` (skipped where that is not
-installed), a number printed in a paper, or files whose pixels are known.
+test_vdm.py: every part of vdm.py, train.py and sample.py against a truth that is not this
+project's: a closed form, a brute-force loop, numpy, the schedulers of `diffusers` (skipped where
+that is not installed), a number printed in a paper, or files whose pixels are known.
 
     pytest -q test_vdm.py
 """
@@ -34,9 +34,8 @@ import time
 import types
 import weakref
 
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch.testing import assert_close as agree
-from torch.testing import assert_close as close
 from torch.utils.data import default_collate
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -56,15 +55,17 @@ import benchmark
 import claims
 
 torch.set_num_threads(1)
+cases = pytest.mark.parametrize
+close = partial(agree, rtol=1e-4, atol=1e-4)
 
 # ==================================================================================================
 # Part I and II: noise, denoiser, losses, samplers, generation
 # ==================================================================================================
 
-M, S = 0.7, 0.5                         # the data of the sampler tests: Normal(M, S^2)
-KINDS, SAMPLERS = ("eps", "v", "x0", "edm"), list(vdm.SAMPLERS)
+M = 0.7                                 # the data of the sampler tests: Normal(M, S^2)
+S = 0.5
+KINDS = "eps", "v", "x0", "edm"
 GIVES = "concat", "replace", "per_frame"
-cases = pytest.mark.parametrize
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -76,22 +77,23 @@ def double():
     yield
     torch.set_default_dtype(torch.float32)
 
-def gaussian(x, sigma, m=M, s=S):
-    """E[clean | x] where clean is Normal(m, s^2): both are Gaussian, so the mean is linear in x."""
-    return m + (s ** 2 / (s ** 2 + sigma ** 2))[:, None] * (x - m)
+def gaussian(x, sigma):
+    """E[clean | x] where clean is Normal(M, S^2): both are Gaussian, so the mean is linear in x."""
+    return M + (S ** 2 / (S ** 2 + sigma ** 2))[:, None] * (x - M)
 
 def two_points(x, sigma, points=((0.8, -0.5), (-0.6, 0.4)), odds=(0.75, 0.25)):
     """E[clean | x] where clean is one of two points, with these odds. x is (N, 2)."""
-    points, odds = torch.tensor(points), torch.tensor(odds)
-    log_p = odds.log() - torch.cdist(x, points) ** 2 / (2 * sigma[:, None] ** 2)
+    points = torch.tensor(points)
+    log_p = torch.tensor(odds).log() - torch.cdist(x, points) ** 2 / (2 * sigma[:, None] ** 2)
     return log_p.softmax(1) @ points
 
 def karras(n, low, high):
     """EDM eq. 5, in the default precision."""
-    low, high = low ** (1 / 7), high ** (1 / 7)
+    low = low ** (1 / 7)
+    high = high ** (1 / 7)
     return torch.tensor([(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)] + [0.0])
 
-def random_weights(model, gates=False):
+def randomize(model, gates=True):
     """Random weights, in the gates if asked to: where layers are 0 any test would pass."""
     for name, p in model.named_parameters():
         if gates or not name.endswith("gate"):
@@ -99,7 +101,7 @@ def random_weights(model, gates=False):
     for layer in model.modules():
         if isinstance(layer, nn.Embedding):                            # its row 0 is for no label
             nn.init.zeros_(layer.weight[0].detach())
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 def tiny(give="concat", gates=True, **conditions):
     """A denoiser of grey clips with random weights, which reacts to all that it is given."""
@@ -107,7 +109,7 @@ def tiny(give="concat", gates=True, **conditions):
     if give == "replace":
         conditions["given"] = vdm.LabelEmbedding(1, 32)
     net = vdm.VideoUNet(1, channels, 8, (1, 2), 1, ("none", "factorised"), 8, 1, 32, conditions)
-    return vdm.GIVES[give](random_weights(net, gates), "edm")
+    return vdm.GIVES[give](randomize(net, gates), "edm")
 
 class Told(nn.Module):
     """A network that says what it is told to, and remembers what it was shown."""
@@ -117,7 +119,9 @@ class Told(nn.Module):
         self.out = nn.Parameter(torch.randn(shape))
 
     def forward(self, x, c_noise, **conditions):
-        self.seen, self.c_noise, self.told = x, c_noise, conditions
+        self.seen = x
+        self.c_noise = c_noise
+        self.told = conditions
         return self.out
 
 def five(values):
@@ -129,25 +133,14 @@ def five(values):
 @cases("name, ratio", [("ddim", 2), ("heun", 4), ("dpmpp_2m", 4)])
 def test_sampler_order(name, ratio, double):
     """dx / dsigma = (x - M) sigma / (S^2 + sigma^2) is solved by x - M ~ sqrt(S^2 + sigma^2)."""
-    x, sampler = torch.tensor([[80.0], [-30.0]]), vdm.SAMPLERS[name]
+    x = torch.tensor([[80.0], [-30.0]])
     end = M + (x - M) * S / math.sqrt(S ** 2 + 80 ** 2)
-    error = [(sampler(gaussian, x, karras(n, 1e-4, 80)) - end).abs().max() for n in (201, 401)]
-    assert abs(error[0] / error[1] / ratio - 1) < 0.1 and error[1] < 0.01
+    coarse, fine = ((vdm.SAMPLERS[name](gaussian, x, karras(n, 1e-4, 80)) - end).abs().max()
+                    for n in (201, 401))
+    assert abs(coarse / fine / ratio - 1) < 0.1
+    assert fine < 0.01
 
-@cases("sampler, order", [(vdm.sample_ddpm, 1), (partial(vdm.sample_ddpm, gamma=1.0), 1),
-                          (vdm.SAMPLERS["dpmpp_2m_sde"], 2)])
-def test_stochastic_samplers_reach_the_variance(sampler, order, double):
-    """Steps are linear: with one axis per draw the variance is the squared length, to O(step) or,
-    where the sampler extrapolates, O(step^2)."""
-    errors = []
-    for n in (100, 200):
-        x, draws = 80 * torch.eye(n)[:1], iter(torch.eye(n)[1:, None])
-        x = sampler(partial(gaussian, m=0), x, karras(n, 1e-3, 80), lambda x: next(draws))
-        assert (x != 0).all() and next(draws, None) is None            # a draw a step, but the last
-        errors.append(abs(x.norm() - S))
-    assert errors[1] < 0.02 and abs(errors[0] / errors[1] / 2 ** order - 1) < 0.1
-
-@cases("name", SAMPLERS)
+@cases("name", vdm.SAMPLERS)
 def test_sampler_lands_on_a_finite_data_set(name, double):
     """From the exact posterior mean over two points, 3 : 1, these two come out, 3 : 1."""
     x = vdm.SAMPLERS[name](two_points, 80 * torch.randn(4000, 2), karras(100, 0.005, 80))
@@ -160,79 +153,77 @@ def test_ddpm_is_the_posterior_of_ho_et_al(gamma, double):
     """Ho et al. 2020, eqs. 6 and 7 in betas; VDM's variance low^(1 - gamma) high^gamma."""
     beta = torch.linspace(0.01, 0.3, 20)
     abar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
-    sigmas, noise = ((1 - abar) / abar).sqrt().flip(0), torch.randn(20, 4, 3)
-    z = start = torch.randn(4, 3)
+    sigmas = ((1 - abar) / abar).sqrt().flip(0)
+    noise = torch.randn(20, 4, 3)
+    start = torch.randn(4, 3)
+    z = start
     for t in range(20, 0, -1):
         x0 = gaussian(z / abar[t].sqrt(), sigmas[20 - t, None])
-        b, left = beta[t - 1], (1 - abar[t - 1]) / (1 - abar[t])
-        z = abar[t - 1].sqrt() * b / (1 - abar[t]) * x0 + (1 - b).sqrt() * left * z
-        low, high = left * b, b
-        z = z + (t > 1) * (low ** (1 - gamma) * high ** gamma).sqrt() * noise[t - 1]
+        high = beta[t - 1]
+        left = (1 - abar[t - 1]) / (1 - abar[t])
+        low = left * high
+        z = abar[t - 1].sqrt() * high / (1 - abar[t]) * x0 + (1 - high).sqrt() * left * z
+        if t > 1:
+            z = z + (low ** (1 - gamma) * high ** gamma).sqrt() * noise[t - 1]
     draws = iter(noise.flip(0))
     x = start / abar[20].sqrt()
     agree(vdm.sample_ddpm(gaussian, x, sigmas, lambda x: next(draws), gamma=gamma), z)
 
-def doubled(scheduler):
-    """A scheduler of diffusers whose tables are in double precision."""
-    for name in ("alphas_cumprod", "alphas", "betas", "sigmas"):
-        if hasattr(scheduler, name):
-            setattr(scheduler, name, getattr(scheduler, name).double())
-    return scheduler
-
 @pytest.mark.filterwarnings("ignore")
-@cases("name, ours, options, digits", [
-    ("DDIM", vdm.sample_ddim, {}, 9), ("DDPM", vdm.sample_ddpm, {}, 9),
-    ("DDPM", partial(vdm.sample_ddpm, gamma=1.0), dict(variance_type="fixed_large"), 9),
-    ("EulerDiscrete", vdm.sample_ddim, {}, 5), ("HeunDiscrete", vdm.sample_heun, {}, 9),
-    ("HeunDiscrete", vdm.sample_heun, dict(use_karras_sigmas=True), 9),
-    ("DPMSolverMultistep", vdm.sample_dpmpp_2m, {}, 5),
-    ("DPMSolverMultistep", partial(vdm.sample_dpmpp_2m, eta=1.0),
-     dict(algorithm_type="sde-dpmsolver++"), 5)])
-def test_sampler_against_diffusers(name, ours, options, digits, double):
+@cases("name, ours, options", [
+    ("EulerDiscrete", vdm.sample_ddim, {}),
+    ("HeunDiscrete", vdm.sample_heun, {}),
+    ("HeunDiscrete", vdm.sample_heun, dict(use_karras_sigmas=True)),
+    ("DPMSolverMultistep", vdm.sample_dpmpp_2m, {}),
+    ("DPMSolverMultistep", vdm.SAMPLERS["dpmpp_2m_sde"], dict(algorithm_type="sde-dpmsolver++"))])
+def test_sampler_against_diffusers(name, ours, options, double):
     """The scheduler of that name in diffusers, on its own grid, around the same denoiser."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle of this test")
-    discrete = name in ("DDIM", "DDPM")                                # all 30 steps, no .sigmas
-    options = options | (dict(clip_sample=False) if discrete else
-                         dict(final_sigmas_type="zero") if name[0] == "D" else {})
+    variance_preserving = name == "DPMSolverMultistep"                 # its z is x / sqrt(1 + s^2)
+    if variance_preserving:
+        options = options | dict(final_sigmas_type="zero")
     theirs = getattr(diffusers, name + "Scheduler")(30, beta_start=1e-3, beta_end=0.4, **options)
-    theirs.set_timesteps(30 if discrete else 12)
-    abar = doubled(theirs).alphas_cumprod[theirs.timesteps.long()]
-    grid = ((1 - abar) / abar).sqrt() if discrete else theirs.sigmas
-    scale = (1 + grid ** 2).rsqrt() if name[0] == "D" else torch.ones_like(grid)    # z = scale * x
-    x, noise = grid[0] * torch.randn(6, 1), lambda i: torch.Generator().manual_seed(i)
-    z, drawn = scale[0] * x, name == "DDPM" or "algorithm_type" in options
+    theirs.set_timesteps(12)
+    theirs.sigmas = theirs.sigmas.double()
+    grid = theirs.sigmas
+    scale = (1 + grid ** 2).rsqrt() if variance_preserving else torch.ones_like(grid)
+    numbered = lambda i: torch.Generator().manual_seed(i)
+    x = grid[0] * torch.randn(6, 1)
+    z = scale[0] * x
     for i, t in enumerate(theirs.timesteps):
         theirs.scale_model_input(z, t)
         eps = (z / scale[i] - gaussian(z / scale[i], grid[i, None])) / grid[i]
-        z = theirs.step(eps, t, z, **(dict(generator=noise(i)) if drawn else {}))[0]
+        draw = dict(generator=numbered(i)) if variance_preserving else {}
+        z = theirs.step(eps, t, z, **draw)[0]
     count = iter(range(100))
-    randn = lambda x: torch.randn(x.shape, generator=noise(next(count)))
-    sigmas = torch.tensor([*dict.fromkeys([*grid.tolist(), 0.0])])     # Heun's has each level twice
-    agree(ours(gaussian, x, sigmas, randn), z.double(), rtol=10.0 ** -digits, atol=10.0 ** -digits)
+    randn = lambda x: torch.randn(x.shape, generator=numbered(next(count)))
+    sigmas = torch.tensor([*dict.fromkeys(grid.tolist())])             # Heun's has each level twice
+    agree(ours(gaussian, x, sigmas, randn), z.double(), rtol=1e-5, atol=1e-5)
 
 @cases("eta", [0.25, 0.5, 1.0])
 def test_noise_of_a_step_of_dpmpp(eta):
     """Of a clip that is all noise (clean 0) a step keeps (t / s)^(1 + eta), and adds as much as the
     next level t asks for."""
-    s, t, x = 3.0, 1.3, []
-    for start, noise in ((1.0, 0.0), (0.0, 1.0)):                      # only old noise, only new
-        seen = []
-        vdm.sample_dpmpp_2m(lambda x, sigma: seen.append(x) or 0 * x, torch.full((1, 1), start),
-                            torch.tensor([s, t, 0.0]), lambda x: torch.full_like(x, noise), eta=eta)
-        x.append(seen[1].item())
-    assert x == pytest.approx([(t / s) ** (1 + eta), t * (1 - (t / s) ** (2 * eta)) ** 0.5])
+    s = 3.0
+    t = 1.3
+    sigmas = torch.tensor([s, t])
+    step = lambda old, new: vdm.sample_dpmpp_2m(
+        lambda x, sigma: 0 * x, torch.full((1,), old), sigmas, lambda x: 0 * x + new, eta=eta)
+    assert step(1.0, 0.0).item() == pytest.approx((t / s) ** (1 + eta))
+    assert step(0.0, 1.0).item() == pytest.approx(t * (1 - (t / s) ** (2 * eta)) ** 0.5)
 
 @pytest.mark.filterwarnings("ignore")
-@cases("steps", [10, 50])
-def test_inversion_against_diffusers(steps, double):
+def test_inversion_against_diffusers(double):
     """DDIMInverseScheduler, its whole walk from the clip to noise, around a denoiser that is not
     linear. Its network is asked for the noise at z = x / sqrt(1 + sigma^2)."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle of this test")
-    theirs = doubled(diffusers.DDIMInverseScheduler(clip_sample=False))
-    theirs.set_timesteps(steps)
+    theirs = diffusers.DDIMInverseScheduler(clip_sample=False)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    theirs.set_timesteps(20)
     abar = theirs.alphas_cumprod[theirs.timesteps]
     levels = ((1 - abar) / abar).sqrt()
-    clip = z = torch.randn(50, 2)
+    clip = torch.randn(50, 2)
+    z = clip
     for t, level in zip(theirs.timesteps, levels):
         x = z * (1 + level ** 2).sqrt()
         z = theirs.step((x - two_points(x, level[None])) / level, t, z).prev_sample
@@ -240,13 +231,9 @@ def test_inversion_against_diffusers(steps, double):
     want = z * (1 + levels[-1] ** 2).sqrt()
     agree(vdm.invert_ddim(two_points, clip, sigmas), want, rtol=1e-9, atol=1e-9)
 
-def test_inversion(double):
-    """Exact for a constant eps; else first order in the steps, and nearly exact once it converged
-    (the step from the clip itself has one iteration)."""
-    clip, eps, sigmas = torch.randn(6, 1), torch.randn(6, 1), karras(10, 0.05, 80)
-    constant = lambda x, sigma: x - sigma[:, None] * eps
-    agree(vdm.invert_ddim(constant, clip, sigmas), clip + 80 * eps)
-    agree(vdm.sample_ddim(constant, clip + 80 * eps, sigmas), clip)
+def test_inversion_is_nearly_exact_once_converged(double):
+    """And first order in the steps before. The step from the clip itself has one iteration."""
+    clip = torch.randn(6, 1)
 
     def error(n, iterations):
         sigmas = karras(n, 0.01, 80)
@@ -254,18 +241,22 @@ def test_inversion(double):
         return (vdm.sample_ddim(gaussian, noise, sigmas) - clip).abs().max()
 
     assert 1.7 < error(100, 1) / error(200, 1) < 2.3
-    assert error(200, 10) < 1e-6 and error(200, 1) > 1e-5
+    assert error(200, 10) < 1e-6
 
 # ---- noise ---------------------------------------------------------------------------------------
 
-@cases("f, points", [
-    (vdm.linear, {0: 0.0100, 1: 157.4}), (vdm.scaled_linear, {0: 0.0388, 1: 83.8}),
+@cases("schedule, points", [
+    (vdm.linear, {0: 0.0100, 1: 157.4}),
+    (vdm.scaled_linear, {0: 0.0388, 1: 83.8}),
     (partial(vdm.scaled_linear, start=0.00085, end=0.012), {0: 0.0292, 1: 14.61}),
-    (vdm.cosine, {0: math.exp(-10), 0.5: 1, 1: math.exp(10)}), (vdm.sigmoid, {0.5: 1})])
-def test_points_of_schedules(f, points):
+    (vdm.cosine, {0: math.exp(-10), 0.5: 1, 1: math.exp(10)}),
+    (vdm.sigmoid, {0.5: 1}),
+    (partial(vdm.lognormal, mean=1.0, std=1.6), {0.025: 0.118, 0.5: 2.72, 0.975: 62.6})])
+def test_points_of_schedules(schedule, points):
     """DDPM's, PVDM's and Stable Diffusion's ends; for VDM logSNR is 20 at first and -20 at last;
-    the last two are symmetric about logSNR 0."""
-    assert f(torch.tensor([*points])).tolist() == pytest.approx([*points.values()], rel=4e-3)
+    cosine and sigmoid are symmetric about logSNR 0; the 95 % interval printed for SVD's."""
+    u = torch.tensor([*points])
+    assert schedule(u).tolist() == pytest.approx([*points.values()], rel=4e-3)
 
 def test_sigmoid_as_betas():
     """As 1000 betas cut at 0.999 (diffusion forcing): first logSNR 8.11, last sigma 1825."""
@@ -273,23 +264,6 @@ def test_sigmoid_as_betas():
     abar = (1 - (1 - abar[1:] / abar[:-1]).clamp(max=0.999)).cumprod(0)
     assert math.log(abar[0] / (1 - abar[0])) == pytest.approx(8.11, abs=0.01)
     assert math.sqrt(1 / abar[-1] - 1) == pytest.approx(1825, rel=1e-3)
-
-def test_lognormal_quantiles():
-    """torch.distributions; the 95 % interval printed for SVD's (1.0, 1.6), EDM's median 0.30."""
-    u = torch.linspace(0.01, 0.99, 50)
-    want = torch.distributions.LogNormal(0.7, 1.6).icdf(u)
-    agree(vdm.lognormal(u, 0.7, 1.6), want, rtol=1e-4, atol=0)
-    got = vdm.lognormal(torch.tensor([0.025, 0.5, 0.975]), 1.0, 1.6)
-    assert got.tolist() == pytest.approx([0.118, 2.72, 62.6], rel=4e-3)
-    assert vdm.lognormal(torch.tensor(0.5), -1.2).item() == pytest.approx(0.30, abs=0.005)
-
-@cases("name", vdm.SCHEDULES)
-def test_schedules_rise(name):
-    """More u is more noise: a finite positive number near both ends, of u's shape, float32."""
-    u = torch.tensor([1e-5, *np.linspace(0.001, 0.999, 1998), 1 - 1e-5])
-    sigma = vdm.SCHEDULES[name](u.reshape(2, -1))
-    assert sigma.shape == (2, 1000) and sigma.dtype == torch.float32
-    assert torch.isfinite(sigma).all() and (sigma > 0).all() and (sigma.flatten().diff() > 0).all()
 
 @cases("name, start, end", [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
 def test_betas_against_diffusers(name, start, end):
@@ -308,42 +282,30 @@ def test_resolution_shift(size, d):
 def test_karras_sigmas():
     """SVD's 25 levels as printed; a single level; EDM eq. 5 in double precision."""
     got = vdm.karras_sigmas(25, 0.002, 700, 7).tolist()
-    assert len(got) == 26 and got[:5] == pytest.approx([700, 545.7, 421.6, 322.5, 244.0], abs=0.06)
+    assert len(got) == 26
+    assert got[:5] == pytest.approx([700, 545.7, 421.6, 322.5, 244.0], abs=0.06)
     assert got[-4:] == pytest.approx([0.0248, 0.00788, 0.002, 0], rel=2e-3)
     assert vdm.karras_sigmas(1, 0.002, 700).tolist() == pytest.approx([700, 0])
     agree(vdm.karras_sigmas(9), karras(9, 0.2, 60), rtol=1e-5, atol=0)
 
 def test_stratified(monkeypatch):
-    """Exactly one number in each of n equal bins, shifted from one draw to the next; never 0 or 1,
-    at which the levels of log-normal noise are 0 and infinite."""
-    draws = [vdm.stratified(16).double() for _ in range(20)]
-    for u in draws:
-        assert sorted((u * 16).long().tolist()) == list(range(16)) and 0 < u.min() and u.max() < 1
-    assert torch.stack(draws)[:, 0].std() > 0.2                        # 0.29 if uniform
-    for u in (0.0, 1 - 2 ** -24):
-        monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, u))
-        sigma = vdm.lognormal(vdm.stratified(4), 1.5, 1.2)
-        assert (sigma > 0).all() and sigma.isfinite().all()
-
-def test_the_schedule_of_a_config():
-    """The median of log-normal noise, and one standard deviation more; a name is that schedule."""
-    u = torch.tensor([0.5, 0.841345])
-    got = vdm.noise_schedule(vdm.Config(mean=0.7, std=1.6))(u).log()
-    assert got.tolist() == pytest.approx([0.7, 2.3], abs=1e-4)
-    got = vdm.noise_schedule(vdm.Config(schedule="cosine", mean=9.0))(u)
-    agree(got, torch.tan(math.pi / 2 * u), rtol=1e-3, atol=0)
+    """Exactly one number in each of n equal bins, shifted from one draw to the next; never 0, at
+    which the level of log-normal noise is 0."""
+    draws = torch.stack([vdm.stratified(16).double() for _ in range(20)])
+    assert ((draws * 16).long().sort(1)[0] == torch.arange(16)).all()
+    assert draws[:, 0].std() > 0.2                                     # 0.29 if uniform
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    assert (vdm.stratified(4) > 0).all()
 
 @cases("per_frame", [False, True])
 def test_offset_noise_covariance(per_frame):
     """1 + l^2 of a pixel, l^2 within a frame, l^2 or 0 between frames, 0 between channels."""
-    noise, l = torch.randn(40_000, 2, 2, 1, 2), 0.8
-    got = vdm.offset_noise(noise, l, per_frame)
-    want = torch.empty(2, 2, 2, 2, 2, 2)                               # between two (t, c, w)
-    for t, c, w, t2, c2, w2 in np.ndindex(*want.shape):
-        shared = c == c2 and (t == t2 or not per_frame)
-        want[t, c, w, t2, c2, w2] = ((t, c, w) == (t2, c2, w2)) + l ** 2 * shared
-    agree(got.flatten(1).T.cov(), want.reshape(8, 8), atol=0.05, rtol=0)
-    agree(got[..., 0] - got[..., 1], noise[..., 0] - noise[..., 1], atol=1e-5, rtol=0)
+    noise = torch.randn(40_000, 2, 2, 1, 2)
+    got = vdm.offset_noise(noise, 0.8, per_frame)
+    same = lambda i: torch.eye(2).view([2 if axis % 3 == i else 1 for axis in range(6)])
+    shared = same(1) * (same(0) if per_frame else 1)                   # between two (t, c, w)
+    want = same(0) * same(1) * same(2) + 0.8 ** 2 * shared
+    agree(got.flatten(1).T.cov(), want.expand([2] * 6).reshape(8, 8), atol=0.05, rtol=0)
 
 def predictions(clean, noise, sigma, sd):
     """What each kind predicts, by its definition: v = alpha noise - sigma_vp clean, and edm is -v
@@ -354,95 +316,79 @@ def predictions(clean, noise, sigma, sd):
 @cases("kind", KINDS)
 def test_scalings_turn_the_exact_output_into_the_clip(kind, double):
     """The exact network output, from the definitions; an input of unit variance (EDM table 1)."""
-    sigma, sd = torch.tensor([0.01, 0.3, 1, 20, 157])[:, None], 0.4
+    levels = [0.01, 0.3, 1, 20, 157]
+    sigma = torch.tensor(levels)[:, None]
     clean, noise = torch.randn(2, 5, 20_000)
-    clean = clean * (sd if kind == "edm" else 1)
-    skip, out, c_in, c_noise = vdm.scalings(sigma, kind, sd)
-    agree(skip * (clean + sigma * noise) + out * predictions(clean, noise, sigma, sd)[kind], clean)
-    agree((c_in * (clean + sigma * noise)).std(1), torch.ones(5), rtol=0.03, atol=0)
-    agree(c_noise[:, 0].numpy(), np.log([0.01, 0.3, 1, 20, 157]) / 4)
-
-@cases("kind", KINDS[:2] + KINDS[3:])
-def test_no_noise_returns_the_clip(kind):
-    """At sigma 0 the clip is known already, whatever the network says."""
-    x = torch.randn(2, 3, 1, 4, 4)
-    agree(vdm.Denoiser(tiny().net, kind)(x, torch.zeros(2)), x)
+    if kind == "edm":
+        clean = 0.4 * clean
+    skip, out, c_in, c_noise = vdm.scalings(sigma, kind, 0.4)
+    x = clean + sigma * noise
+    agree(skip * x + out * predictions(clean, noise, sigma, 0.4)[kind], clean)
+    agree((c_in * x).std(1), torch.ones(5), rtol=0.03, atol=0)
+    agree(c_noise[:, 0].numpy(), np.log(levels) / 4)
 
 # ---- losses --------------------------------------------------------------------------------------
 
 @cases("kind", KINDS)
 def test_loss_weight_is_a_unit_weight_on_that_prediction(kind, double):
     """The squared error of the prediction itself, by its definition, for a wrong estimate."""
-    sigma, sd = torch.tensor([0.05, 0.3, 1, 20])[:, None], 0.4
+    sigma = torch.tensor([0.05, 0.3, 1, 20])[:, None]
     clean, noise, wrong = torch.randn(3, 4, 6)
-    told = (clean + sigma * noise - wrong) / sigma                     # the noise that would imply
-    right, guess = (predictions(c, n, sigma, sd)[kind] for c, n in ((clean, noise), (wrong, told)))
-    agree(vdm.loss_weight(sigma, kind, sd) * (wrong - clean) ** 2, (guess - right) ** 2)
+    implied = (clean + sigma * noise - wrong) / sigma                 # the noise, if wrong is right
+    right = predictions(clean, noise, sigma, 0.4)[kind]
+    guess = predictions(wrong, implied, sigma, 0.4)[kind]
+    agree(vdm.loss_weight(sigma, kind, 0.4) * (wrong - clean) ** 2, (guess - right) ** 2)
     if kind != "edm":                                                  # and cut (Hang et al. 2023)
         snr = 1 / sigma ** 2
         weight = snr.clamp(max=4) / dict(x0=1, eps=snr, v=snr + 1)[kind]
         got = vdm.loss_weight(sigma, "min_snr", gamma=4.0) * (wrong - clean) ** 2
         agree(got, weight * (guess - right) ** 2)
 
-def test_weights_of_frames_without_noise_are_finite():
+@cases("name, want", dict(eps=1e8, v=1e8, edm=1e8, min_snr=5.0, x0=1.0, inverse=1e4).items())
+def test_weights_of_frames_without_noise_are_finite(name, want):
     """1 / 0 is cut at sigma 1e-4."""
-    for name, want in dict(eps=1e8, v=1e8, edm=1e8, min_snr=5.0, x0=1.0, inverse=1e4).items():
-        assert vdm.loss_weight(torch.zeros(1), name).item() == pytest.approx(want, rel=1e-3)
-
-def loss_by_loops(error, weight, change):
-    """The mean of weight error^2, plus change times the mean of (what the error changes by)^2."""
-    total = changed = 0.0
-    for b, t, *place in np.ndindex(error.shape):
-        total += weight[b, t] * error[b, t][tuple(place)] ** 2
-        if t > 0:
-            changed += (error[b, t][tuple(place)] - error[b, t - 1][tuple(place)]) ** 2
-    return total / error.size + change * changed / max(error[:, 1:].size, 1)
+    assert vdm.loss_weight(torch.zeros(1), name).item() == pytest.approx(want, rel=1e-3)
 
 @cases("per_frame", [False, True])
 @cases("frames, change", [(4, 0.0), (4, 0.7), (1, 0.7)])
-def test_loss_and_its_gradient_by_loops(frames, change, per_frame, double):
-    """Loops over everything; central differences, which are exact for squares. One frame has no
-    change, and a loss that is finite."""
-    net, (clean, noise) = Told(2, frames, 1, 2, 2), torch.randn(2, 2, frames, 1, 2, 2)
-    sigma = torch.rand(2, frames) + 0.2 if per_frame else torch.tensor([0.3, 2.0])
-    loss, error = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean, sigma, noise,
-                                     lambda sigma: 1 / sigma ** 3, change)
+def test_loss(frames, change, per_frame, double):
+    """By numpy, and the gradient by a central difference, which is exact for squares. One frame has
+    no change, and a loss that is finite."""
+    net = Told(2, frames, 1, 2, 2)
+    clean, noise, way = torch.randn(3, 2, frames, 1, 2, 2)
+    sigma = torch.rand(2, frames if per_frame else 1) + 0.2
+    weight = five(sigma).numpy() ** -3.0
+
+    def by_hand(wrong):
+        moved = np.diff(wrong, axis=1)
+        return (weight * wrong ** 2).mean() + change * (moved ** 2).sum() / max(moved.size, 1)
+
+    loss, error = vdm.diffusion_loss(vdm.Denoiser(net, "x0"), clean,
+                                     sigma if per_frame else sigma[:, 0], noise,
+                                     lambda sigma: sigma ** -3, change)
     loss.backward()
     wrong = (net.out - clean).detach().numpy()
-    weight = sigma.numpy().reshape(2, -1).repeat(1 if per_frame else frames, 1) ** -3.0
-    assert loss.item() == pytest.approx(loss_by_loops(wrong, weight, change), rel=1e-12)
-    for i in np.ndindex(wrong.shape):
-        step = np.zeros(wrong.shape)
-        step[i] = 1e-3
-        up, down = (loss_by_loops(wrong + sign * step, weight, change) for sign in (1, -1))
-        assert net.out.grad[i].item() == pytest.approx((up - down) / 2e-3, rel=1e-8, abs=1e-10)
-    plain = [[(wrong[b, t] ** 2).mean() for t in range(frames)] for b in range(2)]
-    plain = plain if per_frame else np.mean(plain, 1)
-    np.testing.assert_allclose(error.numpy(), plain, rtol=1e-12)
-    assert not error.requires_grad
-
-def test_joint_loss_is_its_two_terms():
-    """PVDM's objective (Yu et al. 2023), both terms by hand from the denoiser."""
-    denoiser, sigma, weight = tiny("previous"), torch.tensor([0.5, 3.0]), lambda s: 1 / s ** 2 + 1
-    clean, previous, noise = torch.randn(3, 2, 3, 1, 4, 4)
-    given, free = ((denoiser(clean + five(sigma) * noise, sigma, **told) - clean) ** 2
-                   for told in (dict(previous=previous), {}))
-    loss, error = vdm.joint_loss(denoiser, clean, previous, sigma, noise, share=0.3, change=0.0,
-                                 weight=weight)
-    agree(loss, (weight(five(sigma)) * (0.3 * given + 0.7 * free)).mean())
-    agree(error, free.mean((1, 2, 3, 4)).detach())
+    assert loss.item() == pytest.approx(by_hand(wrong), rel=1e-12)
+    slope = (by_hand(wrong + way.numpy()) - by_hand(wrong - way.numpy())) / 2
+    assert (net.out.grad * way).sum().item() == pytest.approx(slope, rel=1e-8)
+    plain = (wrong ** 2).mean((2, 3, 4))
+    np.testing.assert_allclose(error.numpy(), plain if per_frame else plain.mean(1), rtol=1e-12)
 
 def test_pictures_beside_clips_are_what_vdm_appends(monkeypatch):
     """VDM's joint training, as its paper has it: all T + N frames in one sequence, temporal
     attention masked so that clips see clips and a picture itself alone (here by a softmax with
     -inf), the plain mean of the error over all. Temporal convolutions, of which VDM has none, are
     shut."""
-    T, N, sigma = 3, 2, torch.tensor([0.5, 3.0])
+    T = 3
+    N = 2
+    sigma = torch.tensor([0.5, 3.0])
     net = vdm.VideoUNet(1, 0, 16, (1, 2), 1, ("factorised", "factorised"), 8, 1, 32)
-    denoiser = vdm.Denoiser(random_weights(net), "v")
+    denoiser = vdm.Denoiser(randomize(net), "v")
     for layer in net.modules():
-        if isinstance(layer, (vdm.TemporalConv, vdm.TemporalAttention)):
-            nn.init.constant_(layer.gate, 30.0 * isinstance(layer, vdm.TemporalAttention))
+        if isinstance(layer, vdm.TemporalConv):
+            nn.init.zeros_(layer.gate)
+        if isinstance(layer, vdm.TemporalAttention):
+            nn.init.constant_(layer.gate, 30.0)
     frames, noise = torch.randn(2, 2, T + N, 1, 8, 8)
     weight = dict(weight=lambda sigma: 1 + 1 / sigma ** 2, change=0.0)
     loss, _ = vdm.joint_image_loss(denoiser, frames[:, :T], frames[:, T:], sigma, noise, **weight)
@@ -451,116 +397,89 @@ def test_pictures_beside_clips_are_what_vdm_appends(monkeypatch):
 
     def masked(q, k, v):
         scores = q @ k.mT / q.shape[-1] ** 0.5
-        hidden = apart if q.shape[-2] == T + N else torch.tensor(False)
-        return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+        if q.shape[-2] == T + N:
+            scores = scores.masked_fill(apart, -math.inf)
+        return scores.softmax(-1) @ v
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", masked)
     want = vdm.diffusion_loss(denoiser, frames, sigma, noise, **weight)[0]
     agree(loss, want, rtol=1e-5, atol=1e-6)
     assert abs(loss - open_to_all) > 1e-4
 
-def test_pictures_have_no_condition_and_no_change():
-    """By loops: a clip is told a label and has a change, a picture beside it has neither."""
-    wrong, zeros = torch.randn(2, 3, 1, 2, 2), torch.zeros(2, 7, 1, 2, 2)
-    denoise = lambda x, sigma, label=None: 0 * x + (5.0 if label is None else wrong)
-    loss, _ = vdm.joint_image_loss(denoise, zeros[:, :3], zeros[:, 3:], torch.ones(2), zeros,
-                                   change=0.7, label=torch.zeros(2))
-    want = (3 * loss_by_loops(wrong.double().numpy(), np.ones((2, 3)), 0.7) + 4 * 25) / 7
-    assert loss.item() == pytest.approx(want, rel=1e-5)
-
 def test_dynamics_weight():
-    """Loops over everything; a clip that is right everywhere weighs 1, as does a single frame."""
+    """By numpy; a clip that is right everywhere weighs 1, as does a single frame."""
     estimate, clean = torch.randn(2, 2, 4, 3, 5, 2)
-    got, wrong = vdm.dynamics_weight(estimate, clean), (estimate - clean).numpy()
-    assert (got[:, 0] == 1).all() and got.shape == clean.shape
-    for b, c in np.ndindex(2, 3):
-        delta = {(t, h, w): (wrong[b, t, c, h, w] - wrong[b, t - 1, c, h, w]) ** 2
-                 for t in (1, 2, 3) for h, w in np.ndindex(5, 2)}
-        length = math.sqrt(sum(d ** 2 for d in delta.values()))
-        for (t, h, w), d in delta.items():
-            assert got[b, t, c, h, w].item() == pytest.approx(1 + d / length, rel=1e-5)
+    wrong = np.diff((estimate - clean).numpy(), axis=1) ** 2
+    length = np.sqrt((wrong ** 2).sum((1, 3, 4), keepdims=True))
+    want = 1 + np.concatenate([0 * wrong[:, :1], wrong / length], 1)
+    np.testing.assert_allclose(vdm.dynamics_weight(estimate, clean), want, rtol=1e-5)
     assert (vdm.dynamics_weight(clean.round() + 1, clean.round()) == 1).all()
     assert (vdm.dynamics_weight(estimate[:, :1], clean[:, :1]) == 1).all()
-
-@cases("shape, printed", [((16, 16, 16), 0.0093), ((16, 8, 8), 0.019), ((25, 40, 72), 0.0022)])
-def test_dynamics_weight_of_gaussian_errors(shape, printed):
-    """What is added is 1 / sqrt(3 n) on average for n = (T - 1) H W equal normal errors, whose mean
-    square is 1 and whose mean fourth power is 3."""
-    (T, H, W), B = shape, 3_000_000 // math.prod(shape)
-    estimate, clean = torch.randn(2, B, T, 1, H, W)
-    mean = (vdm.dynamics_weight(estimate, clean)[:, 1:] - 1).mean().item()
-    assert mean == pytest.approx(printed, rel=0.03)
-    assert mean == pytest.approx((3 * (T - 1) * H * W) ** -0.5, rel=0.03)
 
 def kept(H, W):
     """Vista's mask in exact fractions, frequency 0 in the middle: 1 is kept, 0 removed."""
     mask = np.ones((H, W))
     for h, w in np.ndindex(H, W):
-        f, g = Fraction(2 * (h - H // 2), H), Fraction(2 * (w - W // 2), W)
+        f = Fraction(2 * (h - H // 2), H)
+        g = Fraction(2 * (w - W // 2), W)
         mask[h, w] = f ** 2 + g ** 2 > Fraction(1, 2)
     return mask
 
-@cases("H, W", [(4, 4), (8, 8), (16, 12), (20, 20), (52, 52), (7, 9), (9, 4)])
+@cases("H, W", [(8, 8), (20, 20), (52, 52), (7, 9), (9, 4)])
 def test_high_pass(H, W):
-    """numpy's FFT in double precision; bfloat16, under autocast or not, is filtered in float32."""
+    """numpy's FFT in double precision; bfloat16 is filtered in float32."""
     x = torch.randn(2, 3, 2, H, W)
     spectrum = np.fft.fftshift(np.fft.fft2(x.double().numpy()), (-2, -1)) * kept(H, W)
     want = np.fft.ifft2(np.fft.ifftshift(spectrum, (-2, -1)))
-    assert np.abs(want.imag).max() < 1e-12
     agree(vdm.high_pass(x), torch.tensor(want.real, dtype=torch.float32), rtol=0, atol=1e-5)
-    for autocast in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, autocast):
-            assert torch.equal(vdm.high_pass(x.bfloat16()), vdm.high_pass(x.bfloat16().float()))
-    assert H != 52 or (kept(H, W) == 0).mean() == pytest.approx(0.39, abs=0.01)  # as printed
+    assert torch.equal(vdm.high_pass(x.bfloat16()), vdm.high_pass(x.bfloat16().float()))
+    if H == 52:
+        assert (kept(H, W) == 0).mean() == pytest.approx(0.39, abs=0.01)       # as printed
 
 def test_vistas_losses():
     """Where the estimate is what the network says. Structure is a spectral weighting of the error,
     by Parseval; the weight of dynamics has no gradient."""
-    net, (clean, noise), sigma = Told(2, 3, 2, 8, 6), torch.randn(2, 2, 3, 2, 8, 6), torch.ones(2)
+    net = Told(2, 3, 2, 8, 6)
+    clean, noise = torch.randn(2, 2, 3, 2, 8, 6)
     loss = partial(vdm.vista_loss, vdm.Denoiser(net, "x0"), clean, noise=noise)
     error = (net.out - clean).detach()
-    total, plain = loss(sigma, dynamics=0.0, structure=0.3)
     power = np.abs(np.fft.fftshift(np.fft.fft2(error.double().numpy()), (-2, -1))) ** 2 / 48
-    assert total.item() == pytest.approx((power * (1 + 0.3 * kept(8, 6))).mean(), rel=1e-5)
-    agree(plain, (error ** 2).mean((1, 2, 3, 4)))
-    total = loss(sigma, dynamics=0.7, structure=0.0)[0]
-    total.backward()
+    structure = (power * (1 + 0.3 * kept(8, 6))).mean()
     worst = vdm.dynamics_weight(net.out, clean) - 1
-    agree(net.out.grad, 2 * (1 + 0.7 * worst) * error / error.numel())
+    total, plain = loss(torch.ones(2), dynamics=0.0, structure=0.3)
+    assert total.item() == pytest.approx(structure, rel=1e-5)
+    agree(plain, (error ** 2).mean((1, 2, 3, 4)))
+    total, _ = loss(torch.ones(2), dynamics=0.7, structure=0.0)
+    total.backward()
     agree(total.detach(), ((1 + 0.7 * worst) * error ** 2).mean())
-    level = 2 * torch.ones(2, 3)                                       # weight v: 1 + 1 / sigma^2
-    both, plain = loss(level, weight=partial(vdm.loss_weight, weighting="v"), structure=0.3)
-    want = (power * (1 + 0.3 * kept(8, 6))).mean() + (worst * error ** 2).mean().item()
+    agree(net.out.grad, 2 * (1 + 0.7 * worst) * error / error.numel())
+    weight = partial(vdm.loss_weight, weighting="v")                   # 1 + 1 / sigma^2
+    both, plain = loss(2 * torch.ones(2, 3), weight=weight, structure=0.3)
+    want = structure + (worst * error ** 2).mean().item()
     assert both.item() == pytest.approx(1.25 * want, rel=1e-5)
     agree(plain, (error ** 2).mean((2, 3, 4)))
 
-@cases("draw", [vdm.first_frames, vdm.draw_mask])
-def test_first_frames(draw):
-    """Counts within five standard deviations of the binomial; given frames are the first ones."""
-    odds = 0.5, 0, 0.2, 0.3
-    mask = draw(5000, 6, odds)
-    assert mask.shape == (5000, 6) and (mask.diff(dim=1) <= 0).all()
-    assert set(mask.unique().tolist()) == {0, 1}
-    for n, share in enumerate(odds):
-        bound = 5 * math.sqrt(5000 * share * (1 - share))
-        assert abs((mask.sum(1) == n).sum() - 5000 * share) <= bound
+def binomial(n, p):
+    """How far a count of n draws of odds p may be from n p: five standard deviations."""
+    return 5 * math.sqrt(n * p * (1 - p))
 
 def test_tasks_of_the_mask():
-    """Ends: exactly these two. Any: 1 to T - 1 frames, equally often, and each frame as often as
-    another, to five standard deviations. In all, no frame as often as is said."""
-    ends, anything, every = (vdm.draw_mask(5000, 5, (0.25, 0.5, 0.25), task)
-                             for task in ("ends", "any", "all"))
-    assert {tuple(m) for m in ends.tolist()} == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 1)}
-    assert {tuple(m) for m in every.tolist()} == {(0, 0, 0, 0, 0), (1, 1, 1, 1, 1)}
-    for mask in (ends, anything, every):
-        assert abs((mask.sum(1) == 0).sum() - 1250) < 5 * math.sqrt(5000 * 0.25 * 0.75)
-    counts = torch.bincount(anything.sum(1).long(), minlength=6)
+    """Predict: the first ones. Ends: exactly these two. Any: 1 to T - 1 frames, equally often, and
+    each frame as often as another. In each, no frame as often as is said."""
+    masks = {task: vdm.draw_mask(5000, 5, (0.25, 0.5, 0.25), task)
+             for task in ("predict", "ends", "any", "all")}
+    for mask in masks.values():
+        assert abs((mask.sum(1) == 0).sum() - 1250) < binomial(5000, 0.25)
+    kinds = {task: {tuple(m) for m in mask.int().tolist()} for task, mask in masks.items()}
+    assert kinds["predict"] == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0)}
+    assert kinds["ends"] == {(0, 0, 0, 0, 0), (1, 0, 0, 0, 1)}
+    assert kinds["all"] == {(0, 0, 0, 0, 0), (1, 1, 1, 1, 1)}
+    assert abs((masks["predict"].sum(1) == 1).sum() - 2500) < binomial(5000, 0.5)
+    counts = torch.bincount(masks["any"].sum(1).long(), minlength=6)
     assert counts[5] == 0
-    assert (counts[1:5] - 937.5).abs().max() < 5 * math.sqrt(5000 * 0.1875 * 0.8125)
-    given = anything[anything.sum(1) > 0].mean(0)                      # each half of the time
-    assert (given - 0.5).abs().max() < 5 * math.sqrt(0.25 / 3750)
-    with pytest.raises(ValueError, match="task is 'image'"):
-        vdm.draw_mask(1, 5, (1, 1), "image")
+    assert (counts[1:5] - 937.5).abs().max() < binomial(5000, 0.1875)
+    given = masks["any"][masks["any"].sum(1) > 0]
+    assert (given.sum(0) - len(given) / 2).abs().max() < binomial(len(given), 0.5)
 
 def test_blurred():
     """Means of tiles of 4 x 4, and between their centres straight lines by np.interp."""
@@ -571,16 +490,17 @@ def test_blurred():
         want = np.apply_along_axis(line, axis, want)
     agree(vdm.blurred(clip), torch.tensor(want).float())
 
-def test_independent_levels():
+@cases("chance", [0, 0.2, 1])
+def test_independent_levels(chance):
     """No clip, all or the binomial's share has unequal levels, which then are uniform."""
     u = vdm.stratified(4000)
-    for chance in (0, 0.2, 1):
-        got = vdm.independent_levels(u, 3, chance)
-        own = (got != u[:, None]).all(1)
-        assert torch.equal(got[~own], u[~own, None].expand(-1, 3)) and got.shape == (4000, 3)
-        assert abs(own.sum() - 4000 * chance) <= 5 * math.sqrt(4000 * chance * (1 - chance)) + 1
-    agree(got.T.cov(), torch.eye(3) / 12, atol=0.008, rtol=0)          # all are independent here
-    assert 0 < got.min() and got.max() < 1 and abs(got.mean() - 0.5) < 0.015
+    got = vdm.independent_levels(u, 3, chance)
+    own = (got != u[:, None]).all(1)
+    assert torch.equal(got[~own], u[~own, None].expand(-1, 3))
+    assert abs(own.sum() - 4000 * chance) <= binomial(4000, chance) + 1
+    if chance == 1:
+        agree(got.T.cov(), torch.eye(3) / 12, atol=0.008, rtol=0)
+        assert abs(got.mean() - 0.5) < 0.015
 
 # ---- denoiser and guidance -----------------------------------------------------------------------
 
@@ -588,117 +508,93 @@ def test_independent_levels():
 def test_given_frames_are_untouched_and_have_no_gradient(give):
     """Bit for bit the context; there the error is 0, and so is its gradient. Context that is not
     given may be NaN."""
-    net, mask = Told(2, 4, 3, 2, 2), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]])
-    clean, noise, sigma = *torch.randn(2, 2, 4, 3, 2, 2), torch.tensor([0.3, 9.0])
-    denoiser, given = vdm.GIVES[give](net, "edm", 0.5), five(mask).float()
+    net = Told(2, 4, 3, 2, 2)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]])
+    given = five(mask).float()
+    clean, noise = torch.randn(2, 2, 4, 3, 2, 2)
+    sigma = torch.tensor([0.3, 9.0])
+    denoiser = vdm.GIVES[give](net, "edm", 0.5)
     vdm.diffusion_loss(denoiser, clean, sigma, noise, context=clean, mask=mask)[0].backward()
-    assert (net.out.grad[mask == 1] == 0).all() and (net.out.grad[mask == 0] != 0).all()
-    c_in, told = five((0.5 ** 2 + sigma ** 2).rsqrt()), {}
+    assert (net.out.grad[mask == 1] == 0).all()
+    assert (net.out.grad[mask == 0] != 0).all()
+    c_in = five((0.5 ** 2 + sigma ** 2).rsqrt())
     level = sigma[:, None] * (1 - mask)
     if give == "concat":                                               # beside x: mask z, mask
         want = c_in * noise
         told = dict(concat=torch.cat([given * clean, given.expand(2, 4, 1, 2, 2)], 2))
     elif give == "replace":                                            # at the level of the others
-        want, told = c_in * torch.where(given > 0, clean, noise), dict(given=mask - 1)
+        want = c_in * torch.where(given > 0, clean, noise)
+        told = dict(given=mask - 1)
         level = sigma[:, None].expand(2, 4)
     else:                                                              # at level 0: c_in is 1 / 0.5
         want = torch.where(given > 0, clean / 0.5, c_in * noise)
+        told = {}
     for context in (clean, torch.where(given > 0, clean, math.nan)):
         got = denoiser(noise, sigma, context, mask)
-        assert torch.equal(got[mask == 1], clean[mask == 1]) and (got != clean)[mask == 0].all()
+        assert torch.equal(got[mask == 1], clean[mask == 1])
+        assert (got != clean)[mask == 0].all()
         agree((net.seen, net.told), (want, told))
         agree(net.c_noise, level.clamp(min=1e-4).log() / 4)
-    for half in (dict(context=clean), dict(mask=mask)) if give == "concat" else ():
-        with pytest.raises(ValueError, match="context and mask belong together"):
-            denoiser(noise, sigma, **half)
 
-@cases("image", [False, True])
-def test_hints_are_shown_and_estimated(image):
-    """Noise of the level that the network is told; every frame is estimated and has a loss; where
-    the mask is 0 nothing is shown. The picture of image_hint is the same on all frames."""
-    net, mask = Told(2, 3, 1, 2, 2), torch.tensor([[1.0, 1, image], [0, 0, 0]])
-    clean, noise, level = *torch.randn(2, 2, 3, 1, 2, 2), torch.tensor([0.5, 2.0])
-    make = lambda clip: vdm.hint(clip, mask, level, noise)
-    if image:
-        make = lambda clip: vdm.image_hint(clip[:, :1], mask, level, noise[:, :1])
-    x, sigma, denoiser = torch.randn_like(clean), torch.tensor([0.4, 3.0]), vdm.Denoiser(net, "eps")
-    shown = five(mask) * (clean + five(level) * noise)[:, [0, 0, 0] if image else [0, 1, 2]]
-    want = dict(concat=torch.cat([shown, five(mask).expand(2, 3, 1, 2, 2)], 2),
-                augmentation=torch.tensor([0.5, -1.0]))
-    for clip in (clean, torch.where(five(mask) > 0, clean, math.nan)):         # NaN is not read
-        agree(denoiser(x, sigma, **make(clip)), x - five(sigma) * net.out)
-        agree(net.told, want)
-    agree(net.c_noise, (sigma.log() / 4)[:, None].expand(2, 3))
-    vdm.diffusion_loss(denoiser, clean, sigma, noise, **make(clean))[0].backward()
-    assert (net.out.grad != 0).all()
-
-def test_per_frame_sigma():
+@cases("give", GIVES)
+def test_per_frame_sigma(give):
     """Equal levels in all frames are one level per clip; frame t goes by its own level."""
-    x, sigma = torch.randn(2, 3, 1, 4, 4), torch.tensor([0.5, 4.0])
-    for give in GIVES:
-        denoiser = tiny(give)
-        agree(denoiser(x, sigma[:, None].expand(2, 3)), denoiser(x, sigma))
-        assert torch.equal(denoiser(x, sigma, x, torch.zeros(2, 3)), denoiser(x, sigma))
-    net, levels = Told(1, 3, 1, 4, 4), torch.tensor([[0.0, 0.5, 4.0]])
+    x = torch.randn(2, 3, 1, 4, 4)
+    sigma = torch.tensor([0.5, 4.0])
+    denoiser = tiny(give)
+    agree(denoiser(x, sigma[:, None].expand(2, 3)), denoiser(x, sigma))
+    assert torch.equal(denoiser(x, sigma, x, torch.zeros(2, 3)), denoiser(x, sigma))
+    net = Told(1, 3, 1, 4, 4)
+    levels = torch.tensor([[0.0, 0.5, 4.0]])
     agree(vdm.Denoiser(net, "eps")(x[:1], levels), x[:1] - five(levels) * net.out)
 
-def test_what_is_told_changes_the_answer():
-    """Each class, number and mode of an action otherwise, and -1 and NaN as nothing does; where
-    gates are shut, so that frames are on their own, each frame by its own label."""
-    modules = dict(label=vdm.LabelEmbedding(3, 32), number=vdm.NumberEmbedding(32),
-                   action=vdm.ActionEmbedding(2, 32))
-    denoiser, x = tiny("concat", False, **modules), torch.randn(1, 4, 1, 4, 4)
-    say = lambda **told: denoiser(x, torch.ones(1), **{k: torch.tensor([told[k]]) for k in told})
-    actions = [math.nan, math.nan], [0.0, math.nan], [math.nan, 0.0], [0.5, 0.0], [0.5, math.nan]
-    for name, values in dict(label=(-1, 0, 1, 2), number=(-1.0, 0.0, 0.05, 0.5, 1.0),
-                             action=[[action] * 4 for action in actions]).items():
-        answers = torch.cat([say(**{name: value}) for value in values])
-        assert (torch.pdist(answers.flatten(1)) > 1e-2).all() and torch.equal(answers[:1], say())
-    labels = torch.cat([say(label=k) for k in (0, 2, 1, -1)])
-    agree(say(label=[0, 2, 1, -1])[0], labels[range(4), range(4)])
+NAN = math.nan
+CONDITIONS = dict(                      # a module, and values, the first of which tells nothing
+    label=(partial(vdm.LabelEmbedding, 3), [-1, 0, 1, 2]),
+    number=(vdm.NumberEmbedding, [-1.0, 0.0, 0.05, 0.5, 1.0]),
+    action=(partial(vdm.ActionEmbedding, 2), [[action] * 4 for action in (
+        [NAN, NAN], [0.0, NAN], [NAN, 0.0], [0.5, 0.0], [0.5, NAN])]))
 
-def test_modes_are_dropped_together_and_each_on_its_own():
-    """By counting 20,000 clips: whole modes, whole clips, pairs as often as chance has it."""
-    sizes, rate = (2, 1, 3), 0.2
-    got = 1 - vdm.drop_modes(torch.ones(20_000, 3, 6), sizes, rate).isnan().float()
-    assert (got == got[:, :1, [0, 0, 2, 3, 3, 3]]).all() and set(got.unique().tolist()) == {0, 1}
-    gone = (got[:, 0, [0, 2, 3]] == 0).double()                        # (clips, modes)
-    alone, both = rate + (1 - rate) * rate, rate + (1 - rate) * rate ** 2
-    want = both + (alone - both) * torch.eye(3).double()
-    agree(gone.T @ gone / len(gone), want, rtol=0, atol=0.015)
-    clip = torch.randn(5, 3, 6)
-    assert torch.equal(vdm.drop_modes(clip, sizes, 0.0), clip)
-    assert vdm.drop_modes(clip, sizes, 1.0).isnan().all()
+@cases("name", CONDITIONS)
+def test_what_is_told_changes_the_answer(name):
+    """At first nothing does. Then each class, number and mode of an action does otherwise, and -1
+    and NaN do as nothing does."""
+    make, values = CONDITIONS[name]
+    x = torch.randn(1, 4, 1, 4, 4)
+    module = make(dim_emb=32)
+    assert all((module(torch.tensor([value])) == 0).all() for value in values)
+    denoiser = tiny("concat", **{name: module})
+    say = lambda **told: denoiser(x, torch.ones(1), **{k: torch.tensor([told[k]]) for k in told})
+    answers = torch.cat([say(**{name: value}) for value in values])
+    assert (torch.pdist(answers.flatten(1)) > 1e-2).all()
+    assert torch.equal(answers[:1], say())
+    with pytest.raises(ValueError, match="mood"):                      # the network lacks this one
+        say(mood=values[0])
 
 def test_guidance():
     """Video LDM eq. 4 by hand, for a network that says 5 with a condition and 2 without. (Its
     common transcription, f' = f(c) + s (f(c) - f'), would give f' = f(c) = 5 for every scale s.)"""
     denoise = lambda x, sigma, **cond: torch.full_like(x, 5.0 if cond else 2.0)
-    x, one = torch.zeros(2, 3, 1, 2, 2), torch.ones(2)
+    x = torch.zeros(2, 3, 1, 2, 2)
+    one = torch.ones(2)
     for scale, want in ((1, 5), (0, 2), (2.5, 9.5), (-1, -1)):         # 2 + scale * 3
         assert (vdm.guided(denoise, scale)(x, one, context=x) == want).all()
-    per_frame, mask = vdm.guided(denoise, torch.tensor([1, 2, 3])), torch.tensor([[0, 0, 1]] * 2)
+    per_frame = vdm.guided(denoise, torch.tensor([1, 2, 3]))
+    mask = torch.tensor([[0, 0, 1]] * 2)
     assert per_frame(x, one, context=x)[1, :, 0, 0, 1].tolist() == [5, 8, 11]
     assert per_frame(x, one, mask=mask)[1, :, 0, 0, 1].tolist() == [5, 8, 5]     # given: it stays
-    with pytest.raises(ValueError, match="2 numbers"):
-        vdm.guided(denoise, [1.0, 2.0])(x, one, context=x)
 
 @cases("scale, names, want", [
     ([2.0, 3.0], ("action",), [5 + 2 * 8, 5 + 3 * 8]), (2, ("frames",), [9 + 2 * 4] * 2),
     (2, ("frames", "action"), [2 + 2 * 11] * 2), (2, (), [13, 13])])
 def test_guidance_by_some_conditions(scale, names, want):
     """By hand: nothing says 2, frames 5, an action 9, both 13. Vista guides by actions."""
-    denoise = vdm.guided_by(lambda x, sigma, frames=0, action=0: torch.full_like(
-        x, 2.0 + 3 * frames + 7 * action + frames * action), scale, names)
+    def says(x, sigma, frames=0, action=0):
+        return torch.full_like(x, 2.0 + 3 * frames + 7 * action + frames * action)
+
+    denoise = vdm.guided_by(says, scale, names)
     got = denoise(torch.zeros(1, 2, 1, 1, 1), torch.ones(1), frames=1, action=1)
     assert got.flatten().tolist() == want
-
-def test_skip_guidance_within_guidance():
-    """By hand: with a label 11 + (11 - 3) / 2 = 15, without 4 + (4 - 1) / 2 = 5.5, in all 24.5."""
-    says = lambda x, sigma, label=0, temporal=1.0: torch.full_like(
-        x, 1.0 + 2 * label + 3 * temporal + 5 * label * temporal)
-    denoise = vdm.guided(vdm.skip_guided(says, 1.5), 2.0)
-    assert (denoise(torch.zeros(1, 2, 1, 1, 1), torch.ones(1), label=1) == 24.5).all()
 
 def two_frames(r, sigma):
     """The matrix K of E[clean | x] = M + K (x - M), of frames a, b ~ Normal(M, 1), covariance r."""
@@ -712,25 +608,22 @@ def exact(x, sigma, r=0.8):
 def test_skip_guidance(double):
     """Two frames of correlation 0.8, or 0 where each is alone. By hand at sigma 1: of what differs
     0.2 / 1.2 is kept together and 1 / 2 alone, of what both share 1.8 / 2.8; scale 1.5 goes half as
-    far again. Along small steps then d log x / d sigma = (1 - kept) / sigma, by which variances V
-    together and W = 1 alone become V^scale / W^(scale - 1)."""
+    far again."""
     denoise = lambda x, sigma, temporal=1.0: exact(x, sigma, 0.8 * temporal)
-    same, other = torch.ones(1, 2, 1, 1, 1), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1, 1)
+    same = torch.ones(1, 2, 1, 1, 1)
+    other = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1, 1)
     guess = vdm.skip_guided(denoise, 1.5)
     for part, together in ((same, 1.8 / 2.8), (other, 0.2 / 1.2)):
         agree(guess(M + part, torch.ones(1)) - M, part * (1 / 2 + 1.5 * (together - 1 / 2)))
-    x, sigmas = 60 * torch.randn(4000, 2, 1, 1, 1), karras(60, 0.01, 60)
-    for scale in (1.0, 1.5, 2.0):
-        a, b = vdm.sample_heun(vdm.skip_guided(denoise, scale), x, sigmas).flatten(2).unbind(1)
-        agree(((a + b).var() / 2).item(), 1.8 ** scale, rtol=0.07, atol=0)     # chance: 2.2 %
-        agree(((a - b).var() / 2).item(), 0.2 ** scale, rtol=0.07, atol=0)
 
 @cases("sigma", [0.1, 1.0, 7.0])
 def test_reconstruction_guidance(sigma, double):
     """By hand: |a - guess_a|^2 has the gradient -2 K_ab (a - guess_a). Here q(a | z) is exactly
     Normal(guess_a, sigma^2 K_aa): weight 1 / K_aa gives E[b | a, x_b], from the textbook."""
-    x, context, r = *torch.randn(2, 3, 2, 1, 2, 2), 0.8
-    K, mask, level = two_frames(r, sigma), torch.tensor([[1, 0]] * 3), torch.full((3,), sigma)
+    x, context = torch.randn(2, 3, 2, 1, 2, 2)
+    K = two_frames(0.8, sigma)
+    mask = torch.tensor([[1, 0]] * 3)
+    level = torch.full((3,), sigma)
     guess = exact(x, level)
     for weight in (0, 1.0, 2.5):
         with torch.no_grad():
@@ -739,24 +632,9 @@ def test_reconstruction_guidance(sigma, double):
         assert torch.equal(got[:, 0], context[:, 0])
     hidden = torch.where(five(mask) == 1, context, math.nan)           # elsewhere it is not read
     got = vdm.reconstruction_guided(exact, hidden, mask, 1 / K[0, 0])(x, level)
-    mean, rest = M + r * (context[:, 0] - M), 1 - r ** 2               # b | a, then x_b is seen
+    mean = M + 0.8 * (context[:, 0] - M)                               # b | a, then x_b is seen
+    rest = 1 - 0.8 ** 2
     agree(got[:, 1], mean + rest / (rest + sigma ** 2) * (x[:, 1] - mean))
-
-@cases("name", SAMPLERS)
-def test_reconstruction_guidance_samples_the_conditional(name, double):
-    """With that weight b comes out as Normal(M + r (a - M), 1 - r^2). What is seen of a meanwhile
-    has noise of the right level on it, as VDM's replacement has."""
-    context, seen = torch.full((4000, 2, 1, 1, 1), 2.0), []
-    mask, noise = torch.tensor([[1, 0]]).expand(4000, 2), torch.randn(2000, 2, 1, 1, 1)
-
-    def denoise(x, sigma):
-        seen.append((sigma[0].item(), ((x - context) / sigma[0])[:, 0].std().item()))
-        K = two_frames(0.8, sigma[0].item())
-        return vdm.reconstruction_guided(exact, context, mask, 1 / K[0, 0])(x, sigma)
-
-    x = vdm.SAMPLERS[name](denoise, 80 * torch.cat([noise, -noise]), karras(150, 0.01, 80))
-    assert (x[:, 0] == 2).all() and all(abs(std - 1) < 0.06 for _, std in seen)
-    assert abs(x[:, 1].mean() - (M + 0.8 * (2 - M))) < 0.04 and abs(x[:, 1].std() - 0.6) < 0.04
 
 def test_triangle():
     """As printed for Vista (25 frames, 1 to 2.5 and back); of 16 frames the peak is 14/15 of the
@@ -768,11 +646,11 @@ def test_triangle():
         v = np.arange(T) / (T - 1)
         want = 0.5 + 5 * np.abs(v - np.floor(v + 0.5))
         np.testing.assert_allclose(vdm.triangle(0.5, 3, T), want, atol=1e-5)
-    assert vdm.triangle(1, 3, 1).tolist() == [1]
 
 def test_sigma_data_of_a_config_is_heeded():
     """A fresh network says 0: the estimate is EDM's best linear one, s^2 / (sigma^2 + s^2) x."""
-    x, sigma = torch.randn(2, 8, 3, 32, 32), torch.tensor([0.5, 3.0])
+    x = torch.randn(2, 8, 3, 32, 32)
+    sigma = torch.tensor([0.5, 3.0])
     denoiser = vdm.build(vdm.Config(kind="edm", sigma_data=0.8))
     agree(denoiser(x, sigma), x * five(0.64 / (sigma ** 2 + 0.64)))
 
@@ -794,52 +672,10 @@ def counter(seen):
     return denoise
 
 def rolled(denoise, length, shape, *args, roll=vdm.rollout, **options):
+    """A roll-out of at most 100 pieces, joined."""
     pieces = list(islice(roll(denoise, length, shape, *args, **options), 100))
     assert max(piece.shape[1] for piece in pieces) <= shape[1]
     return torch.cat(pieces, 1)
-
-def smooth(x, sigma, context=None, mask=None):
-    """A denoiser by which frames tell each other something; those that are given stay."""
-    given = torch.zeros_like(x) == 1 if mask is None else five(mask).expand_as(x) == 1
-    clip = x if context is None else torch.where(given, context, x)
-    guess = torch.tanh(clip + clip.roll(1, 1) - 0.3 * clip.mean(1, keepdim=True)) / five(1 + sigma)
-    return guess if context is None else torch.where(given, context, guess)
-
-def euler(denoise, x, sigmas, **conditions):
-    """Euler's method in sigma, written out."""
-    for s, t in zip(sigmas[:-1], sigmas[1:]):
-        x = x + (t - s) * (x - denoise(x, torch.full((len(x),), s), **conditions)) / s
-    return x
-
-@cases("overlap, start, length", [(2, 0, 13), (1, 3, 11), (3, 1, 4)])
-def test_rollout_by_a_loop(overlap, start, length):
-    """The video that grows, each window by Euler's method from the last frames of it, and the next
-    numbers of the clips' noise."""
-    levels, shape, frames = [9.0, 2.0, 0.5, 0.0], (2, 5, 1, 2, 3), torch.randn(2, start, 1, 2, 3)
-    video, noise, given = frames, vdm.clip_noise(4, [7, 2]), start
-    while video.shape[1] < length:
-        context, mask = torch.zeros(shape), torch.zeros(2, 5)
-        context[:, :given], mask[:, :given] = video[:, video.shape[1] - given:], 1
-        told = dict(context=context, mask=mask) if given else {}
-        window = euler(smooth, 9 * noise(*shape[1:]), levels, **told)
-        video, given = torch.cat([video, window[:, given:]], 1), overlap
-    got = rolled(smooth, length, shape, torch.tensor(levels), overlap, frames if start else None, 4,
-                 [7, 2], sampler=vdm.sample_ddim)
-    agree(got, video[:, :length], rtol=1e-4, atol=1e-5)
-    assert torch.equal(got[:, :start], frames)
-
-def test_interpolation_by_a_loop():
-    """Windows of 8 frames take two gaps of 3: key frames 0 to 2, then 2 to 4, and 4 to 5."""
-    levels, keys, noise = [9.0, 2.0, 0.0], torch.randn(2, 6, 1, 2, 2), vdm.clip_noise(5, [0, 1])
-    video = keys[:, :1]
-    for first, last in ((0, 2), (2, 4), (4, 5)):
-        context, mask = torch.zeros(2, 8, 1, 2, 2), torch.zeros(2, 8)
-        for k in range(first, last + 1):
-            context[:, 3 * (k - first)], mask[:, 3 * (k - first)] = keys[:, k], 1
-        window = euler(smooth, 9 * noise(8, 1, 2, 2), levels, context=context, mask=mask)
-        video = torch.cat([video, window[:, 1:3 * (last - first) + 1]], 1)
-    got = vdm.interpolate(smooth, keys, 3, 8, torch.tensor(levels), 5, sampler=vdm.sample_ddim)
-    agree(got, video, rtol=1e-4, atol=1e-5)
 
 def line(x, sigma, context, mask):
     """A denoiser that draws straight lines between the frames it is given, by numpy."""
@@ -853,10 +689,11 @@ def line(x, sigma, context, mask):
 @cases("K, factor, frames", [(1, 4, 8), (4, 4, 9), (3, 2, 8), (9, 2, 8), (5, 7, 8), (6, 3, 4)])
 def test_interpolation_fills_every_gap(K, factor, frames):
     """np.interp over all key frames at once; these come back bit for bit, whatever the windows."""
-    keys, sigmas = torch.randn(2, K, 1, 1, 1).expand(2, K, 1, 2, 3), torch.tensor([5.0, 1.0, 0.0])
+    keys = torch.randn(2, K, 1, 1, 1).expand(2, K, 1, 2, 3)
+    sigmas = torch.tensor([5.0, 1.0, 0.0])
     got = vdm.interpolate(line, keys, factor, frames, sigmas)
-    assert got.shape == (2, factor * (K - 1) + 1, 1, 2, 3) and torch.equal(got[:, ::factor], keys)
-    at = np.arange(got.shape[1]) / factor
+    assert torch.equal(got[:, ::factor], keys)
+    at = np.arange(factor * (K - 1) + 1) / factor
     for clip, key in zip(got, keys):
         want = np.interp(at, np.arange(K), key[:, 0, 0, 0].numpy())
         agree(clip[:, 0, 1, 2].numpy(), want.astype(np.float32))
@@ -864,68 +701,41 @@ def test_interpolation_fills_every_gap(K, factor, frames):
         with pytest.raises(ValueError, match=f"factor is {wrong}, expected 2 to {frames - 1}"):
             vdm.interpolate(line, keys, wrong, frames, sigmas)
 
-@cases("name", SAMPLERS)
-def test_clip_3_of_8_is_clip_3_alone(name):
-    """The same clip, drawn with others or alone, in a window and in a roll-out."""
-    options = dict(sigmas=vdm.karras_sigmas(4, 0.05, 20), sampler=vdm.SAMPLERS[name], seed=5)
-    denoiser = tiny()
-    make, roll = (partial(f, denoiser, **options) for f in (vdm.generate, rolled))
-    clips = make(shape=(8, 3, 1, 4, 4))
-    alone = make(shape=(1, 3, 1, 4, 4), noise=vdm.clip_noise(5, [3]))
-    agree(clips[3:4], alone, rtol=1e-3, atol=1e-3)
-    assert (clips[2] - clips[3]).abs().max() > 0.1
-    video = roll(length=7, overlap=1, shape=(8, 3, 1, 4, 4))
-    agree(video[:, :3], clips, rtol=1e-3, atol=1e-3)
-    alone = roll(length=7, overlap=1, shape=(1, 3, 1, 4, 4), clips=[3])
-    agree(video[3:4], alone, rtol=1e-2, atol=1e-2)
-
 def test_noise_of_seeds_and_clips():
     """Unit noise, another for every seed and clip, and at every call; again the same from anew."""
     pairs = (0, 0), (0, 1), (1, 0), (1, 1)
     noise = [vdm.clip_noise(seed, [clip])(10_000) for seed, clip in pairs]
     again = vdm.clip_noise(0, [0])
     assert torch.equal(again(10_000), noise[0])
-    assert len(vdm.clip_noise(7, range(300))(1).unique()) == 300
     agree(torch.cat([*noise, again(10_000)]).cov(), torch.eye(5), rtol=0, atol=0.06)
 
 def test_generate_starts_from_noise_at_sigma_max():
-    """Standard deviation 80; one evaluation a step, or two where guidance asks for them."""
-    shape, mask = (2, 8, 3, 16, 16), torch.tensor([[1] + [0] * 7] * 2)
-    given = dict(context=torch.ones(shape), mask=mask)
-    guided = partial(vdm.guided, scale=2.0)
-    for wrap, asked in ((lambda f: f, [given] * 3), (guided, [{}, given] * 3)):
-        seen = []
-        denoise = lambda x, sigma, **told: seen.append((x, sigma, told)) or 0 * x
-        vdm.generate(wrap(denoise), shape, vdm.karras_sigmas(3, 1, 80), **given)
-        x, sigma, _ = seen[0]
-        assert (sigma == 80).all() and [told for _, _, told in seen] == asked
-        assert x.std().item() == pytest.approx(80, rel=0.04) and abs(x.mean()) < 4
+    """Standard deviation 80, and one evaluation a step, told what generate is told."""
+    seen = []
 
-def normal(x, sigma, std=None, beside_the_point=None):
-    """The exact denoiser of pixels ~ Normal(M, std^2) of their own, std (B,) being told."""
-    std = torch.full_like(sigma, S) if std is None else std
-    return M + five(std ** 2 / (std ** 2 + sigma ** 2)) * (x - M)
+    def denoise(x, sigma, label):
+        seen.append((x.std().item(), x.mean().item(), sigma.tolist(), label))
+        return 0 * x
+
+    vdm.generate(denoise, (2, 8, 3, 16, 16), vdm.karras_sigmas(3, 1, 80), label="a")
+    assert seen[0] == (pytest.approx(80, rel=0.04), pytest.approx(0, abs=4), [80, 80], "a")
+    assert [label for *_, label in seen] == ["a"] * 3
 
 def test_reward():
-    """exp(-variance) where it is known; higher for the surer condition, untouched by one that
-    changes nothing; each clip's its own."""
-    shape, std = (2, 8, 3, 16, 16), torch.tensor([0.2, 0.9])
-    sigmas = vdm.karras_sigmas(60, 0.002, 80)
-    ask = partial(vdm.reward, normal, sigmas=sigmas, sampler=vdm.sample_heun)
-    assert ask(shape).tolist() == pytest.approx([math.exp(-S ** 2)] * 2, rel=0.02)
-    got = ask(shape, std=std)
-    assert got.tolist() == pytest.approx((-std ** 2).exp().tolist(), rel=0.03) and got[0] > got[1]
-    assert torch.equal(got, ask(shape, std=std, beside_the_point=torch.randn(shape)))
-    assert torch.equal(ask(shape, std=std.flip(0))[0], ask((1, *shape[1:]), std=std[1:])[0])
-    for other in (dict(seed=9), dict(ensemble=4)):
-        assert not torch.equal(got, ask(shape, std=std, **other))
+    """exp(-variance) where it is known: of pixels that are Normal(M, S^2), each on its own."""
+    denoise = lambda x, sigma: M + S ** 2 / (S ** 2 + five(sigma) ** 2) * (x - M)
+    got = vdm.reward(denoise, (2, 8, 3, 16, 16), vdm.karras_sigmas(60, 0.002, 80),
+                     sampler=vdm.sample_heun)
+    assert got.tolist() == pytest.approx([math.exp(-S ** 2)] * 2, rel=0.02)
 
-@cases("give", GIVES)
-@cases("name", SAMPLERS)
+@cases("name, give", [*((name, "concat") for name in vdm.SAMPLERS),
+                      ("ddim", "replace"), ("ddim", "per_frame")])
 def test_generate_keeps_the_context_bit_for_bit(name, give):
     """Frames that are given come out as they went in, guided or not."""
-    context, mask = torch.randn(2, 3, 1, 4, 4), torch.tensor([[1, 0, 0], [0, 0, 1]])
-    denoiser, given = tiny(give), dict(context=context, mask=mask)
+    context = torch.randn(2, 3, 1, 4, 4)
+    mask = torch.tensor([[1, 0, 0], [0, 0, 1]])
+    denoiser = tiny(give)
+    given = dict(context=context, mask=mask)
     ways = [(denoiser, given), (vdm.guided(denoiser, [1.5, 2.0, 3.0]), given),
             (vdm.guided_by(denoiser, 2.0, ("label",)), given),
             (vdm.guided(vdm.skip_guided(denoiser, 1.6), 2.0), given),
@@ -933,131 +743,95 @@ def test_generate_keeps_the_context_bit_for_bit(name, give):
     for denoise, told in ways:
         sigmas = vdm.karras_sigmas(2, 0.5, 20)
         x = vdm.generate(denoise, context.shape, sigmas, vdm.SAMPLERS[name], **told)
-        assert torch.equal(x[mask == 1], context[mask == 1]) and x.isfinite().all()
-
-def test_reconstruction_leaves_guidance_by_the_label():
-    """Whichever is wrapped first: 0 + 3 (0.2 - 0) where no frame is given."""
-    denoise = lambda x, sigma, label=None: 0 * x + (0 if label is None else 0.2)
-    context, mask = torch.randn(1, 4, 1, 2, 2), torch.tensor([[1.0, 1, 0, 0]])
-    rebuilt = partial(vdm.reconstruction_guided, context=context, mask=mask)
-    for wrapped in (rebuilt(vdm.guided(denoise, 3.0)), vdm.guided(rebuilt(denoise), 3.0)):
-        x = vdm.generate(wrapped, context.shape, vdm.karras_sigmas(4), label=torch.zeros(1))
-        agree(x, torch.where(five(mask) == 1, context, 0.6))
-
-@cases("give", [*GIVES, "previous"])
-def test_every_way_to_give_rolls_out(give):
-    """Frames that are given come back bit for bit, and other ones give another video."""
-    denoiser, sigmas, n = tiny(give), vdm.karras_sigmas(3, 0.5, 20), 4 if give == "previous" else 2
-    roll = partial(rolled, denoiser, 9, (2, 5, 1, 4, 4), sigmas, overlap=2)
-    start = lambda clip: roll(context=clip)
-    if give == "previous":
-        start = lambda clip: rolled(denoiser, 9, (2, 4, 1, 4, 4), sigmas, previous=clip,
-                                    roll=vdm.rollout_previous)
-    between = lambda clip: vdm.interpolate(denoiser, clip, 3, 4, sigmas)
-    frames, there = torch.randn(2, n, 1, 4, 4), [slice(None, n), slice(None, None, 3)]
-    for make, given in [*zip((start, between), there)][:1 if give == "previous" else 2]:
-        a, b = make(frames), make(frames + 1)
-        assert torch.equal(a[:, given], frames)
-        assert ((a - b).abs().amax((0, 2, 3, 4))[1:5] > 1e-3).all()
+        assert torch.equal(x[mask == 1], context[mask == 1])
+        assert x.isfinite().all()
 
 @cases("overlap", [1, 3, 6])
 def test_rollout_shows_hints_but_keeps_the_video(overlap):
     """Every window writes its number; the next is shown what was written, with noise of level 0.5
-    on it, and what it makes of these frames is not heeded."""
-    noise, level, shown = torch.randn(2, 8, 1, 4, 4), torch.full((2,), 0.5), []
-    wheel = lambda x, sigma, **told: shown.append(told) or torch.full_like(x, len(shown))
-    tell = lambda context, mask, start: vdm.hint(context, mask, level, noise)
-    video = rolled(wheel, 8 + 5 * (8 - overlap), (2, 8, 1, 4, 4), vdm.karras_sigmas(1), overlap,
-                   tell=tell)
-    want = [1] * 8 + [k for k in range(2, 7) for _ in range(8 - overlap)]
-    assert video[0, :, 0, 0, 0].tolist() == want and (shown[0]["concat"] == 0).all()
+    on it, and what it makes of these frames is not heeded. `tell` learns where a window begins."""
+    noise = torch.randn(2, 8, 1, 4, 4)
+    level = torch.full((2,), 0.5)
+    new = 8 - overlap
+    shown = []
+    starts = []
+
+    def wheel(x, sigma, **told):
+        shown.append(told)
+        return torch.full_like(x, len(shown))
+
+    def tell(context, mask, start):
+        starts.append(start)
+        return vdm.hint(context, mask, level, noise)
+
+    video = rolled(wheel, 8 + 5 * new, (2, 8, 1, 4, 4), vdm.karras_sigmas(1), overlap, tell=tell)
+    assert video[0, :, 0, 0, 0].tolist() == [1] * 8 + [k for k in range(2, 7) for _ in range(new)]
+    assert starts == [k * new for k in range(6)]
+    assert (shown[0]["concat"] == 0).all()
     for k, told in enumerate(shown[1:]):
-        end, (frames, marks) = 8 + k * (8 - overlap), told["concat"].split(1, 2)
+        end = 8 + k * new
+        frames, marks = told["concat"].split(1, 2)
         agree(frames[:, :overlap], video[:, end - overlap:end] + 0.5 * noise[:, :overlap])
-        assert (frames[:, overlap:] == 0).all() and torch.equal(told["augmentation"], level)
-        assert marks[0, :, 0, 0, 0].tolist() == [1] * overlap + [0] * (8 - overlap)
+        assert (frames[:, overlap:] == 0).all()
+        assert marks[0, :, 0, 0, 0].tolist() == [1] * overlap + [0] * new
 
 @cases("overlap, given", [(1, 0), (4, 0), (7, 0), (2, 1), (4, 7), (6, 3)])
 def test_rollout_windows(overlap, given):
     """Where a denoiser counts frames the video must count on without a gap, at any length."""
-    sigmas, start = vdm.karras_sigmas(1), count(given) if given else None
+    sigmas = vdm.karras_sigmas(1)
+    start = count(given) if given else None
     for length in {1, 3, 8, 9, 12, 31} - set(range(given)):
-        seen, done = [], given
+        seen = []
         video = rolled(counter(seen), length, (2, 8, 1, 2, 2), sigmas, overlap, start)
         assert torch.equal(video, count(length))
+        done = given
         for frames in seen:                                            # what each window was given
-            assert frames == list(range(done - (given if done == given else overlap) + 1, done + 1))
+            known = given if done == given else overlap
+            assert frames == list(range(done - known + 1, done + 1))
             done += 8 - len(frames)
     assert torch.equal(rolled(counter([]), 8, (2, 8, 1, 2, 2), sigmas, 8, start), count(8))
 
 def test_rollout_needs_no_more_memory_for_longer_videos():
     """Of a billion frames only those asked for are made, and those given away are let go."""
-    seen, alive = [], []
+    seen = []
+    alive = []
     endless = vdm.rollout(counter(seen), 10 ** 9, (2, 8, 1, 2, 2), vdm.karras_sigmas(1), 3)
     for n in range(1, 40):
         alive.append(weakref.ref(next(endless)))
-        assert len(seen) == n and sum(piece() is not None for piece in alive) <= 2
-    assert max(map(len, seen)) == 3
-
-@cases("overlap, given", [(2, 0), (1, 3), (4, 4)])
-def test_rollout_tells_each_window_its_own_actions(overlap, given):
-    """Frame n is told n, so the video must count; what is given fits what it is told."""
-    action = torch.arange(1.0, 101)[:, None].expand(2, 100, 1)
-    tell = lambda context, mask, start: dict(context=context, mask=mask,
-                                             action=action[:, start:start + 5])
-
-    def obedient(x, sigma, action, context, mask):
-        frames = five(action[..., 0]).expand_as(x)
-        assert torch.equal(context[mask == 1], frames[mask == 1])
-        return frames
-
-    video = rolled(obedient, 23, (2, 5, 1, 2, 2), torch.tensor([1.0, 0.0]), overlap,
-                   count(given) if given else None, tell=tell)
-    assert torch.equal(video, count(23))
+        assert len(seen) == n
+        assert sum(piece() is not None for piece in alive) <= 2
 
 def test_rollout_in_whole_clips():
     """PVDM: every window is given all of the window before it."""
-    seen, shape, sigmas = [], (2, 4, 1, 2, 2), vdm.karras_sigmas(1)
-    roll = partial(rolled, counter(seen), shape=shape, sigmas=sigmas, roll=vdm.rollout_previous)
+    seen = []
+    roll = partial(rolled, counter(seen), shape=(2, 4, 1, 2, 2), sigmas=vdm.karras_sigmas(1),
+                   roll=vdm.rollout_previous)
     assert torch.equal(roll(14), count(14))
     assert seen == [[], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert torch.equal(roll(9, previous=count(4)), count(9))
     assert seen[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
-@cases("what, overlap, given", [("overlap is 0", 0, 1), ("overlap is 8", 8, 1),
-                                ("overlap is -1", -1, 1), ("context has 8 frames", 4, 8)])
-def test_rollout_refuses(what, overlap, given):
-    """What cannot work is refused by its name."""
-    with pytest.raises(ValueError, match=what):
-        rolled(counter([]), 9, (2, 8, 1, 2, 2), vdm.karras_sigmas(1), overlap, count(given))
+REFUSED_CALLS = {                       # a word of the sentence: the call
+    "context and mask belong together": lambda x: tiny()(x, torch.ones(2), x),
+    "2 numbers": lambda x: vdm.guided(tiny(), [1.0, 2.0])(x, torch.ones(2)),
+    "overlap is 0": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 0)],
+    "overlap is 3": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 3)],
+    "context has 3 frames": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 2, x)],
+    "task is 'image'": lambda x: vdm.draw_mask(1, 5, (1, 1), "image"),
+    "kind is 'z'": lambda x: vdm.scalings(torch.ones(1), "z"),
+    "weighting is 'z'": lambda x: vdm.loss_weight(torch.ones(1), "z"),
+    "concat_channels": lambda x: tiny("per_frame").net(x, x[:, :, 0, 0, 0], concat=x),
+    "rank 0, expected": lambda x: vdm.adapt(tiny().net, "lora", 0),
+    "channels is 4": lambda x: vdm.decode("a.mp4", channels=4)}
 
-@cases("preset", vdm.PRESETS)
-def test_channels_stay_last_in_memory(preset):
-    """At every convolution: a tensor laid out otherwise and all that follow it are copied."""
-    c, seen = vdm.PRESETS[preset], []
-    size = (c.patch * 2 ** len(c.mults),) * 2
-    model = vdm.build(vdm.dataclasses.replace(c, width=16, head_dim=16, size=size))
-    forms = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
-    for layer in (layer for layer in model.net.modules() if type(layer) in forms):
-        layer.register_forward_hook(lambda layer, inputs, out: seen.append(
-            inputs[0].is_contiguous(memory_format=forms[type(layer)])))
-    x = torch.randn(2, 3, c.channels, *size)
-    given = dict(previous=x) if c.give == "previous" else dict(context=x, mask=torch.eye(3)[:2])
-    model(x, torch.ones(2), **given)
-    assert len(seen) > 10 and all(seen[c.channels == 1:])              # one channel has no order
+@cases("words", REFUSED_CALLS)
+def test_wrong_calls_are_refused(words):
+    with pytest.raises(ValueError, match=words):
+        REFUSED_CALLS[words](torch.ones(2, 3, 1, 4, 4))
 
 # ==================================================================================================
 # Network, adapters, EMA, autoencoder, Drive, the file
 # ==================================================================================================
-
-close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-
-def randomize(model, gates=True):
-    """Random weights, in the gates if asked to: where layers are 0 any test would pass."""
-    for name, p in model.named_parameters():
-        if gates or not name.endswith("gate"):
-            nn.init.normal_(p, std=0.7 if p.ndim < 2 else p[0].numel() ** -0.5)
-    return model.eval().requires_grad_(False)
 
 def small_net(channels=1, width=8, attention=("factorised", "joint"), **options):
     """A fresh network of 5 blocks, with layers of all kinds."""
@@ -1087,16 +861,17 @@ def test_rotary_positions_are_relative(axes):
 
 def test_temporal_conv():
     """Group norm, SiLU, three taps over t with zeros beyond the ends, the gate: written out."""
-    layer, x = randomize(vdm.TemporalConv(48)), torch.randn(2, 4, 48, 2, 3)
+    layer = randomize(vdm.TemporalConv(48))
+    x = torch.randn(2, 4, 48, 2, 3)
     h = F.group_norm(x.flatten(0, 1), 3, layer.norm.weight, layer.norm.bias).view_as(x)
     h = h / (1 + (-h).exp())                                           # groups are of 16 channels
-    want = x + layer.gate * layer.conv.bias[:, None, None]
-    for t, tap in np.ndindex(4, 3):
-        if 0 <= t + tap - 1 < 4:
-            weight = layer.conv.weight[:, :, tap, 0, 0]
-            want[:, t] += layer.gate * torch.einsum("oi,bihw->bohw", weight, h[:, t + tap - 1])
-    close(layer(x), want)
-    close(layer(x, 0.3), 0.7 * x + 0.3 * want)                         # Video LDM's alpha
+    h = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 1))
+    seen = layer.conv.bias[:, None, None]
+    for tap in range(3):
+        weight = layer.conv.weight[:, :, tap, 0, 0]
+        seen = seen + torch.einsum("oi,btihw->btohw", weight, h[:, tap:tap + 4])
+    close(layer(x), x + layer.gate * seen)
+    close(layer(x, 0.3), x + 0.3 * layer.gate * seen)                  # Video LDM's alpha
 
 @cases("over", ["hw", "t", "thw"])
 def test_attention_token_by_token(over):
@@ -1123,10 +898,9 @@ def test_attention_token_by_token(over):
         h = tokens[at] + layer.out(h)
         want[0, at[0], :, at[1], at[2]] = h + layer.feed_forward(h)
     close(layer(x), want)
-    if over != "hw":
-        time = randomize(vdm.TemporalAttention(16, 8, over))
-        time.attention.load_state_dict(layer.state_dict())
-        close(time(x, 0.3), x + 0.3 * time.gate * (want - x))
+    time = randomize(vdm.TemporalAttention(16, 8, over))
+    time.attention.load_state_dict(layer.state_dict())
+    close(time(x, 0.3), x + 0.3 * time.gate * (want - x))
 
 def test_waves():
     """The embedding of DDPM's steps, by diffusers."""
@@ -1139,33 +913,29 @@ def test_waves():
 def test_a_fresh_network_is_an_image_network(patch, blocks):
     """Gates at 0: each frame as if alone. Once they are open one frame changes all others."""
     net = randomize(small_net(2, patch=patch, blocks=blocks), gates=False)
-    x, level = torch.randn(2, 5, 2, 4 * patch, 2 * patch), torch.randn(2, 5)
+    x = torch.randn(2, 5, 2, 4 * patch, 2 * patch)
+    level = torch.randn(2, 5)
     alone = frame_by_frame(net, x, level)
     close(net(x, level), alone)
-    assert alone.shape == x.shape and alone.std() > 0.1
+    assert alone.std() > 0.1
     before = randomize(net)(x, level)
     x[:, 3] += torch.randn(x[:, 3].shape)
     assert differ(net(x, level), before)
 
 def test_temporal_0_is_the_image_network():
-    """Whatever the gates: the answers of the same weights with gates 0, and no heed of concat."""
+    """Whatever the gates: each frame as if alone, and no heed of concat. A number per clip."""
     net = randomize(small_net())
-    image = copy.deepcopy(net)
-    gates = [p for name, p in image.named_parameters() if name.endswith("gate")]
-    assert len(gates) == 5 * 3 and all(gate != 0 for gate in gates)    # each block has three
-    for gate in gates:
-        nn.init.zeros_(gate)
-    x, concat, level = torch.randn(3, 5, 1, 8, 4), torch.randn(3, 5, 2, 8, 4), torch.randn(3, 5)
-    alone, told = (net(x, level, concat=concat, temporal=temporal) for temporal in (0.0, 1.0))
-    close(alone, image(x, level))
+    x = torch.randn(3, 5, 1, 8, 4)
+    told = dict(concat=torch.randn(3, 5, 2, 8, 4))
+    level = torch.randn(3, 5)
+    alone = net(x, level, **told, temporal=0.0)
+    together = net(x, level, **told)
     close(alone, frame_by_frame(net, x, level, temporal=0.0))
-    order = torch.tensor([3, 0, 4, 1, 2])                              # then frames are in no order
-    close(net(x[:, order], level[:, order], temporal=0.0), alone[:, order])
-    assert differ(told, net(x, level)) and differ(net(x, level), alone)
-    mixed = net(x, level, concat=concat, temporal=torch.tensor([0.0, 0.4, 1.0]))   # a number a clip
-    close(mixed[[0, 2]], torch.stack([alone[0], told[2]]))
-    close(mixed[1:2], net(x[1:2], level[1:2], concat=concat[1:2], temporal=0.4))
-    assert differ(mixed[1:2], told[1:2])
+    assert differ(together, net(x, level))
+    assert differ(net(x, level), alone)
+    mixed = net(x, level, **told, temporal=torch.tensor([0.0, 0.4, 1.0]))
+    close(mixed, torch.stack([alone[0], net(x, level, **told, temporal=0.4)[1], together[2]]))
+    assert differ(mixed[1:2], together[1:2])
 
 @cases("attention, reach", [("none", 10), ("joint", 24)])
 def test_what_a_frame_sees_of_time(attention, reach):
@@ -1177,34 +947,13 @@ def test_what_a_frame_sees_of_time(attention, reach):
         sees = gradient.flatten(2).any(-1)[0].tolist()
         assert sees == [abs(s - t) <= reach for s in range(25)]
 
-NAN = math.nan
-CONDITIONS = dict(level=(vdm.NumberEmbedding, torch.tensor([0.0, -1.0])),
-                  label=(partial(vdm.LabelEmbedding, 4), torch.tensor([0, -1])),
-                  given=(partial(vdm.LabelEmbedding, 1), torch.tensor([[0, -1, 0], [-1, -1, -1]])),
-                  action=(partial(vdm.ActionEmbedding, 2),
-                          torch.tensor([[[0, NAN], [NAN, NAN], [NAN, 0]], [[NAN, NAN]] * 3])))
-
-@cases("name", CONDITIONS)
-def test_conditions_change_nothing_at_first_and_then_learn(name):
-    """The first clip is told 0, the second nothing; in two cases frame 1 of the first neither."""
-    make, value = CONDITIONS[name]
-    net = randomize(small_net(), gates=False)
-    net.conditions[name] = make(dim_emb=256)
-    x, level = torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3)
-    before = net(x, level)
-    assert torch.equal(net(x, level, **{name: value}), before)
-    net(x, level, **{name: value}).square().sum().backward()
-    torch.optim.SGD(net.conditions.parameters(), lr=1.0).step()
-    moved = (net(x, level, **{name: value}) - before).abs().amax((2, 3, 4)) > 1e-4         # (B, T)
-    assert moved.tolist() == [[True, name in ("level", "label"), True], [False] * 3]
-    with pytest.raises(ValueError, match="mood"):                      # the network lacks this one
-        net(x, level, mood=value)
-
 def train_some(net, steps, **options):
     """Steps of gradient descent on random clips: yields, after each, what had a gradient."""
     net.zero_grad()
-    x, concat, level = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 4, 2, 8, 8), torch.randn(2, 4)
+    x = torch.randn(2, 4, 1, 8, 8)
     x.requires_grad_()           # or PyTorch 2.13 dies where a GroupNorm is the first that learns
+    concat = torch.randn(2, 4, 2, 8, 8)
+    level = torch.randn(2, 4)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -1219,54 +968,16 @@ def test_what_learns_at_which_step():
     gated = {name for name in names if "time" in name and not name.endswith("gate")}
     assert [*train_some(net, 3)] == [{"output.2.weight", "output.2.bias"}, names - gated, names]
 
-def test_given_frames_enter_by_a_temporal_layer():
-    """Pictures do not train it; the temporal part alone, trained after them, does."""
-    net = small_net()
-    layer, = net.concat.parameters()
-    start = layer.detach().clone()
-    images = [*train_some(net, 3, temporal=0.0)]
-    assert torch.equal(layer, start) and len(images[2]) > 50
-    vdm.trainable(net, ["temporal"])
-    clips, = train_some(net, 1)
-    assert all(re.search("time|concat", name) for name in clips)
-    assert layer.grad.any() and not torch.equal(layer, start)
-
-def affine(dim_in, dim, taps=1):
-    """Parameters of a matrix or, with taps, a convolution, and its bias."""
-    return taps * dim_in * dim + dim
-
-def block_size(dim_in, dim, attention):
-    """Norms, convolutions, what is made of the level's 256 numbers, 4 + 8 square matrices."""
-    time = 2 * dim + affine(dim, dim, 3) + 1
-    res = 2 * dim_in + affine(dim_in, dim, 9) + affine(256, 2 * dim) + 2 * dim + affine(dim, dim, 9)
-    res += affine(dim_in, dim) if dim_in != dim else 0
-    tokens = 12 * dim ** 2 + 10 * dim
-    return res + 2 * time + dict(none=0, factorised=2 * tokens + 1, joint=tokens + 1)[attention]
-
-TINY = [(16, 16, "none"), (16, 48, "factorised"), (48, 96, "joint"), (96, 96, "joint"),
-        (192, 96, "joint"), (96, 48, "factorised"), (32, 16, "none")]
-
-def test_parameters_of_tiny():
-    """Counted by hand: the level, tiles of 12 channels and 16 of given frames, blocks, output."""
-    count = affine(64, 256) + affine(256, 256) + affine(12, 16, 9) + 9 * 16 * 16
-    count += sum(block_size(*block) for block in TINY)
-    count += sum(affine(*dims, 9) for dims in ((16, 16), (48, 48), (96, 48), (48, 16)))
-    count += 2 * 16 + affine(16, 12, 9)
-    model = vdm.build(vdm.PRESETS["tiny"])
-    assert sum(p.numel() for p in model.parameters()) == count
-    overs = [layer.over for layer in model.modules() if hasattr(layer, "over")]
-    assert overs == ["hw", "t", "thw", "thw", "thw", "hw", "t"]        # down, middle, up
-
 # ---- adapters ------------------------------------------------------------------------------------
 
 @cases("layer, shape", [
     (nn.Linear(6, 5), (4, 6)), (nn.Conv1d(6, 5, 3, padding=1), (2, 6, 7)),
     (nn.Conv2d(6, 5, 3, 2, 1, 2, bias=False), (2, 6, 7, 8)), (nn.Linear(6, 5).double(), (4, 6)),
-    (nn.Linear(6, 5).bfloat16(), (4, 6)),
     (nn.Conv3d(6, 5, (3, 1, 1), padding="same"), (2, 6, 4, 3, 3))])
 def test_lora(layer, shape):
     """Nothing at first; then, and merged, the layer whose weight is W + B A as a matrix."""
-    x, plain = torch.randn(shape).to(layer.weight), copy.deepcopy(layer)
+    x = torch.randn(shape).to(layer.weight)
+    plain = copy.deepcopy(layer)
     lora = vdm.LoRA(layer, rank=2)
     assert torch.equal(lora(x), plain(x))
     assert abs(vdm.LoRA(nn.Linear(9000, 9), 16).branch[0].weight.std() * 16 - 1) < 0.01      # Vista
@@ -1274,13 +985,12 @@ def test_lora(layer, shape):
     nn.init.normal_(up.weight)
     low_rank = up.weight.reshape(5, 2) @ down.weight.reshape(2, -1)
     plain.weight.data += low_rank.detach().reshape(plain.weight.shape)
-    near = dict(atol=0.1, rtol=0.1) if x.dtype == torch.bfloat16 else {}
-    close(lora(x), plain(x), **near)
-    close(lora.merge()(x), plain(x), **near)
+    close(lora(x), plain(x))
+    close(lora.merge()(x), plain(x))
 
 @cases("layer", [
     nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding_mode="circular", padding=1),
-    nn.ConvTranspose2d(4, 4, 3), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2).out_proj])
+    nn.ConvTranspose2d(4, 4, 3), nn.MultiheadAttention(4, 2).out_proj])
 def test_lora_refuses_what_it_cannot_wrap(layer):
     with pytest.raises(ValueError, match="LoRA cannot wrap"):
         vdm.LoRA(layer)
@@ -1289,28 +999,31 @@ class Doubles(nn.Module):
     def forward(self, x, emb=None, temporal=1.0):
         return 2 * x
 
-def test_simdas_adapters():
-    """By einsum, and a loop over frames, around layers that double; temporal=0 leaves time out."""
+@cases("kind, seen", [(vdm.SpatialAdapter, 2), (vdm.FeedForwardAdapter, 1)])
+def test_simdas_adapters_of_space(kind, seen):
+    """By einsum, around a layer that doubles: behind it, or beside it."""
+    x = torch.randn(2, 5, 3, 4, 8)
+    adapter = kind(Doubles(), 8)
+    assert torch.equal(adapter(x), 2 * x)
+    down, _, up = randomize(adapter.branch)
+    h = F.gelu(torch.einsum("rc,bthwc->bthwr", down.weight, seen * x) + down.bias)
+    close(adapter(x), 2 * x + torch.einsum("cr,bthwr->bthwc", up.weight, h) + up.bias)
+
+def test_simdas_adapter_of_time():
+    """By einsum, and a loop over taps, around a layer that doubles; temporal=0 leaves it out."""
     x = torch.randn(2, 5, 8, 3, 4)
-    tokens = x.movedim(2, -1)
-    space, beside, time = (kind(Doubles(), 8) for kind in (
-        vdm.SpatialAdapter, vdm.FeedForwardAdapter, vdm.TemporalAdapter))
-    assert torch.equal(space(tokens), 2 * tokens) and torch.equal(beside(tokens), 2 * tokens)
-    assert torch.equal(time(x, None), 2 * x)
-    for adapter, seen in ((space, 2 * tokens), (beside, tokens)):
-        down, _, up = randomize(adapter.branch)
-        h = F.gelu(torch.einsum("rc,bthwc->bthwr", down.weight, seen) + down.bias)
-        up = torch.einsum("cr,bthwr->bthwc", up.weight, h) + up.bias
-        close(adapter(tokens), 2 * tokens + up)
-    down, taps, up = randomize(time.branch)
-    h = torch.einsum("rc,bthwc->bthwr", down.weight.flatten(1), 2 * tokens) + down.bias
-    seen = taps.bias.expand(h.shape).clone()
-    for t, tap in np.ndindex(5, 3):
-        if 0 <= t + tap - 1 < 5:
-            seen[:, t] += taps.weight[:, 0, tap, 0, 0] * h[:, t + tap - 1]
-    up = torch.einsum("cr,bthwr->bthwc", up.weight.flatten(1), seen) + up.bias
-    close(time(x, None).movedim(2, -1), 2 * tokens + up)
-    assert torch.equal(time(x, None, 0.0), 2 * x)
+    adapter = vdm.TemporalAdapter(Doubles(), 8)
+    assert torch.equal(adapter(x, None), 2 * x)
+    down, taps, up = randomize(adapter.branch)
+    bias = lambda layer: layer.bias[:, None, None]
+    h = torch.einsum("rc,btchw->btrhw", down.weight.flatten(1), 2 * x) + bias(down)
+    h = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 1))
+    seen = bias(taps)
+    for tap in range(3):
+        seen = seen + taps.weight[:, 0, tap] * h[:, tap:tap + 5]
+    want = 2 * x + torch.einsum("cr,btrhw->btchw", up.weight.flatten(1), seen) + bias(up)
+    close(adapter(x, None), want)
+    assert torch.equal(adapter(x, None, 0.0), 2 * x)
 
 def shifted(x, t, y, z):
     """The token that SimDA's code puts at one place of x (T, H, W, ...): of s frames ago."""
@@ -1321,15 +1034,19 @@ def shifted(x, t, y, z):
 def test_shift_attention(code):
     """Query by query, on a frame that is neither square nor a multiple of 4."""
     q, k, v = torch.randn(3, 1, 6, 5, 6, 2, 3)                         # (B, T, H, W, heads, d)
-    moved, got = vdm.shift_tokens(k), vdm.shift_attention(q, k, v, code)
+    got = vdm.shift_attention(q, k, v, code)
     places = list(np.ndindex(5, 6))
+
+    def seen(x, t):
+        """Of one frame, (2 H W, heads, d). Paper: its own; code: those of the last."""
+        first = [x[t, y, z] for y, z in places]
+        if code:
+            first = [shifted(x, max(t - 1, 0), y, z) for y, z in places]
+        return torch.stack(first + [shifted(x, t, y, z) for y, z in places])
+
     for t in range(6):
-        assert all(torch.equal(moved[0, t, y, z], shifted(k[0], t, y, z)) for y, z in places)
-        keys, values = [], []
-        for x, seen in ((k[0], keys), (v[0], values)):     # paper: its own; code: the last
-            seen += [shifted(x, max(t - 1, 0), y, z) if code else x[t, y, z] for y, z in places]
-            seen += [shifted(x, t, y, z) for y, z in places]
-        keys, values = torch.stack(keys), torch.stack(values)                  # (2 H W, heads, d)
+        keys = seen(k[0], t)
+        values = seen(v[0], t)
         for y, z, head in np.ndindex(5, 6, 2):
             p = (keys[:, head] @ q[0, t, y, z, head] / 3 ** 0.5).softmax(0)
             close(got[0, t, y, z, head], p @ values[:, head])
@@ -1338,10 +1055,10 @@ def test_shift_attention(code):
 def test_adapt_changes_nothing_at_first(kind):
     """Then every new parameter can; temporal=0 is an image model; LoRA merges into a plain one."""
     net = randomize(small_net(1, 16))
-    x, level = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 4)
-    before, names = net(x, level), set(net.state_dict())
-    with pytest.raises(ValueError, match="expected lora or simda"):
-        vdm.adapt(net, kind, rank=0)
+    x = torch.randn(2, 4, 1, 8, 8)
+    level = torch.randn(2, 4)
+    before = net(x, level)
+    names = set(net.state_dict())
     new = vdm.adapt(net, kind, 2)
     assert torch.equal(net(x, level), before)
     for p in new:
@@ -1358,54 +1075,41 @@ def test_adapt_changes_nothing_at_first(kind):
         close(net(x, level), after, rtol=1e-3, atol=1e-3)
         assert set(net.state_dict()) == names
 
-def test_where_simda_has_its_adapters():
-    """Behind convolutions, behind attention over space, beside feed-forward layers: a few per cent
-    of the network (the paper: 24 M of 1.1 B), counted by hand."""
+@cases("kind, end, n", [(vdm.TemporalAdapter, "res", 7), (vdm.FeedForwardAdapter, "forward", 7),
+                        (vdm.SpatialAdapter, "space_attention.out", 2)])
+def test_where_simda_has_its_adapters(kind, end, n):
+    """Behind convolutions, beside feed-forward layers, behind attention over space."""
     net = vdm.build(vdm.PRESETS["tiny"]).net
-    whole = sum(p.numel() for p in net.parameters())
-    share = sum(p.numel() for p in vdm.adapt(net, "simda"))
-    for kind, end, n in ((vdm.TemporalAdapter, "res", 7), (vdm.FeedForwardAdapter, "forward", 7),
-                         (vdm.SpatialAdapter, "space_attention.out", 2)):
-        found = [name for name, layer in net.named_modules() if type(layer) is kind]
-        assert len(found) == n and all(name.endswith(end) for name in found)
-    quarter = {c: affine(c, c // 4) + affine(c // 4, c) for c in (48, 96)}
-    want = 2 * 3 * quarter[48] + 3 * quarter[96]
-    want += sum(affine(c, c // 2) + affine(1, c // 2, 3) + affine(c // 2, c) for _, c, _ in TINY)
-    assert share == want and 0.01 < share / whole < 0.1
+    vdm.adapt(net, "simda")
+    found = [name for name, layer in net.named_modules() if type(layer) is kind]
+    assert len(found) == n
+    assert all(name.endswith(end) for name in found)
 
-@cases("adapters", ["", "lora", "simda"])
-@cases("preset", vdm.PRESETS)
-def test_every_parameter_has_its_part(preset, adapters):
+@cases("adapters, word", [("", None), ("lora", "lora"), ("simda", "adapters")])
+def test_every_parameter_has_its_part(adapters, word):
     """By the names of the layers: part_of goes by their kinds."""
-    if preset in ("svd", "vista") and adapters == "simda":
-        pytest.skip("SimDA's adapters are for a VideoUNet")
-    config = dataclasses.replace(vdm.PRESETS[preset], adapters=adapters, labels=3, actions=(2,))
-    with torch.device("meta"):
-        model = vdm.build(config)
+    model = vdm.build(vdm.Config(adapters=adapters, labels=3, actions=(2,)))
     parts = vdm.part_of(model)
-    words = {r"\.branch\.": dict(lora="lora", simda="adapters").get(adapters),
-             r"\.conditions\.|\.action\.": "conditions", r"\.time|\.concat\.": "temporal", "": "spatial"}
+    words = {r"\.branch\.": word, r"\.conditions\.": "conditions",
+             r"\.time|\.concat\.": "temporal", "": "spatial"}
     for name, p in model.named_parameters():
         assert parts.pop(p) == next(words[word] for word in words if re.search(word, name)), name
     assert not parts
 
-def test_trainable():
-    """Each part alone: a step leaves all others bit for bit, and without gradient."""
+@cases("parts", [("lora",), ("temporal",), ("conditions", "lora"), ("spatial",)])
+def test_trainable(parts):
+    """A step leaves all other parts bit for bit, and without gradient."""
     net = small_net(1, 16, conditions=dict(action=vdm.ActionEmbedding(2)))
     vdm.adapt(net, "lora", 2)
     randomize(net)
-    part_of = vdm.part_of(net)
-    assert set(part_of.values()) == {"spatial", "temporal", "lora", "conditions"}
-    for parts in (("lora",), ("temporal",), ("conditions", "lora"), ("spatial",)):
-        vdm.trainable(net, parts)
-        before = {p: p.detach().clone() for p in net.parameters()}
-        assert len([*train_some(net, 1, action=torch.randn(2, 4, 2))][0]) > 5
-        for p, part in part_of.items():
-            assert (p.grad is not None) == (not torch.equal(p, before[p])) == (part in parts)
-            p.grad = None
-    for parts in (("adapters",), ()):
+    vdm.trainable(net, parts)
+    before = {p: p.detach().clone() for p in net.parameters()}
+    assert len([*train_some(net, 1, action=torch.randn(2, 4, 2))][0]) > 5
+    for p, part in vdm.part_of(net).items():
+        assert (p.grad is not None) == (not torch.equal(p, before[p])) == (part in parts)
+    for wrong in (("adapters",), ()):
         with pytest.raises(ValueError, match="are conditions lora spatial temporal"):
-            vdm.trainable(net, parts)
+            vdm.trainable(net, wrong)
 
 # ---- the published networks ----------------------------------------------------------------------
 # diffusers has SVD's network, its scheduler and its pipeline. Vista's network is SVD's whose one
@@ -1757,8 +1461,7 @@ SVD_SHAPE = {name: getattr(vdm.PRESETS["svd"], name) for name in (
 
 # ---- EMA and checkpoints -------------------------------------------------------------------------
 
-@cases("decay", [0.9999, 0.5])
-@cases("dtype", [torch.float32, torch.bfloat16])
+@cases("decay, dtype", [(0.9999, torch.bfloat16), (0.5, torch.float32)])
 def test_ema(decay, dtype):
     """The recursion in numpy, of random weights; in float32 always; buffers are copied."""
     model = nn.BatchNorm1d(4).to(dtype)
@@ -1772,7 +1475,8 @@ def test_ema(decay, dtype):
         average = keep * average + (1 - keep) * model.weight.detach().double().numpy()
         np.testing.assert_allclose(ema.model.weight.numpy(), average, rtol=1e-4, atol=1e-5)
         assert (ema.model.running_mean == n).all()
-    assert ema.model.weight.dtype == torch.float32 and not ema.model.training
+    assert ema.model.weight.dtype == torch.float32
+    assert not ema.model.training
 
 SMALL = vdm.Config(frames=3, size=(8, 8), channels=1, width=8, mults=(1, 2), head_dim=8,
                    attention=("none", "joint"))
@@ -1781,7 +1485,7 @@ def checkpoint(path, config=None, **fields):
     """Save two models: one as the last weights, the other, which is returned, as their average."""
     its = dataclasses.replace(SMALL, **fields)
     last, average = (randomize(vdm.build(its)) for _ in range(2))
-    vdm.save(path, config=dataclasses.asdict(its) | (config or {}), model=last.state_dict(),
+    vdm.save(path, config=asdict(its) | (config or {}), model=last.state_dict(),
              ema=average.state_dict(), step=7)
     return average
 
@@ -1790,20 +1494,25 @@ def checkpoint(path, config=None, **fields):
     dict(give="previous", adapters="simda"), dict(adapters="lora", rank=2)])
 def test_save_and_load(tmp_path, fields):
     """The averaged weights, ready to sample from."""
-    path, x = tmp_path / "new" / "a.pt", torch.randn(1, 3, 1, 8, 8)
+    path = tmp_path / "new" / "a.pt"
+    x = torch.randn(1, 3, 1, 8, 8)
     average = checkpoint(path, **fields)
     loaded, config = vdm.load(path)
     assert torch.equal(loaded(x, torch.ones(1)), average(x, torch.ones(1)))
-    assert config == dataclasses.replace(SMALL, **fields) and type(loaded) is type(average)
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert vdm.read_checkpoint(path)[0]["step"] == 7 and os.listdir(path.parent) == ["a.pt"]
+    assert config == dataclasses.replace(SMALL, **fields)
+    assert type(loaded) is type(average)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert vdm.read_checkpoint(path)[0]["step"] == 7
+    assert os.listdir(path.parent) == ["a.pt"]
 
 def refusal(path):
     """What load says of a file: one sentence that names it."""
     with pytest.raises(ValueError) as error:
         vdm.load(path)
     said = str(error.value)
-    assert path.name in said and "\n" not in said and len(said) < 400, said
+    assert path.name in said
+    assert "\n" not in said
     return said
 
 def test_bad_checkpoints_are_refused(tmp_path):
@@ -1811,11 +1520,12 @@ def test_bad_checkpoints_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     assert "no checkpoint" in refusal(path)
     checkpoint(path)
-    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
     for length in (0, 9, len(whole) // 2, len(whole) - 9):
         path.write_bytes(whole[:length])
         assert "truncated" in refusal(path)
-    for change in (dict(width=16), dict(attention=("none", "none")), dict(give="previous")):
+    for change in (dict(width=16), dict(give="previous")):
         checkpoint(path, change)
         assert "do not fit the config" in refusal(path)
     checkpoint(path, dict(no_such_field=1))
@@ -1829,16 +1539,18 @@ class Attack:
         return os.mkdir, ("marker",)
 
 @pytest.mark.filterwarnings("ignore")
-@cases("zipped", [True, False])
-def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch, zipped):
+@cases("write, read", [(torch.save, partial(torch.load, weights_only=False)),
+                       (lambda state, path: path.write_bytes(pickle.dumps(state)),
+                        lambda path: pickle.loads(path.read_bytes()))])
+def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch, write, read):
     """A pickle that makes a folder when it is read: refused, and there is no folder."""
     monkeypatch.chdir(tmp_path)
-    path, marker = Path("a.pt"), Path("marker")
-    state = dict(config=dataclasses.asdict(SMALL), ema={}, extra=Attack())
-    torch.save(state, path) if zipped else path.write_bytes(pickle.dumps(state))
-    assert "code" in refusal(path) and not marker.exists()
-    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
-    assert marker.exists()                                             # so it was a real one
+    path = Path("a.pt")
+    write(dict(config=asdict(SMALL), ema={}, extra=Attack()), path)
+    assert "code" in refusal(path)
+    assert not Path("marker").exists()
+    read(path)
+    assert Path("marker").exists()                                     # so it was a real one
 
 @cases("module, name, error", [
     (torch, "save", OSError(28, "No space left on device")), (torch, "save", RuntimeError("pos")),
@@ -1853,12 +1565,12 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, module, n
         if name == "save":
             args[1].write(b"half of it")
         raise error
+
     monkeypatch.setattr(module, name, fail)
     with pytest.raises(OSError, match="could not write .*a.pt"):
         vdm.save(path, step=8)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
-    with pytest.raises(OSError, match="could not write .*a.pt.b.pt"):  # in a file as if in a folder
-        vdm.save(path / "b.pt", step=8)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pt"]
 
 @cases("changes, words", [
     *[({name: "all"}, f"{name} is 'all', expected one of ") for name in vdm.CHOICES],
@@ -1875,39 +1587,40 @@ def test_settings_of_which_no_model_can_be_built(changes, words):
 def autoencoder(gates=True, factor=4):
     return randomize(vdm.Autoencoder(channels=2, latent=3, width=16, factor=factor), gates)
 
-@cases("factor", [2, 4, 8, 16])
+@cases("factor", [2, 4, 16])
 def test_latents_are_normalised_and_back(factor):
     """A place for factor x factor pixels; per channel mean 0, std 1, by numpy; decode undoes it."""
-    model, clips = autoencoder(factor=factor), torch.randn(5, 4, 2, 32, 16) + 0.3
+    model = autoencoder(factor=factor)
+    clips = torch.randn(5, 4, 2, 32, 16) + 0.3
     model.measure(clips[i:i + 1] for i in range(5))
-    latents, raw = model.encode(clips), model.posterior(clips)[0]
+    latents = model.encode(clips)
+    raw = model.posterior(clips)[0]
     assert latents.shape == (5, 4, 3, 32 // factor, 16 // factor)
     flat = latents.numpy().transpose(2, 0, 1, 3, 4).reshape(3, -1)
     np.testing.assert_allclose(flat.mean(1), 0, atol=1e-4)
     np.testing.assert_allclose(flat.std(1, ddof=1), 1, atol=1e-4)
-    assert not torch.allclose(latents, raw, atol=0.1) and model.decode(latents).shape == clips.shape
+    assert not torch.allclose(latents, raw, atol=0.1)
     close(model.decode(latents), model.render(raw))
 
-def test_temporal_0_decodes_frame_by_frame():
+@cases("gates, temporal, alone", [(False, 1.0, True), (True, 0.0, True), (True, 1.0, False)])
+def test_temporal_0_decodes_frame_by_frame(gates, temporal, alone):
     """So does a fresh decoder, whose gates are 0, but not one whose gates are open."""
-    latents, model = torch.randn(2, 5, 3, 4, 4), autoencoder()
-    fresh = autoencoder(gates=False)
-    for its, temporal, want in ((fresh, 1.0, True), (model, 0.0, True), (model, 1.0, False)):
-        whole = its.decode(latents, temporal=temporal)
-        alone = [its.decode(z, temporal=temporal) for z in latents.split(1, 1)]
-        assert torch.allclose(whole, torch.cat(alone, 1), atol=1e-4) == want and whole.std() > 0.1
+    latents = torch.randn(2, 5, 3, 4, 4)
+    decode = partial(autoencoder(gates).decode, temporal=temporal)
+    frames = torch.cat([decode(z) for z in latents.split(1, 1)], 1)
+    assert torch.allclose(decode(latents), frames, atol=1e-4) == alone
 
-@cases("factor", [2, 4, 8])
+@cases("factor", [2, 8])
 def test_a_stream_decodes_as_the_whole_clip(factor):
     """Whatever the pieces; and frames are held back no longer than layers look ahead."""
-    model, latents = autoencoder(factor=factor), torch.randn(1, 19, 3, 2, 2)
+    model = autoencoder(factor=factor)
+    latents = torch.randn(1, 19, 3, 2, 2)
     whole = model.render(latents)
-    for pieces in (1, 2, 4, 9, 19):
+    for pieces in (1, 4, 9, 19):
         cut = 1 + torch.randperm(18)[:pieces - 1].sort()[0]
         got = list(model.stream(iter(latents.tensor_split(cut, 1))))
         close(torch.cat(got, dim=1), whole)
     assert [piece.shape[1] for piece in got] == [1] * (19 - model.reach) + [model.reach]
-    close(model.decode(latents, chunk=4), whole)
     latents.requires_grad_()
     model.render(latents)[:, 9].sum().backward()
     sees = latents.grad.flatten(2).any(-1)[0].tolist()
@@ -1915,7 +1628,8 @@ def test_a_stream_decodes_as_the_whole_clip(factor):
 
 def test_autoencoder_loss():
     """KL by torch.distributions; the error of a draw of the posterior by PyTorch's losses."""
-    model, clip = autoencoder().requires_grad_(), torch.randn(2, 3, 2, 8, 8)
+    model = autoencoder().requires_grad_()
+    clip = torch.randn(2, 3, 2, 8, 8)
     mean, log_var = model.posterior(clip)
     noise = torch.randn_like(mean)
     posterior = torch.distributions.Normal(mean, (log_var / 2).exp())
@@ -1926,22 +1640,24 @@ def test_autoencoder_loss():
     close(parts, dict(reconstruction=reconstruction.detach(), kl=kl.detach()))
     close(total, reconstruction + 0.3 * kl)
     total.backward()
-    assert model.encoder[1].weight.grad.any() and not any(x.requires_grad for x in parts.values())
+    assert model.encoder[1].weight.grad.any()
     model.encoder[-1].bias.data[3:] = 1000                     # an encoder that has run away
     assert vdm.ae_loss(model, clip, noise)[0].isfinite()
 
 def test_checkpoints_of_autoencoders(tmp_path):
     """Of its own, or within that of a model of its latents; neither is taken for the other."""
-    own, latent, config = tmp_path / "own.pt", tmp_path / "latent.pt", vdm.PRESETS["latent"]
+    own = tmp_path / "own.pt"
+    latent = tmp_path / "latent.pt"
+    config = dataclasses.replace(vdm.PRESETS["latent"], width=16)
     weights = randomize(vdm.build_autoencoder(config)).state_dict()
-    state = dict(config=dataclasses.asdict(config))
-    vdm.save(own, stage="autoencoder", ema=weights, **state)
-    vdm.save(latent, ema=vdm.build(config).state_dict(), autoencoder=weights, **state)
+    vdm.save(own, config=asdict(config), stage="autoencoder", ema=weights)
+    vdm.save(latent, config=asdict(config), ema=vdm.build(config).state_dict(), autoencoder=weights)
     for path in (own, latent):
         loaded, its = vdm.load_autoencoder(path)
         close(loaded.state_dict(), weights)
         assert its == config
-    assert "is an autoencoder" in refusal(own) and vdm.load(latent)[1] == config
+    assert "is an autoencoder" in refusal(own)
+    assert vdm.load(latent)[1] == config
     checkpoint(tmp_path / "pixels.pt")
     assert vdm.load_autoencoder(tmp_path / "pixels.pt")[0] is None
 
@@ -1950,8 +1666,10 @@ def test_checkpoints_of_autoencoders(tmp_path):
 MOVES = dict(L=(-0.5 ** 0.5, -0.5 ** 0.5), S=(-1, 0), R=(-0.5 ** 0.5, 0.5 ** 0.5), X=(0, 0))
 
 def drives(n, *args, **options):
-    items = [vdm.Drive(*args, **options)[i] for i in range(n)]
-    return (torch.stack([item[key] for item in items]) for key in ("video", "action"))
+    """Videos and actions of the first n clips."""
+    world = vdm.Drive(*args, **options)
+    items = default_collate([world[i] for i in range(n)])
+    return items["video"], items["action"]
 
 def test_drive_actions():
     """One-hot and motion by hand; each next command stays for 0.7 of times, or is any other."""
@@ -1969,7 +1687,9 @@ def test_drive_actions():
 def test_drive_moves_as_its_actions_say(size):
     """A frame is the one before, seen from action * 2 pixels further on: by torch's bicubic."""
     video, action = drives(16, 8, size, seed=2)
-    assert video.shape == (16, 8, 3, *size) and video.abs().max() <= 1 and 0.5 < video.std() < 0.8
+    assert video.shape == (16, 8, 3, *size)
+    assert video.abs().max() <= 1
+    assert 0.5 < video.std() < 0.8
     still = action[:, 1:, 3].flatten() == 1
 
     def error(sign):
@@ -1981,17 +1701,20 @@ def test_drive_moves_as_its_actions_say(size):
         seen = F.grid_sample(old, at, "bicubic", align_corners=False)
         return (seen - video[:, 1:].flatten(0, 1))[..., 4:-4, 4:-4].abs().mean((1, 2, 3))
 
-    assert error(1).max() < 0.01 and error(-1)[still].max() < 1e-5 and error(-1)[~still].min() > 0.1
+    assert error(1).max() < 0.01
+    assert error(-1)[still].max() < 1e-5
+    assert error(-1)[~still].min() > 0.1
 
 @cases("size", [(32, 32), (16, 16), (24, 64)])
 def test_drive_check_knows_right_from_wrong(size):
     """Clips as they are, and with a little noise; then such as are wrong by construction."""
     world = vdm.Drive(8, size)
-    clips, action = drives(32, 8, size, seed=5)
+    clips, action = drives(24, 8, size, seed=5)
     commands = action[:, 1:, :4].argmax(2).numpy()
     for good in (clips, clips + 0.1 * torch.randn(clips.shape)):
         got = world.check(good, action)
-        assert got["obeys"].mean() >= 0.99 and (got["commands"] == commands)[got["obeys"]].all()
+        assert got["obeys"].mean() >= 0.99
+        assert (got["commands"] == commands)[got["obeys"]].all()
         assert np.array_equal(got["passed"], got["obeys"].all(1))
     other = torch.cat([action[..., :4].roll(1, 2), action[..., 4:]], 2)
     assert world.check(clips, other)["obeys"].mean() <= 0.01
@@ -2000,12 +1723,12 @@ def test_drive_check_knows_right_from_wrong(size):
         assert world.check(bad)["obeys"].mean() <= 0.05
     slow = vdm.Drive(8, size, seed=5)
     slow.speed /= 2
-    slow = torch.stack([slow[i]["video"] for i in range(32)])
+    slow = torch.stack([slow[i]["video"] for i in range(24)])
     for bad in (slow, clips.flip(3)):                      # half as fast, or backwards
         assert world.check(bad)["obeys"][commands < 3].mean() <= 0.05
-    frozen, mirrored = clips[:, :1].expand_as(clips), clips.flip(4)
-    assert (world.check(frozen)["commands"] == 3).all()
-    assert (world.check(mirrored)["commands"] == np.array([2, 1, 0, 3])[commands]).mean() >= 0.99
+    assert (world.check(clips[:, :1].expand_as(clips))["commands"] == 3).all()
+    mirrored = world.check(clips.flip(4))["commands"]
+    assert (mirrored == np.array([2, 1, 0, 3])[commands]).mean() >= 0.99
 
 # ---- the file ------------------------------------------------------------------------------------
 
@@ -2066,8 +1789,10 @@ def test_part_I_runs_alone(tmp_path):
 GUIDE = Path(vdm.__file__).with_name("README.md").read_text()
 GUIDE = {piece: re.findall(r"`(\w+)`", needs)         # rows: | piece | take with it | imports |
          for piece, needs in re.findall(r"^\| `(\w+)` \|(.*\|.*)\|$", GUIDE, re.M)}
-CLIP, SHAPE = torch.linspace(0, 99, 1536).sin().view(2, 4, 3, 8, 8), (2, 4, 3, 8, 8)
-SIGMA, SIGMAS = torch.tensor([0.5, 2.0]), torch.tensor([4.0, 2.0, 1.0, 0.0])
+SHAPE = 2, 4, 3, 8, 8
+CLIP = torch.linspace(0, 99, 1536).sin().view(SHAPE)
+SIGMA = torch.tensor([0.5, 2.0])
+SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.0])
 GIVEN = dict(context=CLIP, mask=torch.tensor([[1.0, 0, 0, 0]]).expand(2, 4))
 
 def shrink(x, sigma, context=0.0, mask=None, temporal=1.0):
@@ -2131,8 +1856,9 @@ COLORS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1,
 
 # ---- clips ---------------------------------------------------------------------------------------
 
-def real(count, size, frames=8, objects=1, seed=11):
-    world = vdm.MovingShapes(frames, (size, size), objects, seed)
+def real(count, size, objects=1):
+    """Clips as the world makes them."""
+    world = vdm.MovingShapes(8, (size, size), objects, seed=11)
     return torch.stack([world[i]["video"] for i in range(count)])
 
 def story(rng, frames, late=1.0, grow=1.0, radius=(0.18, 0.25)):
@@ -2159,178 +1885,124 @@ def paint(kind, y, x, r, size, color):
     frames = []
     for k, cy, cx, radius in zip(kind, y, x, r):
         v, u = np.meshgrid(fine - cy, fine - cx, indexing="ij")
-        if k == 0:
-            inside = np.hypot(v, u) < radius
-        elif k == 1:
-            inside = np.maximum(abs(v), abs(u)) < radius
-        else:
-            inside = (abs(v) < radius) & (abs(u) < (v + radius) / 2)
+        inside = [np.hypot(v, u) < radius,
+                  np.maximum(abs(v), abs(u)) < radius,
+                  (abs(v) < radius) & (abs(u) < (v + radius) / 2)][k]
         frames.append(inside.reshape(size, 4, size, 4).mean((1, 3)))
     return torch.tensor(np.array(frames)[:, None] * np.reshape(color, (3, 1, 1)) * 2 - 1).float()
 
-def painted(how, count, size, frames=8, seed=5):
+def jump(x, r, half):
+    """A coordinate that jumps at frame `half` to the wall that is farther, and goes on there."""
+    far = np.where(x[half] < 0.5, 1 - r, r) - x[half]
+    return np.where(np.arange(len(x)) >= half, np.clip(x + far, r, 1 - r), x)
+
+STORIES = {"too small": dict(radius=(0.09, 0.13)), "too large": dict(radius=(0.32, 0.36)),
+           "speed doubles": dict(late=2.0), "grows": dict(grow=1.4), "pulses": dict(grow=1.4)}
+PAINTED = ["kinds alternate", "kind changes", "one frame of another kind", "grows", "pulses",
+           "teleports", "too small", "too large", "speed doubles"]
+
+def painted(how, count, size, frames=8):
     """Clips painted here: lawful ones, and ones with one law broken on purpose."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(5)
     clips = []
     t = np.arange(frames)
+    half = frames // 2
     for _ in range(count):
-        kind = np.full(frames, rng.integers(3))
+        first = rng.integers(3)
         color = COLORS[rng.integers(6)]
-        radius = {"too small": (0.09, 0.13), "too large": (0.32, 0.36)}.get(how, (0.18, 0.25))
-        late = {"speed doubles": 2.0}.get(how, 1.0)
-        grow = {"grows": 1.4, "pulses": 1.4}.get(how, 1.0)
-        y, x, r = story(rng, frames, late, grow, radius)
-        if how == "kinds alternate":
-            kind = t % 2
-        if how == "kind changes":
-            kind = np.where(t < frames // 2, kind, (kind + rng.integers(1, 3)) % 3)
-        if how == "one frame of another kind":
-            kind = np.where(t == frames // 2, (kind + rng.integers(1, 3)) % 3, kind)
-        if how == "grows":
-            r = r * np.linspace(1, 1.4, frames)
-        if how == "pulses":
-            r = r * (1.2 + 0.2 * np.cos(np.pi * t / 2))
-        if how == "teleports":                         # into the corner that is farthest, and on
-            half = t >= frames // 2
-            jump_y = np.where(y[frames // 2] < 0.5, 1 - r, r) - y[frames // 2]
-            jump_x = np.where(x[frames // 2] < 0.5, 1 - r, r) - x[frames // 2]
-            y = np.where(half, np.clip(y + jump_y, r, 1 - r), y)
-            x = np.where(half, np.clip(x + jump_x, r, 1 - r), x)
-        clips.append(paint(kind, y, x, r, size, color))
+        y, x, r = story(rng, frames, **STORIES.get(how, {}))
+        other = (first + rng.integers(1, 3)) % 3
+        kind = {"kinds alternate": t % 2, "kind changes": np.where(t < half, first, other),
+                "one frame of another kind": np.where(t == half, other, first)}
+        swell = {"grows": np.linspace(1, 1.4, frames), "pulses": 1.2 + 0.2 * np.cos(np.pi * t / 2)}
+        if how == "teleports":
+            y = jump(y, r, half)
+            x = jump(x, r, half)
+        clips.append(paint(kind.get(how, np.full(frames, first)), y, x, r * swell.get(how, 1),
+                           size, color))
     return torch.stack(clips)
 
-PAINTED = ["kinds alternate", "kind changes", "one frame of another kind", "grows", "pulses",
-           "teleports", "too small", "too large"]
+def late(broken):
+    """A forgery whose second half alone is broken."""
+    return lambda lit: torch.cat([lit[:, :4], broken(lit)[:, 4:]], 1)
 
-def light(clips):
-    return (clips + 1) / 2
-
-def far_away(lit):
-    """For each clip the clip of the batch whose shape overlaps least with its own."""
+def two_shapes(lit):
+    """On top of each clip the one of the batch whose shape overlaps least with its own."""
     shape = lit.amax(2).flatten(1)
-    return (shape @ shape.T).argmin(1)
+    return torch.maximum(lit, lit[(shape @ shape.T).argmin(1)])
+
+def with_a_dot(lit):
+    """In the corner that the shape comes least close to."""
+    H, W = lit.shape[3:]
+    corner = lit.amax((1, 2)).unflatten(2, (2, W // 2)).unflatten(1, (2, H // 2)).sum((2, 4))
+    new = lit.clone()
+    for clip, place in zip(new, corner.flatten(1).argmin(1).tolist()):
+        y = place // 2 * (H - H // 8)
+        x = place % 2 * (W - W // 8)
+        clip[:, :, y:y + H // 8, x:x + W // 8] = clip[:1].amax((2, 3))[..., None, None]
+    return new
+
+def lower_half(lit):
+    """What lies below the middle of the shape, in each frame."""
+    seen = (lit.amax((2, 4), keepdim=True) > 0.5).float()
+    return lit * (seen.cumsum(3) > 0.5 * seen.sum(3, keepdim=True))
+
+def each_frame_times(values):
+    return lambda lit: lit * torch.tensor(values)[:, None, None, None]
+
+noise = lambda *shape: torch.rand(shape, generator=torch.Generator().manual_seed(1))
+white = lambda lit: lit.amax(2, keepdim=True).expand(lit.shape)
+tint = lambda *color: torch.tensor(color)[:, None, None]
+FORGED = {                              # clips wrong by construction, of light lit from 0 to 1
+    "plain red frames": lambda lit: 0 * lit + tint(1.0, 0, 0),
+    "red noise": lambda lit: tint(1.0, 0, 0) * noise(*lit[:, :, :1].shape),
+    "black": torch.zeros_like,
+    "white noise": lambda lit: noise(*lit.shape),
+    "shuffled": lambda lit: lit[:, [3, 6, 0, 5, 1, 7, 4, 2]],
+    "frozen": lambda lit: lit[:, :1].expand(lit.shape),
+    "colour changes": late(lambda lit: lit.roll(1, 2)),
+    "vanishes": late(torch.zeros_like),
+    "blinks": each_frame_times([1, 1, 0, 1, 1, 1, 1, 1]),
+    "another clip's end": late(lambda lit: lit.roll(1, 0)),
+    "left half": lambda lit: lower_half(lit.mT.flip(3)).flip(3).mT,
+    "lower half": lower_half,
+    "flickers": each_frame_times([1, 0.5] * 4),
+    "fades": each_frame_times([1 - 0.1 * t for t in range(8)]),
+    "negative": lambda lit: 1 - lit,
+    "very dark": lambda lit: 0.1 * lit,
+    "a second shape": two_shapes,                          # from here on: of a single shape
+    "a second shape late": late(two_shapes),
+    "a dot": with_a_dot,
+    "white": white,
+    "orange": lambda lit: white(lit) * tint(1, 0.5, 0)}
+PAIRED = list(FORGED)[:16]
 
 def forge(how, clips):
-    """Clips that are wrong by construction, from real ones (B, T, 3, H, W)."""
-    B, T, _, H, W = clips.shape
-    g = torch.Generator().manual_seed(1)
-    late = (torch.arange(T) >= T // 2)[:, None, None, None]
-    red = torch.tensor([1.0, 0, 0])[:, None, None]
-    lit = light(clips)
-    if how == "plain red frames":
-        new = red.expand(clips.shape)
-    elif how == "red noise":
-        new = red * torch.rand(B, T, 1, H, W, generator=g)
-    elif how == "black":
-        new = torch.zeros_like(lit)
-    elif how == "white noise":
-        new = torch.rand(clips.shape, generator=g)
-    elif how == "shuffled":
-        new = torch.stack([c[torch.randperm(T, generator=g)] for c in lit])
-    elif how == "frozen":
-        new = lit[:, :1].expand(lit.shape)
-    elif how == "colour changes":
-        new = torch.where(late, lit.roll(1, 2), lit)
-    elif how == "vanishes":
-        new = torch.where(late, 0, lit)
-    elif how == "blinks":
-        new = lit.clone()
-        new[:, T // 3] = 0
-    elif how == "a second shape":
-        new = torch.maximum(lit, lit[far_away(lit)])
-    elif how == "a second shape late":
-        new = torch.where(late, torch.maximum(lit, lit[far_away(lit)]), lit)
-    elif how == "a dot":                       # in the corner that the shape comes least close to
-        corner = lit.amax((1, 2)).unflatten(2, (2, W // 2)).unflatten(1, (2, H // 2)).sum((2, 4))
-        place = corner.flatten(1).argmin(1)
-        new = lit.clone()
-        for i, (down, right) in enumerate(zip(place // 2, place % 2)):
-            y = int(down) * (H - H // 8)
-            x = int(right) * (W - W // 8)
-            new[i, :, :, y : y + H // 8, x : x + W // 8] = lit[i, :1].amax((2, 3))[..., None, None]
-    elif how == "another clip's end":
-        new = torch.where(late, lit.roll(1, 0), lit)
-    elif how in ("left half", "lower half"):
-        axis = 4 if how == "left half" else 3
-        seen = (lit.amax(2, keepdim=True).amax(7 - axis, keepdim=True) > 0.5).float()
-        middle = seen.cumsum(axis) / seen.sum(axis, keepdim=True)
-        keep = middle <= 0.5 if how == "left half" else middle > 0.5
-        new = lit * keep
-    elif how == "flickers":
-        new = lit * torch.tensor([1, 0.5])[torch.arange(T) % 2][:, None, None, None]
-    elif how == "fades":
-        new = lit * torch.linspace(1, 0.3, T)[:, None, None, None]
-    elif how == "upside down":
-        new = lit.flip(3)
-    elif how == "white":
-        new = lit.amax(2, keepdim=True).expand(lit.shape)
-    elif how == "orange":
-        new = lit.amax(2, keepdim=True) * torch.tensor([1, 0.5, 0])[:, None, None]
-    elif how == "on grey":
-        new = torch.maximum(lit, torch.tensor(0.5))
-    elif how == "negative":
-        new = 1 - lit
-    elif how == "very dark":
-        new = lit * 0.1
-    return new * 2 - 1
+    return FORGED[how]((clips + 1) / 2) * 2 - 1
 
-FORGED = ["plain red frames", "red noise", "black", "white noise", "shuffled", "frozen",
-          "colour changes", "vanishes", "blinks", "a second shape", "a second shape late",
-          "a dot", "another clip's end", "left half", "lower half", "flickers", "fades", "white",
-          "orange", "on grey", "negative", "very dark"]
+def by_pictures(change):
+    """A change of clips by way of PIL's pictures, of 8 bits."""
+    def changed(clips):
+        pictures = vdm.to_uint8(clips).reshape(-1, *clips.shape[3:], 3)
+        new = np.stack([np.asarray(change(Image.fromarray(picture))) for picture in pictures])
+        return vdm.from_uint8(new).view(clips.shape)
 
-def blur(clips, sigma):
-    """Blur the pictures; the world outside them is like their edge."""
-    reach = int(4 * sigma + 1)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1) ** 2 / (2 * sigma ** 2))
-    kernel = kernel / kernel.sum()
-    x = clips.flatten(0, 2)[:, None]
-    x = torch.nn.functional.pad(x, [reach] * 4, mode="replicate")
-    x = torch.nn.functional.conv2d(x, kernel[None, None, :, None])
-    x = torch.nn.functional.conv2d(x, kernel[None, None, None])
-    return x.reshape(clips.shape)
+    return changed
 
-def jpeg(clips, quality):
-    pictures = to_bytes(clips).flatten(0, 1).movedim(1, -1).numpy()
-    back = []
-    for picture in pictures:
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, "jpeg", quality=quality)
-        back.append(np.asarray(Image.open(file)))
-    return from_bytes(torch.tensor(np.array(back)).movedim(-1, 1).reshape(clips.shape))
+def jpeg(picture):
+    file = io.BytesIO()
+    picture.save(file, "jpeg", quality=75 if picture.width == 16 else 50)
+    return Image.open(file)
 
-def to_bytes(clips):
-    return (light(clips).clamp(0, 1) * 255).round().to(torch.uint8)
+def blur(picture):
+    return picture.filter(ImageFilter.GaussianBlur(0.6 if picture.width == 16 else 1.2))
 
-def from_bytes(clips):
-    return clips.float() / 127.5 - 1
-
-def change(how, clips):
-    """Harmless changes: who looks at the clip still sees the same shape."""
-    size = clips.shape[-1]
-    if how == "brightness x0.8":
-        return light(clips) * 0.8 * 2 - 1
-    if how == "lifted black":
-        return (light(clips) * 0.9 + 0.05) * 2 - 1
-    if how == "blur":
-        return blur(clips, 0.6 if size == 16 else 1.2)
-    if how == "jpeg":
-        return jpeg(clips, 75 if size == 16 else 50)
-    if how == "noise":
-        return clips + 0.03 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(2))
-    if how == "bytes":
-        return from_bytes(to_bytes(clips))
-    if how == "all of these":
-        return change("noise", change("jpeg", change("blur", change("brightness x0.8", clips))))
-
-HARMLESS = ["brightness x0.8", "lifted black", "blur", "jpeg", "noise", "bytes"]
-
-PAIRED = [how for how in FORGED if how not in ("a second shape", "a second shape late", "a dot",
-                                               "white", "orange", "on grey")]
-
-# label, sum of all values, sum of the values of frame 2 at pixel (12, 12)
-FIRST_A = [(3, -18789.171, 1.0), (13, -22570.885, -3.0), (17, -22243.177, -3.0)]
-FIRST_B = [(None, -12479.828, -1.0), (None, -13226.590, -3.0), (None, -12307.527, -1.0)]
+HARMLESS = {                            # who looks at the clip still sees the same shape
+    "brightness x0.8": lambda clips: 0.8 * (clips + 1) - 1,
+    "lifted black": lambda clips: 0.9 * clips,
+    "blur": by_pictures(blur),
+    "jpeg": by_pictures(jpeg),
+    "noise": lambda clips: clips + 0.03 * torch.randn(clips.shape)}
 
 def check(clips, objects=1):
     return vdm.MovingShapes(clips.shape[1], clips.shape[-2:], objects).check(clips)
@@ -2338,64 +2010,49 @@ def check(clips, objects=1):
 @pytest.fixture(scope="module")
 def clips():
     """Clips of one shape, of every size."""
-    return {size: real(200, size) for size in SIZES}
+    return {size: real(100, size) for size in SIZES}
 
 @pytest.fixture(scope="module")
 def pairs():
     """Clips of two shapes."""
-    return {size: real(100 if size == 32 else 40, size, objects=2) for size in (32, 64)}
+    return {size: real(40, size, objects=2) for size in (32, 64)}
 
 # ---- the world -----------------------------------------------------------------------------------
 
-def test_clips_are_those_of_the_first_edition():
-    """Labels and sums of clips, as the first edition made them."""
-    told = {(8, (32, 32), 1, 0): FIRST_A, (5, (24, 40), 2, 7): FIRST_B}
-    for arguments, rows in told.items():
-        world = vdm.MovingShapes(*arguments)
-        for i, (label, total, at) in enumerate(rows):
-            item = world[i]
-            assert item["video"].dtype == torch.float32
-            assert item.get("label") == label
-            assert item["video"].double().sum().item() == pytest.approx(total, abs=1e-2)
-            assert item["video"][2, :, 12, 12].double().sum().item() == pytest.approx(at, abs=1e-4)
-
-def test_what_the_world_tells_of_itself():
-    one, two = vdm.MovingShapes(), vdm.MovingShapes(objects=2)
-    assert (one.frames, one.size, one.objects, one.seed) == (8, (32, 32), 1, 0)
-    assert (one.labels, one.actions, one.palette.tolist()) == (18, (), COLORS.tolist())
-    assert (two.labels, two.actions, two.palette.tolist()) == (0, (), np.eye(3).tolist())
-    assert "label" not in two[0]
-
-def test_keys_and_shapes_of_the_result(clips, pairs):
-    for got, B, objects in ((check(clips[32][:5]), 5, 1), (check(pairs[32][:4], 2), 4, 2)):
-        for name in ("passed", "shape", "color", "size", "path", "speed", "moving"):
-            assert got[name].shape == (B,) and got[name].dtype == bool
-        for name in ("kinds", "colors", "speeds"):
-            assert got[name].shape == (B, objects)
+@cases("arguments, rows", [             # label, sum, and sum at pixel (12, 12) of frame 2
+    ((8, (32, 32), 1, 0), [(3, -18789.171, 1.0), (13, -22570.885, -3.0), (17, -22243.177, -3.0)]),
+    ((5, (24, 40), 2, 7), [(None, -12479.828, -1.0), (None, -13226.590, -3.0)])])
+def test_clips_are_those_of_the_first_edition(arguments, rows):
+    world = vdm.MovingShapes(*arguments)
+    for i, (label, total, at) in enumerate(rows):
+        video = world[i]["video"].double()
+        assert world[i].get("label") == label
+        assert video.sum().item() == pytest.approx(total, abs=1e-2)
+        assert video[2, :, 12, 12].sum().item() == pytest.approx(at, abs=1e-4)
 
 # ---- what passes ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", SIZES)
+@cases("size", SIZES)
 def test_real_clips_pass(clips, size):
     """And what is seen of them is what was drawn."""
     got = check(clips[size])
-    assert got["passed"].mean() >= 0.995
+    assert got["passed"].mean() >= 0.99
     world = vdm.MovingShapes(8, (size, size), seed=11)
-    labels = [world[i]["label"] for i in range(200)]
+    labels = [world[i]["label"] for i in range(100)]
     assert (6 * got["kinds"][:, 0] + got["colors"][:, 0] == labels).all()
 
-@pytest.mark.parametrize("size", (32, 64))
+@cases("size", (32, 64))
 def test_pairs_pass(pairs, size):
-    assert check(pairs[size], 2)["passed"].mean() >= 0.99
+    assert check(pairs[size], 2)["passed"].mean() >= 0.97
     for how in HARMLESS:
-        assert check(change(how, pairs[size][:20]), 2)["passed"].mean() > 0.95, how
+        assert check(HARMLESS[how](pairs[size][:20]), 2)["passed"].mean() > 0.95, how
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("how", HARMLESS)
+@cases("size", SIZES)
+@cases("how", HARMLESS)
 def test_harmless_changes_pass(clips, size, how):
-    assert check(change(how, clips[size][: 25 if size == 64 else 60]))["passed"].mean() > 0.95
+    assert check(HARMLESS[how](clips[size][:25 if size == 64 else 60]))["passed"].mean() > 0.95
 
-@pytest.mark.parametrize("size, frames", [(16, 8), (32, 8), (64, 8), (32, 16)])
+@cases("size, frames", [(16, 8), (32, 8), (64, 8), (32, 16)])
 def test_clips_painted_by_other_means_pass(size, frames):
     """All of them lawful; their true speed and kind are seen."""
     assert check(painted("lawful", 40, size, frames))["passed"].mean() >= 0.975
@@ -2407,44 +2064,33 @@ def test_clips_painted_by_other_means_pass(size, frames):
         assert (got["kinds"][0, 0], got["colors"][0, 0]) == (kind, 5)
         assert got["speeds"][0, 0] == pytest.approx(0.02, abs=0.003)
 
-def test_long_clips_and_oblong_ones_pass():
-    for frames, size in ((32, (32, 32)), (16, (24, 64)), (16, (64, 24))):
-        world = vdm.MovingShapes(frames, size, seed=3)
-        got = world.check(torch.stack([world[i]["video"] for i in range(24)]))
-        assert got["passed"].all()
+@cases("frames, size", [(32, (32, 32)), (16, (24, 64)), (16, (64, 24))])
+def test_long_clips_and_oblong_ones_pass(frames, size):
+    world = vdm.MovingShapes(frames, size, seed=3)
+    assert world.check(torch.stack([world[i]["video"] for i in range(12)]))["passed"].all()
 
 # ---- what does not -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("how", FORGED)
+@cases("size", SIZES)
+@cases("how", FORGED)
 def test_forgeries_fail(clips, size, how):
-    bad = forge(how, clips[size][: SOME[size]])
-    if how == "on grey":                              # its values run from 0 to 1: see below
-        with pytest.raises(ValueError):
-            check(bad)
-        return
-    assert check(bad)["passed"].mean() < 0.05
+    assert check(forge(how, clips[size][:SOME[size]]))["passed"].mean() < 0.05
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("how", PAINTED)
+@cases("size", SIZES)
+@cases("how", PAINTED)
 def test_painted_forgeries_fail(size, how):
-    assert check(painted(how, SOME[size], size))["passed"].mean() < 0.05
+    frames = 16 if how == "speed doubles" else 8
+    assert check(painted(how, SOME[size], size, frames))["passed"].mean() < 0.05
 
-@pytest.mark.parametrize("size", SIZES)
-def test_twice_the_speed_from_half_way_on_fails(size):
-    bad = painted("speed doubles", SOME[size], size, frames=16)
-    assert check(bad)["passed"].mean() < 0.05
-
-@pytest.mark.parametrize("size", (32, 64))
-@pytest.mark.parametrize("how", PAIRED)
+@cases("size", (32, 64))
+@cases("how", PAIRED)
 def test_forged_pairs_fail(pairs, size, how):
-    bad = forge(how, pairs[size][: SOME[size]])
-    assert check(bad, 2)["passed"].mean() < 0.05
+    assert check(forge(how, pairs[size][:SOME[size]]), 2)["passed"].mean() < 0.05
 
 def test_of_two_shapes_one_vanishes_or_a_third_comes(pairs):
-    clips = pairs[32][:40]
+    clips = pairs[32]
     order = clips.mean((1, 3, 4)).argsort(1)
-    dark, bright = order[:, 0], order[:, 2]
+    dark, _, bright = order.T
     gone = clips.clone()
     gone[range(40), 4:, bright] = -1
     third = clips.clone()
@@ -2453,7 +2099,7 @@ def test_of_two_shapes_one_vanishes_or_a_third_comes(pairs):
     assert not check(third, 2)["passed"].any()
 
 # Each law has clips that break it and keep the others as far as that can be.
-@pytest.mark.parametrize("law, how", [
+@cases("law, how", [
     ("shape", "kinds alternate"), ("shape", "kind changes"), ("color", "colour changes"),
     ("color", "flickers"), ("size", "grows"), ("size", "too large"), ("path", "teleports"),
     ("path", "shuffled"), ("moving", "frozen")])
@@ -2466,43 +2112,27 @@ def test_nan_does_not_pass(clips):
     bad[0, 2, 0, 3, 3] = np.nan
     assert list(check(bad)["passed"]) == [False, True, True]
 
-# ---- values from 0 to 1 --------------------------------------------------------------------------
+@cases("change", [lambda lit: lit, lambda lit: lit + 0.02 * torch.randn(lit.shape),
+                  lambda lit: 255 * lit, lambda lit: lit.clamp(min=0.5) * 2 - 1])
+def test_values_from_0_to_1_are_refused(clips, change):
+    with pytest.raises(ValueError, match=r"expects -1 .* 2 \* clips - 1"):
+        check(change((clips[16] + 1) / 2))
 
-def test_values_from_0_to_1_are_refused(clips):
-    noisy = light(clips[16]) + 0.02 * torch.randn(clips[16].shape)
-    for bad in (light(clips[16]), noisy, to_bytes(clips[16])):
-        with pytest.raises(ValueError, match=r"expects -1 .* 2 \* clips - 1"):
-            check(bad)
-    for name in ("plain red frames", "black", "white noise"):
-        check(forge(name, clips[16][:2]))
-    check(clips[16][:1])
-
-# ---- copies --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("size", SIZES)
+@cases("size", SIZES)
 def test_copies_are_counted(clips, size):
-    some = clips[size][:100 if size == 64 else 200]
-    noise = 0.03 * torch.randn(64, *some.shape[1:], generator=torch.Generator().manual_seed(3))
+    some = clips[size]
     assert check(some)["copies"] == 0
-    assert check(some[:1].repeat(64, 1, 1, 1, 1))["copies"] == 63
-    assert check((some[:1] + noise)[:16])["copies"] == 15
+    assert check(some[:1] + 0.03 * torch.randn(16, *some.shape[1:]))["copies"] == 15
     assert check(some[:20].repeat(2, 1, 1, 1, 1))["copies"] == 20
-    assert check(torch.cat([some[:10], some[4:5], some[4:5]]))["copies"] == 2
+    assert check(some[[0, 1, 2, 3, 2, 2]])["copies"] == 2
     assert check(forge("black", some[:8]))["copies"] == 7
     assert check(forge("white noise", some[:8]))["copies"] == 0
-
-def test_check_is_quick(clips):
-    many = clips[32][:192]
-    start = time.process_time()
-    check(many)
-    assert time.process_time() - start < 3
 
 # ==================================================================================================
 # Video files
 # ==================================================================================================
 
 MERGED = [0, 1, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8, 9, 10, 10, 10]        # GIF stores 11 frames of these
-NOISE = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
 
 def flat(T, H=32, W=32, C=3):
     """Frame t is 8 t everywhere."""
@@ -2520,169 +2150,135 @@ def save(path, frames, **options):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    """A folder of videos of all kinds, whole and damaged."""
     folder = tmp_path_factory.mktemp("made")
     for name in ("a/b", "frames", "few", ".hidden", "empty"):
         (folder / name).mkdir(parents=True)
     save(folder / "UP.MP4", flat(20), fps=10)
     save(folder / "a/b/odd.mkv", flat(16, 46, 62), fps=20)
-    save(folder / "mute.mp4", NOISE, fps=10)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
+    save(folder / "mute.mp4", noise, fps=10)
     sound = [imageio_ffmpeg.get_ffmpeg_exe(), *"-v error -f lavfi -i sine=d=9 -i".split()]
-    for name in ("a/long.mp4", "a/long.mkv"):    # 4 s of pictures, 9 s of sound; the header first
-        subprocess.run([*sound, folder / "mute.mp4", "-movflags", "faststart", folder / name])
-        data = (folder / name).read_bytes()
-        (folder / name.replace("long", "cut")).write_bytes(data[: len(data) // 3])
+    long = folder / "a/long.mp4"                 # 4 s of pictures, 9 s of sound; the header first
+    subprocess.run([*sound, folder / "mute.mp4", "-movflags", "faststart", long])
+    data = long.read_bytes()
+    (folder / "a/cut.mp4").write_bytes(data[:len(data) // 3])
     rgb = [Image.fromarray(f) for f in flat(16, 31, 45)]
     save(folder / "grey.gif", [p.convert("L") for p in rgb], duration=100)
     save(folder / "nine.gif", rgb[:9], duration=100)
     save(folder / "merged.gif", [rgb[t] for t in MERGED], duration=40)
-    clear = np.concatenate([flat(16, 31, 45), np.full((16, 31, 45, 1), 255, np.uint8)], axis=3)
-    clear[:, :8] = 255, 255, 255, 0                         # white, but transparent: shows black
-    save(folder / "rgba.gif", [Image.fromarray(f) for f in clear], duration=100)
     save(folder / "moves.webp", rgb, duration=50)
     for t, picture in enumerate(rgb):
         picture.save(folder / f"frames/frame{t + 1}.{['png', 'tif', 'bmp'][t % 3]}")
     rgb[2].save(folder / "few/2.JPG")
     np.save(folder / "five.npy", np.stack([flat(16)] * 3))
     np.save(folder / "grey.npy", flat(17)[..., 0])
-    for name in ("notes.txt", ".hidden/x.mp4", "bad.mp4", "zero.avi"):
-        (folder / name).write_text("" if name == "zero.avi" else "x")
+    for name in ("notes.txt", ".hidden/x.mp4", "bad.mp4"):
+        (folder / name).write_text("x")
     return folder
 
 # ---- reading -------------------------------------------------------------------------------------
 
-def test_read(made):
-    for name, shape, rate in (("a/b/odd.mkv", (16, 46, 62), 20), ("merged.gif", (16, 31, 45), 25),
-                              ("moves.webp", (16, 31, 45), 20), ("few/2.JPG", (1, 31, 45), 8),
-                              ("a/long.mp4", (40, 64, 64), 10), ("a/long.mkv", (40, 64, 64), 10)):
-        (frames,), fps = vdm.decode(made / name)
-        assert (frames.shape, fps, frames.dtype) == ((*shape, 3), rate, np.uint8)
-    assert brightness(vdm.decode(made / "merged.gif")[0][0]) == MERGED
-    assert (vdm.decode(made / "rgba.gif")[0][0][:, :8] == 0).all()
-    assert vdm.read_video(made / "grey.npy").shape == (17, 3, 32, 32)
-    assert vdm.read_video(str(made / "five.npy")).shape == (16, 3, 32, 32)          # the first
-    assert vdm.read_video(made / "frames", (8, 12), channels=1).shape == (16, 1, 8, 12)
-    assert brightness(vdm.decode(made / "frames")[0][0]) == list(range(16))     # natural order
-    with pytest.raises(ValueError, match="channels is 4, expected 1 .* or 3"):
-        vdm.decode(made / "frames", channels=4)
+@cases("name, shape, rate", [
+    ("a/b/odd.mkv", (16, 46, 62), 20), ("merged.gif", (16, 31, 45), 25),
+    ("moves.webp", (16, 31, 45), 20), ("few/2.JPG", (1, 31, 45), 8),
+    ("a/long.mp4", (40, 64, 64), 10), ("frames", (16, 31, 45), 8), ("grey.npy", (17, 32, 32), 8)])
+def test_decode(made, name, shape, rate):
+    """Shapes and speeds; the brightness of frames in order, pictures in their natural one."""
+    (frames,), fps = vdm.decode(made / name)
+    assert (frames.shape, fps, frames.dtype) == ((*shape, 3), rate, np.uint8)
+    order = {"merged.gif": MERGED, "few/2.JPG": [2]}.get(name, list(range(shape[0])))
+    if name != "a/long.mp4":                                                # which is noise
+        assert brightness(frames) == order
 
-def test_damaged_videos_are_named_with_the_cause(made, tmp_path, monkeypatch):
-    for name, cause in {"none.mp4": "No such file", "zero.avi": "Invalid data",
-                        "a/cut.mp4": "ffmpeg cannot read all: ", "a/cut.mkv": "ended prematurely",
-                        "notes.txt": "cannot identify", "empty": "without pictures"}.items():
-        with pytest.raises(ValueError, match=f"{name}: .*{cause}") as error:
-            vdm.read_video(made / name)
-        assert "\n" not in str(error.value)
-    (tmp_path / "12:30.mp4").write_bytes((made / "mute.mp4").read_bytes())
-    (tmp_path / "padded.gif").write_bytes((made / "grey.gif").read_bytes() + b"\0\0\r\n")
-    monkeypatch.chdir(tmp_path)
-    assert len(vdm.read_video("12:30.mp4")) == 40           # ffmpeg could take it for a protocol
-    assert len(vdm.read_video("padded.gif")) == 16
+@cases("name, cause", {"none.mp4": "No such file", "bad.mp4": "Invalid data",
+                       "a/cut.mp4": "ffmpeg cannot read all: ", "notes.txt": "cannot identify",
+                       "empty": "without pictures"}.items())
+def test_damaged_videos_are_named_with_the_cause(made, name, cause):
+    with pytest.raises(ValueError, match=f"{name}: .*{cause}") as error:
+        vdm.read_video(made / name)
+    assert "\n" not in str(error.value)
 
 @pytest.mark.filterwarnings("ignore::UserWarning")                   # PIL's, of damaged tags
-def test_whatever_is_damaged_is_a_valueerror_or_read(tmp_path):
+@cases("suffix", [".gif", ".webp", ".png", ".jpg", ".bmp", ".tif", ".npy", ".npz"])
+def test_whatever_is_damaged_is_a_valueerror_or_read(tmp_path, suffix):
     """Cut anywhere, overwritten anywhere, or another kind of file behind the suffix."""
     rng = np.random.default_rng(0)
     clip = flat(8) + rng.integers(0, 30, (8, 32, 32, 3)).astype(np.uint8)
-    images = [Image.fromarray(f) for f in clip]
-    whole = {}
-    for suffix in (".gif", ".webp", ".png", ".jpg", ".bmp", ".tif", ".npy", ".npz"):
-        path = tmp_path / f"a{suffix}"
-        if suffix == ".npy":
-            np.save(path, clip)
-        elif suffix == ".npz":
-            np.savez_compressed(path, clip)
-        else:
-            images[0].save(path, save_all=suffix in (".gif", ".webp"), append_images=images[1:])
-        whole[path] = path.read_bytes()
-    for path, data in whole.items():
-        step = max(1, len(data) // 12)
-        cut = [data[:n] for n in range(0, len(data), step)]
-        length = data.find(b"IDAT") - 1           # of a PNG's chunk: the next begins inside of it
-        broken = data[:length] + b"\x09" + data[length + 1 :]
-        for damaged in [*cut, rng.bytes(500), broken if path.suffix == ".png" else b""]:
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=re.escape(f"{path}: ") + r"\S"):
-                vdm.decode(path)
-        changed = [bytearray(data) for _ in range(40)]
-        for k, damaged in enumerate(changed):
-            damaged[k if k < 20 else rng.integers(len(data))] ^= 255
-        for damaged in [*changed, *whole.values()]:
-            path.write_bytes(damaged)
-            try:
-                vdm.decode(path)
-            except ValueError as error:
-                assert str(error).startswith(f"{path}: ")
-
-@pytest.mark.parametrize("error", [ImportError, NameError, TypeError, AttributeError, MemoryError,
-                                   KeyboardInterrupt])
-def test_mistakes_in_the_code_are_not_taken_for_damage(made, tmp_path, monkeypatch, error):
-    def broken(*args, **options):
-        raise error("mine")
-
-    monkeypatch.setattr(vdm, "crop_to", broken)
-    monkeypatch.setattr("imageio.v3.imwrite", broken)
-    with pytest.raises(error, match="mine"):
-        vdm.VideoFolder(made / "few", 1, (8, 8))
-    with pytest.raises(error, match="mine"):
-        vdm.write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 8, 8))
-    assert not list(tmp_path.iterdir())
+    first, *others = [Image.fromarray(f) for f in clip]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npy":
+        np.save(path, clip)
+    elif suffix == ".npz":
+        np.savez_compressed(path, clip)
+    else:
+        first.save(path, save_all=suffix in (".gif", ".webp"), append_images=others)
+    data = path.read_bytes()
+    for damaged in [data[:n] for n in range(0, len(data), len(data) // 12)] + [rng.bytes(500)]:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: ") + r"\S"):
+            vdm.decode(path)
+    for k in [*range(20), *rng.integers(len(data), size=20)]:
+        damaged = bytearray(data)
+        damaged[k] ^= 255
+        path.write_bytes(damaged)
+        try:
+            vdm.decode(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
 
 def test_what_a_phone_stores(tmp_path):
-    """A picture that EXIF says to turn, and one with a second picture in the same file."""
+    """A picture that EXIF says to turn."""
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:, :8] = 200                                                              # on the left
     exif = Image.Exif()
     exif[0x0112] = 6                                             # to be turned clockwise: on top
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     read = vdm.decode(tmp_path / "turned.png")[0][0][0]
-    assert read.shape == (24, 16, 3) and (read[:8] == 200).all() and (read[8:] == 0).all()
-    second = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
-    Image.fromarray(pixels).save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[second])
-    assert vdm.read_video(tmp_path / "two.jpg").shape == (1, 3, 16, 24)
+    assert read.shape == (24, 16, 3)
+    assert (read[:8] == 200).all()
+    assert (read[8:] == 0).all()
 
-def test_pictures_of_16_bits_and_half_transparent_ones(tmp_path):
+@cases("channels", [1, 3])
+def test_pictures_of_16_bits_and_half_transparent_ones(tmp_path, channels):
     """16 bits are their upper 8. Of 32 bits and of floats, nobody knows what is white."""
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(ramp * 256 + 255 - ramp).save(tmp_path / "a.png")
-    for channels in (1, 3):
-        read = vdm.decode(tmp_path / "a.png", None, channels)[0][0]
-        assert (read == ramp[None, :, :, None]).all() and read.shape == (1, 16, 16, channels)
+    read = vdm.decode(tmp_path / "a.png", None, channels)[0][0]
+    assert np.array_equal(read, np.tile(ramp[None, :, :, None], channels))
+    for mode, pixel in (("LA", (200, 51)), ("RGBA", (200, 200, 200, 51))):   # a fifth is opaque
+        Image.new(mode, (8, 8), pixel).save(tmp_path / "c.png")
+        assert (vdm.decode(tmp_path / "c.png", (4, 4), channels)[0][0] == 40).all()
     for dtype, mode in ((np.int32, "I"), (np.float32, "F")):
         Image.fromarray(np.ones((16, 16), dtype)).save(tmp_path / "b.tiff")
         with pytest.raises(ValueError, match=f"b.tiff: pixels of mode {mode}, expected 8 or 16"):
-            vdm.read_video(tmp_path / "b.tiff")
-    for mode, pixel in (("LA", (200, 51)), ("RGBA", (200, 200, 200, 51))):   # a fifth is opaque
-        Image.new(mode, (8, 8), pixel).save(tmp_path / "c.png")
-        for channels in (1, 3):
-            assert (vdm.decode(tmp_path / "c.png", (4, 4), channels)[0][0] == 40).all()
+            vdm.read_video(tmp_path / "b.tiff", channels=channels)
 
-def test_arrays_and_train_folder(tmp_path):
+@cases("shape", [(16, 32, 31, 4), (1, 32, 31, 3), (3, 32, 31, 4), (2, 3, 32, 31, 3)])
+def test_arrays(tmp_path, shape):
+    """One clip or many, with colour or more."""
+    np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
+    assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
+
+@cases("array, words", [
+    (np.array([print], object), ""), (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, "),
+    (np.zeros((2, 16, 32, 32), np.float32), r"expected uint8 .* found float32 \(2, 16, 32, 32\)")])
+def test_other_arrays_are_refused(tmp_path, array, words):
+    """Code, channels first, floats."""
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match="a.npy: .*" + words):
+        vdm.read_video(tmp_path / "a.npy")
+
+def test_moving_mnist_and_a_train_folder(tmp_path):
+    """The first is stored as (T, N, H, W); of the second, test/ is not looked at."""
     mnist = np.arange(20)[:, None, None, None] + 10 * np.arange(21)[None, :, None, None]
-    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))  # (T, N, H, W)
+    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))
     data = vdm.VideoFolder(tmp_path, 20, (64, 64))
     assert [clip[:, 0, 0, 0].tolist() for clip in data.clips] == mnist[:, :, 0, 0].T.tolist()
-    assert "-> 21 clips used" in data.report
     for name, n in (("train", 1), ("test", 2)):
         (tmp_path / "own" / name / "class").mkdir(parents=True)
         np.save(tmp_path / "own" / name / "class/x.npy", np.zeros((n, 16, 8, 8, 3), np.uint8))
-    own = vdm.VideoFolder(tmp_path / "own", 16, (8, 8))
-    assert f"1 files in {tmp_path / 'own/train'} -> 1 clips" in own.report
-    np.save(tmp_path / "evil.npy", np.array([print], object), allow_pickle=True)
-    np.save(tmp_path / "first.npy", np.zeros((16, 3, 32, 32), np.uint8))
-    with pytest.raises(ValueError) as error:
-        vdm.VideoFolder(tmp_path, 21, (32, 32))
-    for line in ("0 clips", "x.npy: 16 frames", "evil.npy: ", r"first.npy: expected uint8 \(\[N,"):
-        error.match(line)
-    np.save(tmp_path / "float.npy", np.zeros((2, 16, 32, 32), np.float32))
-    with pytest.raises(ValueError, match=r"expected uint8 .* found float32 \(2, 16, 32, 32\)"):
-        vdm.read_video(tmp_path / "float.npy")
-    np.savez(tmp_path / "two.npz", a=np.full((17, 8, 9), 7, np.uint8), labels=np.arange(3))
-    assert (vdm.decode(tmp_path / "two.npz")[0][0] == np.full((17, 8, 9, 3), 7)).all()
-    np.savez(tmp_path / "none.npz")
-    pytest.raises(ValueError, vdm.decode, tmp_path / "none.npz").match("none.npz: expected uint8")
-    for shape in ((16, 32, 31, 4), (1, 32, 31, 3), (3, 32, 31, 4), (2, 3, 32, 31, 3)):
-        np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))        # a picture and three, too
-        assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
+    assert len(vdm.VideoFolder(tmp_path / "own", 16, (8, 8))) == 1
     with pytest.raises(ValueError, match="missing does not exist"):
         vdm.VideoFolder(tmp_path / "missing", 16, (8, 8))
 
@@ -2690,51 +2286,37 @@ def test_arrays_and_train_folder(tmp_path):
 
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
-    few = "frames are too few, an item takes 16: lower --frames or --stride\n"
-    for line in (f"data: 19 files in {made} -> 14 clips used, 7 skipped, 24x24 crop, 3 channels, "
-                 "10 fps\n", f"skipped {made / 'few'}: 1 {few}", f"nine.gif: 9 {few}",
-                 f"skipped {made / 'notes.txt'}: cannot identify image file", "cut.mp4: ffmpeg ",
-                 "cut.mkv: ffmpeg cannot read all: ", "bad.mp4: ffmpeg ", "zero.avi: ffmpeg "):
-        assert line in data.report + "\n", data.report
+    for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
+                  "10 fps\n", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
+        assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
     assert sorted(map(brightness, grey)) == sorted(
-        [list(range(n)) for n in (16,) * 8 + (17, 20)] + [MERGED])
+        [list(range(n)) for n in (16,) * 7 + (17, 20)] + [MERGED])
     with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, an item takes 22: "):
         vdm.VideoFolder(made / "grey.npy", 8, (24, 24), stride=3)
 
 def test_items_depend_on_seed_and_index_only(tmp_path):
     for n in range(5):
         np.save(tmp_path / f"{n}.npy", flat(12 + n, C=1) + np.uint8(n))       # brightness 8 t + n
-    data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=1)
-    again = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=1)
-    other = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=2)
+    data, again, other = (vdm.VideoFolder(tmp_path, 4, (32, 32), stride=3, seed=seed)
+                          for seed in (1, 1, 2))
     values = np.stack([vdm.to_uint8(data[i]["video"])[:, 0, 0, 0] for i in range(20)])
     assert (vdm.to_uint8(again[17]["video"])[:, 0, 0, 0] == values[17]).all()
     assert (np.diff(values) == 3 * 8).all()                                   # stride 3, in order
     clips = (values[:, 0] % 8).reshape(4, 5)                                       # of 4 rounds
-    assert (np.sort(clips) == np.arange(5)).all() and len(np.unique(clips, axis=0)) > 1
+    assert (np.sort(clips) == np.arange(5)).all()
+    assert len(np.unique(clips, axis=0)) > 1
     assert len(np.unique(values[:, 0])) > 5                           # not always the same window
     assert sum(torch.equal(data[i]["video"], other[i]["video"]) for i in range(20)) < 10
-    assert len(data) == 5 and data.fps == 8 / 3 and data[7]["video"].shape == (4, 3, 32, 32)
+    assert data.fps == 8 / 3
     grey = vdm.VideoFolder(tmp_path, 4, (8, 8), channels=1)
-    assert grey[0]["video"].shape == (4, 1, 8, 8) and data[0].keys() == {"video"}
-
-def test_a_short_clip_does_not_cost_the_long_one_beside_it(tmp_path):
-    long = np.full((9, 8, 8), 3, np.uint8)
-    np.savez(tmp_path / "two.npz", a=np.zeros((5, 8, 8), np.uint8), b=long)
-    for i in range(12):
-        (tmp_path / f"{i:02d}.txt").write_text("x")
-    data = vdm.VideoFolder(tmp_path / "two.npz", 8, (8, 8))
-    assert len(data) == 1 and (vdm.to_uint8(data[0]["video"]) == 3).all() and data.fps == 8
-    assert "two.npz: 5 frames are too few, an item takes 8: " in data.report
-    report = vdm.VideoFolder(tmp_path, 8, (8, 8)).report             # of nine reasons at most
-    assert report.count("cannot identify") == 9 and report.endswith("skipped 4 more")
+    assert grey[0]["video"].shape == (4, 1, 8, 8)
+    assert grey[0].keys() == {"video"}
 
 def test_actions_beside_a_clip(tmp_path):
-    """Frame t shows t and is told (t, k) of clip k. What is wrong is skipped with a reason."""
-    def told(n, k):
-        return np.stack([np.arange(n), np.full(n, k)], 1)
-
+    """Frame t shows t and is told (t, k) of clip k, clip 0 nothing."""
+    told = lambda n, k: np.stack([np.arange(n), np.full(n, k)], 1)
     (tmp_path / "pictures").mkdir()
     for t, picture in enumerate(flat(12)):
         Image.fromarray(picture).save(tmp_path / f"pictures/{t}.png")
@@ -2744,53 +2326,37 @@ def test_actions_beside_a_clip(tmp_path):
     for name, actions in (("pictures", told(12, 1)), ("film.v2", told(14, 2)),
                           ("two", np.stack([told(12, 3), told(12, 4)]))):
         np.save(tmp_path / f"{name}.actions.npy", actions)
-    wrong = dict(short=told(11, 0), flat=np.zeros(12), wide=np.zeros((12, 3)),
-                 endless=told(12, np.inf), text=np.full((12, 2), "left"),
-                 code=np.array([print], object), scalar=np.zeros(()))
-    for name, actions in wrong.items():
-        np.save(tmp_path / f"{name}.npy", flat(12))
-        np.save(tmp_path / f"{name}.actions.npy", actions)
-    np.save(tmp_path / "zero.npy", flat(12))
-    (tmp_path / "zero.actions.npy").touch()
     data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
-    assert "12 files" in data.report and "5 clips used, 8 skipped" in data.report
-    assert ", 4 fps, 4 with actions\n" in data.report
-    for name in (*wrong, "zero"):
-        assert re.search(rf"skipped .*{name}.actions.npy: \S", data.report), name
-    assert "short.actions.npy: int64 (1, 11, 2) is not 1 clips x 12 frames x (2,) " in data.report
-    items = [data[i] for i in range(25)]
-    for item in items:
-        action = item["action"]
-        untold = action.isnan().all()
-        assert action.dtype == torch.float32 and action.shape == (4, 2)
-        assert untold or action[:, 0].tolist() == brightness(vdm.to_uint8(item["video"]))
-    assert {item["action"].nan_to_num()[1, 1].item() for item in items} == {0, 1, 2, 3, 4}
+    assert data.report.endswith(", 4 fps, 4 with actions")
+    seen = set()
+    for i in range(25):
+        action = data[i]["action"]
+        assert action.shape == (4, 2)
+        seen.add(action.nan_to_num()[1, 1].item())
+        if not action.isnan().all():
+            assert action[:, 0].tolist() == brightness(vdm.to_uint8(data[i]["video"]))
+    assert seen == {0, 1, 2, 3, 4}
     assert data.actions == (2,)
 
-def test_a_subclass_may_read_other_files(tmp_path):
-    class Latents(vdm.VideoFolder):
-        def read(self, file):
-            return list(np.load(file, mmap_mode="r")), 5.0
-
-        def __getitem__(self, i):
-            number, cut = self.place(i)
-            return dict(video=torch.tensor(self.clips[number][cut]))
-
-    x = np.random.default_rng(0).normal(size=(2, 6, 4, 3, 3)).astype(np.float32)
-    np.save(tmp_path / "x.npy", x)
-    data = Latents(tmp_path, 6, (3, 3), channels=4)
-    shown = [data[i]["video"].numpy() for i in range(2)]
-    assert data.fps == 5 and any((np.stack(order) == x).all() for order in (shown, shown[::-1]))
+@cases("actions", [np.zeros((11, 2)), np.zeros(12), np.full((12, 2), np.inf),
+                   np.full((12, 2), "left"), np.array([print], object), np.zeros(()), None])
+def test_wrong_actions_are_skipped_with_a_reason(tmp_path, actions):
+    """Too few, of another shape, not finite, no numbers, code, an empty file."""
+    np.save(tmp_path / "a.npy", flat(12))
+    (tmp_path / "a.actions.npy").touch()
+    if actions is not None:
+        np.save(tmp_path / "a.actions.npy", actions)
+    with pytest.raises(ValueError, match=r"0 clips used, 1 skipped(.|\n)*a.actions.npy: \S"):
+        vdm.VideoFolder(tmp_path, 4, (8, 8))
 
 # ---- clips kept on disk --------------------------------------------------------------------------
 
 @pytest.fixture
 def videos(tmp_path):
-    """A folder with an array of two clips, clips of two lengths, a film, pictures and a text."""
+    """A folder with an array of two clips, clips of two lengths, pictures and a text."""
     (tmp_path / "v/frames").mkdir(parents=True)
     for t, picture in enumerate(flat(12)):
         Image.fromarray(picture).save(tmp_path / f"v/frames/{t}.png")
-    save(tmp_path / "v/film.mp4", flat(14), fps=10)
     np.save(tmp_path / "v/two.npy", np.stack([flat(9), flat(9) + np.uint8(1)]))
     np.savez(tmp_path / "v/three.npz", flat(5) + np.uint8(2), flat(7) + np.uint8(3))
     (tmp_path / "v/notes.txt").write_text("x")
@@ -2816,31 +2382,30 @@ def same(a, b):
 def test_files_are_decoded_once(videos, monkeypatch):
     """Items are those without a cache. Only what changed, or is wanted otherwise, is decoded."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
-    every = ["film.mp4", "frames", "notes.txt", "three.npz", "two.npy"]
+    every = ["frames", "notes.txt", "three.npz", "two.npy"]
     for expected in (every, ["notes.txt"]):
         data, names = cached(monkeypatch, videos)
-        assert names == expected and data.report == plain.report and data.fps == plain.fps
+        assert names == expected
+        assert data.report == plain.report
         assert same(data, plain)
         pickled = pickle.dumps(data)                        # as it goes to a worker: without pixels
-        assert len(pickled) < 3000 and same(pickle.loads(pickled), plain)
+        assert len(pickled) < 3000
+        assert same(pickle.loads(pickled), plain)
     for change in (dict(size=(8, 16)), dict(channels=1)):
         assert cached(monkeypatch, videos, **change)[1] == every
-        assert cached(monkeypatch, videos, **change)[1] == ["notes.txt"]
     assert cached(monkeypatch, videos)[1] == ["notes.txt"]
     np.save(videos / "two.npy", np.stack([flat(9) + np.uint8(4)] * 2))
     Image.fromarray(flat(1)[0]).save(videos / "frames/7.png", compress_level=1)
     data, names = cached(monkeypatch, videos)
     assert names == ["frames", "notes.txt", "two.npy"]
     assert sum((clip[0:1] == 4).all() for clip in data.clips) == 2
-    (videos / "more.npy").write_bytes((videos / "two.npy").read_bytes())
-    assert cached(monkeypatch, videos)[1] == ["more.npy", "notes.txt"]
 
 def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
     """A lost or shortened file in the cache, of clips or of their ends, is made anew."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     cached(monkeypatch, videos)
     kept = sorted((videos / ".vdm_cache").iterdir())
-    assert len(kept) == 8 and {path.suffix for path in kept} == {".npy"}     # none is temporary
+    assert [path.suffix for path in kept] == [".npy"] * 6                    # none is temporary
     for path in kept:
         data = path.read_bytes()
         for rest in (None, 0, len(data) - 1):
@@ -2848,67 +2413,67 @@ def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
             if rest is not None:
                 path.write_bytes(data[:rest])
             again, names = cached(monkeypatch, videos)
-            assert len(names) == 2 and same(again, plain) and path.read_bytes() == data
+            assert len(names) == 2
+            assert same(again, plain)
+            assert path.read_bytes() == data
 
 def test_without_room_for_a_cache_clips_stay_in_memory(videos, monkeypatch, capsys):
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     (videos / ".vdm_cache").write_text("in the way")
     assert same(cached(monkeypatch, videos)[0], plain)
     assert capsys.readouterr().out.count("cannot be written") == 1
-    (videos / ".vdm_cache").unlink()
-    save_array = np.save
-
-    def full(file, array):
-        if len(list((videos / ".vdm_cache").glob("*.npy"))) > 2:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        save_array(file, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        assert same(cached(monkeypatch, videos)[0], plain)
-    assert capsys.readouterr().out.count("No space left") == 1
-    assert all(path.suffix == ".npy" for path in (videos / ".vdm_cache").iterdir())
-    assert same(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------
 
-def test_range_crop_and_pictures(tmp_path):
+def test_range_and_crop(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     clip = vdm.from_uint8(pixels)
     assert (clip.min(), clip.max(), clip.shape) == (-1, 1, (1, 1, 16, 16))
-    assert (vdm.to_uint8(clip) == pixels).all() and vdm.to_uint8(clip * 9).max() == 255
+    assert (vdm.to_uint8(clip) == pixels).all()
+    assert vdm.to_uint8(clip * 9).max() == 255
     pytest.raises(ValueError, vdm.to_uint8, clip / 0).match("NaN")
     bars = np.zeros((20, 60, 3), np.uint8)
     bars[:, 20:40] = 200                                                       # the centre square
     Image.fromarray(bars).save(tmp_path / "bars.png")
     assert (vdm.decode(tmp_path / "bars.png", (20, 20))[0][0] == 200).all()
+
+def test_film_strips_and_grids(tmp_path):
     clips = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 2, 3, 4, 6) / 4
     strip = vdm.film_strip(clips)
+    assert strip.shape == (3, 5 * 5 + 1, 2 * 7 + 1)
+    assert strip[0, 6, 1] == 0.25                                              # clip 1
+    assert strip[0, 5, 1] < -0.5                                               # the line above it
     tiled = vdm.grid(clips)
-    assert strip[0, 6, 1] == 0.25 and strip[0, 5, 1] < -0.5             # clip 1; the line above it
-    assert (strip.shape, tiled.shape) == ((3, 5 * 5 + 1, 2 * 7 + 1), (2, 3, 2 * 5 + 1, 3 * 7 + 1))
-    assert tiled[0, 0, 6, 8] == 1 and (tiled[0, 0, 6:10, 15:21] == -1).all()     # clip 4; no clip
+    assert tiled.shape == (2, 3, 2 * 5 + 1, 3 * 7 + 1)
+    assert tiled[0, 0, 6, 8] == 1                                              # clip 4
+    assert (tiled[0, 0, 6:10, 15:21] == -1).all()                              # no clip
     path = vdm.write_video(tmp_path / "new/strip.png", strip[None], scale=2)
     pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (52, 30, 3) and pixels[12, 2, 0] == 159
+    assert pixels.shape == (52, 30, 3)
+    assert pixels[12, 2, 0] == 159
 
-@pytest.mark.parametrize("H, W", [(28, 28), (63, 65), (255, 128)])
-def test_writer(tmp_path, H, W):
-    clip = vdm.from_uint8(flat(6, H, W, 1)).expand(-1, 3, -1, -1)
-    for suffix in (".mp4", ".gif"):
-        path = vdm.write_video(tmp_path / "new" / f"clip{suffix}", clip, fps=8)
-        frames = np.stack(list(iio.imiter(path, plugin="FFMPEG" if suffix == ".mp4" else "pillow")))
-        k = frames.shape[1] // H
-        assert frames.shape[:3] == (6, k * H, k * W) and min(frames.shape[1:3]) >= 128
-        assert brightness(frames) == list(range(6))
-    meta = iio.immeta(tmp_path / "new/clip.mp4", plugin="FFMPEG")
-    assert meta["pix_fmt"].startswith("yuv420p") and (meta["codec"], meta["fps"]) == ("h264", 8)
-    assert Image.open(path).info["loop"] == 0 and Image.open(path).info["duration"] == 120
-    assert len(list((tmp_path / "new").iterdir())) == 2                 # no temporary file is left
-    for fps, duration in ((50, 20), (100, 20)):              # viewers slow down what is below 20 ms
-        path = vdm.write_video(tmp_path / f"{fps}.gif", clip, fps)
-        assert Image.open(path).info["duration"] == duration
+@cases("H, W", [(28, 28), (63, 65), (255, 128)])
+@cases("suffix", [".mp4", ".gif"])
+def test_writer(tmp_path, H, W, suffix):
+    """Frames come back in order, enlarged; sides are even; no temporary file is left."""
+    clip = vdm.from_uint8(flat(6, H, W, 1))
+    path = vdm.write_video(tmp_path / "new" / f"clip{suffix}", clip, fps=8)
+    frames = np.stack(list(iio.imiter(path, plugin="FFMPEG" if suffix == ".mp4" else "pillow")))
+    k = frames.shape[1] // H
+    assert frames.shape[:3] == (6, k * H, k * W)
+    assert min(frames.shape[1:3]) >= 128
+    assert brightness(frames) == list(range(6))
+    assert os.listdir(tmp_path / "new") == [path.name]
+    if suffix == ".mp4":
+        meta = iio.immeta(path, plugin="FFMPEG")
+        assert meta["pix_fmt"].startswith("yuv420p")
+        assert (meta["codec"], meta["fps"]) == ("h264", 8)
+
+@cases("fps, duration", [(8, 120), (50, 20), (100, 20)])     # viewers slow down what is below 20 ms
+def test_duration_of_gifs(tmp_path, fps, duration):
+    path = vdm.write_video(tmp_path / "a.gif", vdm.from_uint8(flat(6)), fps)
+    assert Image.open(path).info["duration"] == duration
+    assert Image.open(path).info["loop"] == 0
 
 def test_of_an_mp4_one_frame_at_a_time_is_in_memory(tmp_path):
     pixels = flat(9)
@@ -2925,12 +2490,14 @@ def test_of_an_mp4_one_frame_at_a_time_is_in_memory(tmp_path):
     assert brightness(written) == list(range(9))
 
 def test_a_failed_write_and_wrong_input(tmp_path, monkeypatch):
+    """An ffmpeg that dies at once: a GIF is written, and the old file stays. NaN is no fault of
+    ffmpeg's."""
     clip = vdm.from_uint8(flat(5, C=1))
     path = tmp_path / "a.mp4"
     for name, wrong in (("a.avi", clip), ("a.mp4", clip[0]), ("a.gif", clip.expand(-1, 4, -1, -1))):
         pytest.raises(ValueError, vdm.write_video, tmp_path / name, wrong).match(name)
     before = vdm.write_video(path, clip).read_bytes()
-    false = tmp_path / "ffmpeg"                    # an ffmpeg that dies at once
+    false = tmp_path / "ffmpeg"
     false.write_text("#!/bin/sh\nfor last; do :; done\n"
                      'case "$last" in *.mp4) : > "$last";; esac\nexit 1\n')
     false.chmod(0o755)
@@ -2938,9 +2505,9 @@ def test_a_failed_write_and_wrong_input(tmp_path, monkeypatch):
     for n in (1, 5):                               # the pipe may hold all that one frame takes
         assert vdm.write_video(path, clip[:n]) == tmp_path / "a.gif"
         assert brightness(np.stack(list(iio.imiter(tmp_path / "a.gif")))) == list(range(n))
-    assert path.read_bytes() == before                                         # the old one, whole
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.mp4", "ffmpeg"]
-    with pytest.raises(ValueError, match="NaN"):   # which is no fault of ffmpeg's
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.mp4", "ffmpeg"]
+    with pytest.raises(ValueError, match="NaN"):
         vdm.write_video(path, clip / 0)
 
 # ==================================================================================================
@@ -3592,7 +3159,7 @@ LATENT = ("--preset latent --frames 4 --size 4 --width 8 --head-dim 8 --mults 1 
           "--batch 2 --attention joint --steps 3 --sampling-steps 2 --marks 2 --encode 5 "
           "--sample-every 99 --context 0.5 0 0.5 --overlap 2 --device cpu --dtype fp32 ")
 AUTO = "--frames 4 --size 4 --batch 2 --steps 3 --marks 2 --device cpu --dtype fp32 "
-autoencoder_c = runpy.run_path(str(ROOT / "notebooks/autoencoder.py"), run_name="autoencoder")["main"]
+autoencoder_c = runpy.run_path(str(ROOT / "notebooks/autoencoder.py"))["main"]
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
@@ -3815,8 +3382,9 @@ def test_what_is_to_be_read_is_short():
 # ==================================================================================================
 
 SIDE = 16
-SMALL_d = dict(frames=4, size=(SIDE, SIDE), width=8, mults=(1,), attention=("joint",), head_dim=8, patch=4,
-             context=(0.5, 0.0, 0.5), overlap=2, sampling_steps=2, skip_guidance=1.0, images=0.1)
+SMALL_d = dict(frames=4, size=(SIDE, SIDE), width=8, mults=(1,), attention=("joint",), head_dim=8,
+               patch=4, context=(0.5, 0.0, 0.5), overlap=2, sampling_steps=2, skip_guidance=1.0,
+               images=0.1)
 LATENT_d = dict(size=(4, 4), channels=4, factor=4, patch=1)
 
 def checkpoint_d(path, autoencoder=None, **fields):
@@ -3835,7 +3403,7 @@ def checkpoint_d(path, autoencoder=None, **fields):
 def here(tmp_path, monkeypatch):
     """A folder to work in, with a clip of 6 frames, one of 4 small ones, and a picture."""
     monkeypatch.chdir(tmp_path)
-    clip = vdm.to_uint8(torch.rand(7, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1)
+    clip = np.random.default_rng(1).integers(0, 256, (7, SIDE, SIDE, 3)).astype(np.uint8)
     np.save("clip.npy", clip[:6])
     np.save("small.npy", clip[:4, :4, :4])
     Image.fromarray(clip[6]).save("picture.png")
@@ -3844,8 +3412,9 @@ def here(tmp_path, monkeypatch):
 def strips(path, side=SIDE):
     """What a film strip shows, which is written without loss: uint8 (n, T, side, side, 3)."""
     picture = np.asarray(Image.open(path))[::2, ::2]
-    cells = [[picture[y + 1:y + 1 + side, x + 1:x + 1 + side] for x in range(0, picture.shape[1] - 1, side + 1)]
-             for y in range(0, picture.shape[0] - 1, side + 1)]
+    H, W, _ = picture.shape
+    cells = [[picture[y + 1:y + 1 + side, x + 1:x + 1 + side] for x in range(0, W - 1, side + 1)]
+             for y in range(0, H - 1, side + 1)]
     return np.array(cells)
 
 def run_d(flags, side=SIDE, out="a.mp4", **fields):
@@ -3860,14 +3429,17 @@ def near(a, b):
 
 ANY, DRIVE = dict(task="any", give="replace"), dict(actions=(4, 2))
 HINT, PREVIOUS = dict(give="hint", hint_noise=0.4), dict(give="previous", context=(0.5, 0.5))
-WAYS_d = {         # fields of Config, flags, length, and which frames of the videos are those of a file
-    "nothing": ({}, "", 4, None), "short": ({}, "--length 3", 3, None), "long": ({}, "--length 9", 9, None),
+WAYS_d = {         # fields of Config, flags, length, which frames of the videos are those of a file
+    "nothing": ({}, "", 4, None), "short": ({}, "--length 3", 3, None),
+    "long": ({}, "--length 9", 9, None),
     "clip": ({}, "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
-    "one": (dict(context=(0.5, 0.5)), "--context picture.png", 4, ("picture.png", slice(1), slice(1))),
-    "overlap": (ANY, "--length 8 --overlap 3 --context clip.npy --context-frames 1", 8, ("clip.npy", slice(5, 6), slice(1))),
+    "one": (dict(context=(0.5, 0.5)), "--context picture.png", 4,
+            ("picture.png", slice(1), slice(1))),
+    "overlap": (ANY, "--length 8 --overlap 3 --context clip.npy --context-frames 1", 8,
+                ("clip.npy", slice(5, 6), slice(1))),
     "stride": (dict(stride=3), "--context clip.npy", 4, ("clip.npy", slice(2, 6, 3), slice(2))),
-    "per frame": (dict(give="per_frame", context=(1.0,), independent=1.0), "--context clip.npy --length 7", 7,
-                  ("clip.npy", slice(4, 6), slice(2))),
+    "per frame": (dict(give="per_frame", context=(1.0,), independent=1.0),
+                  "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
     "hint": (HINT, "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
     "any hint": (HINT | dict(task="any"), "--length 7 --hint-noise 0.1", 7, None),
     "previous": (PREVIOUS, "--context clip.npy", 8, ("clip.npy", slice(2, 6), slice(4))),
@@ -3877,14 +3449,19 @@ WAYS_d = {         # fields of Config, flags, length, and which frames of the vi
                           ("clip.npy", slice(4, 6), slice(2))),
     "label": (dict(labels=3), "--label 2 --guidance 1.5 3 --guidance-shape ramp", 4, None),
     "skip": ({}, "--skip-guidance 2 --length 6 --guidance 2 --guidance-shape triangle", 6, None),
-    "interpolate": (ANY, "--context clip.npy --interpolate 2", 11, ("clip.npy", slice(6), slice(None, None, 2))),
-    "twice": (ANY, "--context clip.npy --context-frames 3 --interpolate 2 3", 13, ("clip.npy", slice(3, 6), slice(None, None, 6))),
-    "ends": (dict(task="ends"), "--context clip.npy --interpolate 3", 16, ("clip.npy", slice(6), slice(None, None, 3))),
+    "interpolate": (ANY, "--context clip.npy --interpolate 2", 11,
+                    ("clip.npy", slice(6), slice(None, None, 2))),
+    "twice": (ANY, "--context clip.npy --context-frames 3 --interpolate 2 3", 13,
+              ("clip.npy", slice(3, 6), slice(None, None, 6))),
+    "ends": (dict(task="ends"), "--context clip.npy --interpolate 3", 16,
+             ("clip.npy", slice(6), slice(None, None, 3))),
     "image": (HINT | dict(task="image"), "--context picture.png --length 3", 3, None),
     "upsample": (HINT | dict(task="upsample"), "--context small.npy", 4, None),
-    "reconstruct": (dict(context=(1.0,)), "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
+    "reconstruct": (dict(context=(1.0,)),
+                    "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
                     ("clip.npy", slice(3, 6), slice(3))),
-    "reconstruct hints": (HINT | dict(task="upsample"), "--context clip.npy --reconstruction 2 --length 6 --overlap 1", 6,
+    "reconstruct hints": (HINT | dict(task="upsample"),
+                          "--context clip.npy --reconstruction 2 --length 6 --overlap 1", 6,
                           ("clip.npy", slice(5, 6), slice(1))),
     "reconstruct between": (PREVIOUS, "--context clip.npy --reconstruction 1 --interpolate 2", 11,
                             ("clip.npy", slice(6), slice(None, None, 2)))}
@@ -3896,7 +3473,8 @@ def test_every_way_to_sample(here, way):
     fields, flags, length, given = WAYS_d[way]
     made = run_d(f"--n 2 {flags}", **fields)
     assert made.shape == (2, length, SIDE, SIDE, 3)
-    assert sorted(os.listdir("a")) == ["000.mp4", "001.mp4"] and {"a.mp4", "a.gif", "a.png"} < set(os.listdir())
+    assert sorted(os.listdir("a")) == ["000.mp4", "001.mp4"]
+    assert {"a.mp4", "a.gif", "a.png"} < set(os.listdir())
     assert iio.imread("a/001.mp4", plugin="FFMPEG").shape[0] == length
     new = np.ones(length, bool)
     if given:
@@ -3922,7 +3500,8 @@ def test_roll_out_by_hand(here):
         video = vdm.read_video("clip.npy")[None, -2:]
         while video.shape[1] < 9:
             context = torch.cat([video[:, -2:], torch.zeros(1, 2, 3, SIDE, SIDE)], 1)
-            window = vdm.generate(model, context.shape, sigmas, vdm.SAMPLERS["dpmpp_2m_sde"], noise=draw, context=context,
+            window = vdm.generate(model, context.shape, sigmas, vdm.SAMPLERS["dpmpp_2m_sde"],
+                                  noise=draw, context=context,
                                   mask=torch.tensor([[1.0, 1, 0, 0]]))
             video = torch.cat([video, window[:, 2:]], 1)
         assert near(made[i], vdm.to_uint8(video[0, :9]))
@@ -3935,11 +3514,13 @@ def test_roll_out_by_hand(here):
 def test_actions_go_to_their_windows(here, monkeypatch, flags, fields, wanted):
     """The network is told action t with frame t, and NaN after the last."""
     seen, forward = [], vdm.ActionEmbedding.forward
-    monkeypatch.setattr(vdm.ActionEmbedding, "forward", lambda self, action: seen.append(action[0]) or forward(self, action))
+    monkeypatch.setattr(vdm.ActionEmbedding, "forward",
+                        lambda self, action: seen.append(action[0]) or forward(self, action))
     run_d(f"--n 1 --steps 1 {flags}", **DRIVE | fields)
     names = {tuple(a): k for a, k in zip(vdm.Drive.ACTIONS.tolist(), "LSRX")}
     assert ["".join(names.get(tuple(a), "?") for a in window.tolist()) for window in seen] == wanted
-    np.save("same.npy", vdm.Drive.ACTIONS[["LSRX".index(k) for k in flags.split()[flags.split().index("--actions") + 1]]])
+    letters = re.search("--actions ([A-Z]*)", flags)[1]
+    np.save("same.npy", vdm.Drive.ACTIONS[["LSRX".index(k) for k in letters]])
     told, seen[:] = seen.copy(), []
     run_d(f"--n 1 --steps 1 {re.sub('--actions [A-Z]*', '--actions same.npy', flags)}")
     assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(told, seen))
@@ -3947,41 +3528,50 @@ def test_actions_go_to_their_windows(here, monkeypatch, flags, fields, wanted):
 @cases("flags, level", [("", 0.2), ("--hint-noise 0.05", 0.05), ("--hint-noise 0", 0.0)])
 @cases("task", ["predict", "image", "upsample"])
 def test_hints_are_as_noisy_as_is_said(here, monkeypatch, flags, level, task):
-    """By default half of the most in training. Every video and window has noise of its own, a picture one for all frames."""
+    """By default half of the most in training. Every video and window has noise of its own, a
+    picture one for all frames."""
     seen, forward = [], vdm.Denoiser.forward
-    monkeypatch.setattr(vdm.Denoiser, "forward", lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
     file = dict(predict="clip.npy --length 6", image="picture.png", upsample="small.npy")[task]
     run_d(f"--n 9 --steps 1 --context {file} {flags}", **HINT | dict(task=task))
     shown = seen[0]["concat"][:, :, :3]
     if task == "predict":
-        assert len(seen) == 2 and seen[0]["concat"][:, :, 3].mean((0, 2, 3)).tolist() == [1, 1, 0, 0]
+        assert len(seen) == 2
+        assert seen[0]["concat"][:, :, 3].mean((0, 2, 3)).tolist() == [1, 1, 0, 0]
         noise = shown[:, :2] - vdm.read_video("clip.npy")[-2:]
     elif task == "image":
         noise = shown - vdm.from_uint8(np.asarray(Image.open("picture.png")))
         assert torch.equal(shown[:, 0], shown[:, 3])
     else:
-        noise = shown - torch.nn.functional.interpolate(vdm.read_video("small.npy"), scale_factor=4, mode="bilinear")
+        small = vdm.read_video("small.npy")
+        noise = shown - F.interpolate(small, scale_factor=4, mode="bilinear")
     close(noise.std().item(), level, atol=1e-5, rtol=0.05)
     assert seen[0]["augmentation"].tolist() == pytest.approx([level] * 9)
     assert level == 0 or abs((noise[0] * noise[1]).mean()) < 0.2 * level ** 2
 
 def fake(**flags):
-    usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant", keep_frames=False, reconstruction=None)
+    usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant",
+                 keep_frames=False, reconstruction=None)
     return SimpleNamespace(**usual | flags)
 
 @cases("numbers, shape, wanted", [
-    ([2.5], "constant", [2.5] * 4), ([2.5], "ramp", [1, 1.5, 2, 2.5]), ([1.5, 3], "ramp", [1.5, 2, 2.5, 3]),
-    ([2.5], "triangle", [1, 2, 2, 1])])
+    ([2.5], "constant", [2.5] * 4), ([2.5], "ramp", [1, 1.5, 2, 2.5]),
+    ([1.5, 3], "ramp", [1.5, 2, 2.5, 3]), ([2.5], "triangle", [1, 2, 2, 1])])
 @cases("keep", [False, True])
 def test_guidance_d(numbers, shape, wanted, keep):
-    """free + scale (given - free), where a label is worth 1 and a picture 10: with --keep-frames both estimates see it."""
-    ask = lambda x, sigma, label=None, concat=None: 0 * x + (label is not None) + 10 * (concat is not None)
+    """free + scale (given - free), where a label is worth 1 and a picture 10: with --keep-frames
+    both estimates see it."""
+    def ask(x, sigma, label=None, concat=None):
+        return 0 * x + (label is not None) + 10 * (concat is not None)
+
     denoise = sample.steered(fake(guidance=numbers, guidance_shape=shape, keep_frames=keep), ask)
     got = denoise(torch.randn(2, 4, 3, 2, 2), torch.ones(2), label=0, concat=0)[1, :, 2, 1, 0]
     close(got, torch.tensor(wanted) * 1.0 + 10 if keep else torch.tensor(wanted) * 11.0)
 
 def test_reconstruction_by_its_formula():
-    """VDM eq. 7 for a linear network: half its gradient, times the weight; nothing where no frame is given."""
+    """VDM eq. 7 for a linear network: half its gradient, times the weight; nothing where no frame
+    is given."""
     matrix, x, context = torch.randn(4, 4), torch.randn(1, 4, 1, 1, 1), torch.randn(1, 4, 1, 1, 1)
     ask = lambda x, sigma: torch.einsum("st,btchw->bschw", matrix, x)
     denoise = sample.steered(fake(reconstruction=3.0), ask)
@@ -3994,17 +3584,19 @@ def test_reconstruction_by_its_formula():
     close(got, torch.cat([context.flatten()[:1], want[1:]]))
 
 def test_every_frame_in_its_place(here, monkeypatch):
-    """Three videos of known brightness in two batches, in pieces of uneven length: no GIF of so many
-    frames, and the strip shows every third one. The reward is exp(-variance among videos)."""
+    """Three videos of known brightness in two batches, in pieces of uneven length: no GIF of so
+    many frames, and the strip shows every third one."""
     light = torch.rand(3, 70) * 1.8 - 0.9
 
     def rollout(denoise, length, shape, sigmas, overlap, given, seed, clips, *_, **options):
-        yield from light[list(clips), :, None, None, None].expand(-1, -1, 3, SIDE, SIDE).split([4, 30, 1, 35], 1)
+        video = light[list(clips), :, None, None, None].expand(-1, -1, 3, SIDE, SIDE)
+        yield from video.split([4, 30, 1, 35], 1)
 
     monkeypatch.setattr(vdm, "rollout", rollout)
     strip = run_d("--n 3 --batch 2 --length 70")
-    assert np.abs(strip.mean((2, 3, 4)) / 127.5 - 1 - light[:, ::3].numpy()).max() < 0.01 and not Path("a.gif").exists()
-    grid = iio.imread("a.mp4", plugin="FFMPEG")                            # 2 x 2 cells of 17 x 17 pixels
+    assert np.abs(strip.mean((2, 3, 4)) / 127.5 - 1 - light[:, ::3].numpy()).max() < 0.01
+    assert not Path("a.gif").exists()
+    grid = iio.imread("a.mp4", plugin="FFMPEG")                    # 2 x 2 cells of 17 x 17 pixels
     k = grid.shape[1] // 35
     for i in range(3):
         seen = grid[:, (17 * (i // 2) + 9) * k, (17 * (i % 2) + 9) * k].mean(-1) / 127.5 - 1
@@ -4015,14 +3607,18 @@ def test_every_frame_in_its_place(here, monkeypatch):
 def test_reward_d(here, capsys):
     made = run_d("--n 3 --actions LSRXL", **DRIVE)
     said = float(re.search(r"reward +(\S+):", capsys.readouterr().out)[1])
-    assert said == pytest.approx(math.exp(-(made / 127.5).var(0, ddof=1).mean()), abs=0.002) and said < 0.999
+    assert said == pytest.approx(math.exp(-(made / 127.5).var(0, ddof=1).mean()), abs=0.002)
+    assert said < 0.999
     run_d("--n 1 --actions LSRXL")
     assert "reward" not in capsys.readouterr().out
 
-@cases("batch, length, windows, kept", [(1, 4, 2, (2, 4)), (3, 6, 1, (3, 4)), (2, 6, 3, (2, 6)), (3, 6, 0, None)])
+@cases("batch, length, windows, kept", [(1, 4, 2, (2, 4)), (3, 6, 1, (3, 4)), (2, 6, 3, (2, 6)),
+                                        (3, 6, 0, None)])
 def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capsys, batch, length, windows, kept):
     """The videos that are complete or, if none is, the frames that there are of the first ones."""
-    flags, left, generate = f"--n 3 --length {length} --batch {batch}", iter(range(windows)), vdm.generate
+    flags = f"--n 3 --length {length} --batch {batch}"
+    left = iter(range(windows))
+    generate = vdm.generate
     whole = run_d(flags, out="b.mp4")
 
     def interrupted(*args, **options):
@@ -4051,8 +3647,10 @@ def test_latents_with_their_autoencoder(here):
     model, config = vdm.load("last.pt")
     sigmas = vdm.karras_sigmas(2, config.sigma_min, config.sigma_max, config.rho)
     with torch.no_grad():
-        given = autoencoder.encode(vdm.read_video("clip.npy")[None])[:, -2:].expand(2, -1, -1, -1, -1)
-        latents = torch.cat(list(vdm.rollout(model, 9, (2, 4, 4, 4, 4), sigmas, 2, given, sampler=vdm.sample_ddim)), 1)
+        given = autoencoder.encode(vdm.read_video("clip.npy")[None])[:, -2:]
+        given = given.expand(2, -1, -1, -1, -1)
+        latents = torch.cat(list(vdm.rollout(model, 9, (2, 4, 4, 4, 4), sigmas, 2, given,
+                                             sampler=vdm.sample_ddim)), 1)
         assert near(made, vdm.to_uint8(autoencoder.decode_all(latents)))
 
 def test_latents_from_elsewhere(here):
@@ -4060,64 +3658,85 @@ def test_latents_from_elsewhere(here):
     checkpoint_d("last.pt", **LATENT_d)
     given = np.random.default_rng(0).normal(size=(5, 4, 4, 4)).astype(np.float32)
     np.save("given.npy", given)
-    sample.main("last.pt --device cpu --n 2 --context given.npy --length 7 --out x/made.mp4".split())
-    assert sorted(os.listdir("x")) == ["made"] and sorted(os.listdir("x/made")) == ["000.npy", "001.npy"]
+    flags = "--device cpu --n 2 --context given.npy --length 7 --out x/made.mp4"
+    sample.main(["last.pt", *flags.split()])
+    assert os.listdir("x") == ["made"]
+    assert sorted(os.listdir("x/made")) == ["000.npy", "001.npy"]
     a, b = np.load("x/made/000.npy"), np.load("x/made/001.npy")
-    assert a.shape == (7, 4, 4, 4) and np.array_equal(a[:2], given[-2:]) and np.array_equal(b[:2], given[-2:]) and (a[2:] != b[2:]).all()
+    assert a.shape == (7, 4, 4, 4) and (a[2:] != b[2:]).all()
+    assert np.array_equal(a[:2], given[-2:]) and np.array_equal(b[:2], given[-2:])
     for wrong in ("clip.npy", "nothing.npy", "picture.png"):
         with pytest.raises(ValueError, match=wrong):
             sample.main(f"last.pt --context {wrong}".split())
 
 def test_which_checkpoint(here, monkeypatch, capsys):
-    """Without a name the newest under out/, else the weights that come along; of a folder its last.pt."""
+    """Without a name the newest under out/, else the weights that come along; of a folder its
+    last.pt."""
     (here / "notebooks").mkdir()
     monkeypatch.setattr(sample, "__file__", str(here / "sample.py"))
     quick = ["--n", "1", "--steps", "1", "--device", "cpu"]
     with pytest.raises(ValueError, match=r"tiny\.pt"):
         sample.main(quick)
     checkpoint_d("notebooks/tiny.pt")
-    for name, flags in (("notebooks/tiny.pt", []), ("out/b/last.pt", []), ("out/a/last.pt", ["out/a"]), ("out/b/last.pt", [])):
+    for name, flags in (("notebooks/tiny.pt", []), ("out/b/last.pt", []),
+                        ("out/a/last.pt", ["out/a"]), ("out/b/last.pt", [])):
         for k, other in enumerate("ab"):
             if name.startswith("out"):
                 checkpoint_d(f"out/{other}/last.pt")
                 os.utime(f"out/{other}/last.pt", (1e9 + k, 1e9 + k))
         sample.main([*flags, *quick])
         said = capsys.readouterr().out
-        assert re.search(f"{name}\n.*1 videos of 4 frames, dpmpp_2m_sde, 1 steps, on cpu in (float32|bfloat16)", said)
+        assert re.search(f"{name}\n.*1 videos of 4 frames, dpmpp_2m_sde, 1 steps, on cpu in "
+                         "(float32|bfloat16)", said)
 
 WRONG = [        # fields of Config, flags, words that must be said
-    ({}, "--length 1 --context clip.npy", "--length is 1, expected more than the 2"), ({}, "--length 2 --context clip.npy", "--length is 2"),
-    ({}, "--context clip.npy --context-frames 1", "--context gives 1 frames, but .* given 2 frames: choose --context-frames"),
-    ({}, "--context picture.png", "--context gives 1 frames"), ({}, "--context clip.npy --context-frames 9", "--context-frames is 9, expected at most 6"),
+    ({}, "--length 1 --context clip.npy", "--length is 1, expected more than the 2"),
+    ({}, "--length 2 --context clip.npy", "--length is 2"),
+    ({}, "--context clip.npy --context-frames 1", "given 2 frames: choose --context-frames"),
+    ({}, "--context picture.png", "--context gives 1 frames"),
+    ({}, "--context clip.npy --context-frames 9", "--context-frames is 9, expected at most 6"),
     (dict(context=(1.0,)), "--context clip.npy", "given no frames: .* try --reconstruction"),
-    (dict(context=(1.0,)), "--length 5", "--length is 5, so a window .* given no frames: try --reconstruction"),
-    (dict(task="ends"), "--context clip.npy", "given no frames: .* or --interpolate"), (dict(task="ends"), "--length 5", "given no frames"),
-    ({}, "--length 9 --overlap 3", "--length is 9, so .* from 3 frames .--overlap., but .* given 2 frames"),
-    ({}, "--length 9 --overlap 4", "from 4 frames .--overlap"), (HINT | dict(task="image"), "--length 5", "given no frames"),
-    ({}, "--interpolate 2 --context clip.npy", "--interpolate needs a model of --task any or, to be 3, of --task ends"),
-    (dict(task="ends"), "--interpolate 2 --context clip.npy", "to be 3, of --task ends"), (ANY, "--interpolate 2", "--context gives 0"),
+    (dict(context=(1.0,)), "--length 5", "so a window .* given no frames: try --recon"),
+    (dict(task="ends"), "--context clip.npy", "given no frames: .* or --interpolate"),
+    (dict(task="ends"), "--length 5", "given no frames"),
+    ({}, "--length 9 --overlap 3", "so .* from 3 frames .--overlap., but .* given 2"),
+    ({}, "--length 9 --overlap 4", "from 4 frames .--overlap"),
+    (HINT | dict(task="image"), "--length 5", "given no frames"),
+    ({}, "--interpolate 2 --context clip.npy", "--interpolate needs a model of --task any"),
+    (dict(task="ends"), "--interpolate 2 --context clip.npy", "to be 3, of --task ends"),
+    (ANY, "--interpolate 2", "--context gives 0"),
     (HINT | dict(task="any"), "--interpolate 2 --context clip.npy", "--interpolate needs"),
-    (ANY, "--interpolate 2 4 --context clip.npy", "--interpolate is .2, 4., expected 2 to 3"), (ANY, "--interpolate 1 --context clip.npy", "2 to 3"),
+    (ANY, "--interpolate 2 4 --context clip.npy", "--interpolate is .2, 4., expected 2 to 3"),
+    (ANY, "--interpolate 1 --context clip.npy", "2 to 3"),
     (ANY, "--interpolate 2 --context picture.png", "--context gives 1 frames"),
     (ANY, "--interpolate 2 --length 5 --context clip.npy", "--length is 5, expected 11"),
-    (DRIVE | ANY, "--interpolate 2 --actions LL --context clip.npy", "--actions goes neither with --interpolate nor"),
+    (DRIVE | ANY, "--interpolate 2 --actions LL --context clip.npy", "goes neither with"),
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
     (PREVIOUS | DRIVE, "--actions LLLLL", "nor with a model of --give previous"),
-    (HINT | dict(task="upsample"), "--context picture.png", "--context gives 1 frames, but .* given 4"),
+    (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
-    (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"), ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
-    (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"), (dict(labels=3), "--label -1", "--label is -1"),
-    ({}, "--label 0", "one of 0 classes"), ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
-    (DRIVE, "--actions LQ", "--actions is 'LQ', expected letters of LSRX"), (DRIVE, "--actions LL --length 3", "--length is 3, expected 2"),
-    (DRIVE, "--actions LL --context clip.npy", "--length is 2, expected more"), (DRIVE, "--actions no.npy", "no.npy cannot be read"),
-    (DRIVE, "--actions clip.npy", r"clip.npy holds \(6, 16, 16, 3\), but the model knows"), ({}, "--context nothing.mp4", "nothing.mp4"),
-    (dict(images=0.0), "--skip-guidance 2", "--skip-guidance .* --images"), ({}, "--context a/x.npy", "x.npy might be overwritten"),
-    ({}, "--context a.png", "a.png might be overwritten .* another --out"), ({}, "--out last.mp4 --context last.gif", "overwritten"),
-    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"), ({}, "--out folder.mp4", "--out is folder.mp4"),
-    ({}, "--out taken.mp4", "and a folder taken"), ({}, "--device quantum", "--device quantum"),
-    ({}, "--n 0", "--n is 0, expected 1"), ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
-    ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"), ({}, "--steps 0", "steps is 0"),
+    (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
+    ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
+    (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"),
+    (dict(labels=3), "--label -1", "--label is -1"), ({}, "--label 0", "one of 0 classes"),
+    ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
+    (DRIVE, "--actions LQ", "--actions is 'LQ', expected letters of LSRX"),
+    (DRIVE, "--actions LL --length 3", "--length is 3, expected 2"),
+    (DRIVE, "--actions LL --context clip.npy", "--length is 2, expected more"),
+    (DRIVE, "--actions no.npy", "no.npy cannot be read"),
+    (DRIVE, "--actions clip.npy", r"clip.npy holds \(6, 16, 16, 3\), but the model knows"),
+    ({}, "--context nothing.mp4", "nothing.mp4"),
+    (dict(images=0.0), "--skip-guidance 2", "--skip-guidance .* --images"),
+    ({}, "--context a/x.npy", "x.npy might be overwritten"),
+    ({}, "--context a.png", "a.png might be overwritten .* another --out"),
+    ({}, "--out last.mp4 --context last.gif", "overwritten"),
+    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"),
+    ({}, "--out folder.mp4", "--out is folder.mp4"), ({}, "--out taken.mp4", "and a folder taken"),
+    ({}, "--device quantum", "--device quantum"), ({}, "--n 0", "--n is 0, expected 1"),
+    ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
+    ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"),
+    ({}, "--steps 0", "steps is 0"),
     ({}, "--reconstruction -1 --length 9", "--reconstruction is -1")]
 
 @cases("fields, flags, words", WRONG)
@@ -4135,21 +3754,21 @@ def test_a_mistake_has_no_traceback(here):
     """Exit 1 with the sentence alone; the command line in the docstring is the one that runs."""
     checkpoint_d("last.pt")
     command = [sys.executable, sample.__file__, "last.pt"]
-    done = subprocess.run([*command, "--length", "9", "--overlap", "3"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: --length is 9") and done.stderr.count("\n") == 1
+    done = subprocess.run([*command, "--length", "9", "--overlap", "3"], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --length is 9")
+    assert done.stderr.count("\n") == 1
     (here / "bad.pt").write_bytes(b"no checkpoint")
     done = subprocess.run([*command[:2], "bad.pt"], capture_output=True, text=True)
-    assert done.returncode == 1 and "bad.pt is no checkpoint of this program" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "bad.pt is no checkpoint of this program" in done.stderr
+    assert "Traceback" not in done.stderr
 
 # ==================================================================================================
 # The experiments
 # ==================================================================================================
 
-NOTEBOOKS = Path(vdm.__file__).resolve().parent / "notebooks"
-sys.path.append(str(NOTEBOOKS))
-
 SMALL_e = dict(width=16, mults=(1, 2), attention=("none", "factorised"), size=(16, 16),
-             sampling_steps=2)
+               sampling_steps=2)
 
 def checkpoint_e(path, **fields):
     """A model of random weights, whose clips are nearly black."""
@@ -4173,8 +3792,9 @@ def test_benchmark(tmp_path, capsys, fields, flags):
     assert {len(row) for row in rows} == {len(names)}
     assert [cell.strip() for cell in rows[3][2:9]] == ["100%"] * 7
 
-@cases("fields, flags, words", [(dict(actions=(4, 2)), "", "told nothing: "),
-                                (dict(task="any"), "--interpolate 2 2", "interpolation 2 x 2: ")])
+@cases("fields, flags, words", [
+    (dict(actions=(4, 2)), "", "told nothing: "),
+    (dict(task="any"), "--interpolate 2 2", "interpolation 2 x 2: ")])
 def test_benchmark_of_commands_and_interpolation(tmp_path, capsys, fields, flags, words):
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "2", *flags.split()])
@@ -4195,7 +3815,7 @@ def test_flags_of_the_ablation():
 def test_table_of_claims(tmp_path):
     flags = ("--seeds 1 --steps 4 --clips 2 --size 16 --width 16 --sampling-steps 2 --warmup 1 "
              f"--lr 0.3 --out {tmp_path} --csv {tmp_path}/t.csv")
-    run = subprocess.run([sys.executable, NOTEBOOKS / "claims.py", *flags.split()],
+    run = subprocess.run([sys.executable, ROOT / "notebooks/claims.py", *flags.split()],
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = list(csv.DictReader(open(tmp_path / "t.csv")))
