@@ -1311,6 +1311,7 @@ import dataclasses
 import hashlib
 import os
 import subprocess
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -1337,11 +1338,9 @@ class MovingShapes:
 
     # How much `check` forgives. Light runs from 0, the clip's own dark, to 1, its own bright level.
     EDGE = 0.2, 0.8              # below is outside, above is inside: soft edges and noise are cut
+    TONE = 0.33                  # levels of light or of a colour channel differ by more than this
     MATCH = 0.75                 # overlap with the ideal shape, as intersection / union
     RIVAL = 0.06                 # another kind may fit one frame better by this much: small shapes
-    BLACK = 0.35                 # light that is none: of the dark; of a leak into a third channel
-    CONTRAST = 0.3               # the bright level must lie this far above the dark
-    SHADE = 0.33                 # distance from the palette, in each channel and each frame
     RESIZE = 0.12                # one frame's radius against the clip's, as a share
     SLACK = 0.2                  # the clip's radius beyond RADIUS, as a share: soft edges blur it
     STRAY = 1.5 / 32             # distance from the path, as a share of the shorter side
@@ -1400,47 +1399,45 @@ class MovingShapes:
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos):
-        """Mark clips (B, T, 3, H, W) with values from -1 to 1.
+        """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays.
 
-        The result is a dict of arrays. Each law has an entry (B,): do all shapes keep it? `passed`
-        (B,) tells whether they keep all laws. kinds, colors and speeds (B, objects) tell what is
-        seen. copies counts the clips that nearly equal an earlier clip of the batch."""
-        v = self.to_light(videos)
+        Each law has an entry (B,): do all shapes keep it? `passed` (B,): do they keep all laws?
+        kinds, colors and speeds (B, objects) are what is seen. copies counts the clips that nearly
+        equal an earlier clip of the batch: models that collapse make many."""
+        v = self.light(videos)
         B, _, _, H, W = v.shape
         unit = min(H, W)
         shapes, black = self.split(v)                                    # (N, T, 3, H, W) and (B,)
-        light, color, bright = self.measure(shapes)
-        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
-        match, radius, y, x = self.compare(light)                                        # (3, N, T)
+        color = self.core(shapes)                                                       # (N, T, 3)
+        bright = np.maximum(np.median(color.max(2), 1), 1e-3)   # of the clip: it must not flicker
+        far = np.abs(color / bright[:, None, None] - self.palette[:, None, None]).max((2, 3))
+        outside, inside = self.EDGE
+        cover = (shapes.max(2) / bright[:, None, None, None] - outside) / (inside - outside)
+        match, radius, y, x = self.compare(np.clip(cover, 0, 1))                         # (3, N, T)
         kind = match.mean(2).argmax(0)                                                        # (N,)
         own = kind, np.arange(len(kind))
         r = radius[own]                                                                     # (N, T)
         usual_r = np.median(r, 1, keepdims=True)                                            # (N, 1)
-        share = usual_r / unit
-        low, high = self.RADIUS
-        miss_y, speed_y = self.fit_path(y[own], usual_r, H - usual_r)                 # (N, windows)
-        miss_x, speed_x = self.fit_path(x, usual_r, W - usual_r)
+        miss_y, speed_y = self.fit_path(y[own], usual_r, H)                           # (N, windows)
+        miss_x, speed_x = self.fit_path(x, usual_r, W)
         speed = np.hypot(speed_y, speed_x) / unit
         usual_speed = np.median(speed, 1, keepdims=True)
+        low, high = np.array(self.RADIUS) * unit * (1 - self.SLACK, 1 + self.SLACK)
         laws = dict(
-            shape=(match[own] > self.MATCH)                    # in all frames one kind of shape ...
-            & (match.max(0) - match[own] < self.RIVAL),
-            color=(far.min(0) < self.SHADE)                 # ... one colour, which must not flicker
-            & (bright > self.CONTRAST),
-            size=(np.abs(r - usual_r) < self.RESIZE * usual_r)               # ... one lawful size
-            & (low * (1 - self.SLACK) < share) & (share < high * (1 + self.SLACK)),
-            path=np.maximum(miss_y, miss_x) < self.STRAY * unit,      # a bouncing straight line ...
-            speed=np.abs(speed - usual_speed) < self.HURRY,           # ... at one speed
+            shape=(match[own] > self.MATCH) & (match.max(0) - match[own] < self.RIVAL),
+            color=(far.min(0) < self.TONE) & (bright > self.TONE),
+            size=(np.abs(r / usual_r - 1) < self.RESIZE) & (low < usual_r) & (usual_r < high),
+            path=np.maximum(miss_y, miss_x) < self.STRAY * unit,
+            speed=np.abs(speed - usual_speed) < self.HURRY,
             moving=speed > self.SPEED[0] / 2)                  # a frozen clip breaks this law alone
         laws = {law: kept.reshape(B, -1).all(1) for law, kept in laws.items()}
         laws["color"] &= black
-        passed = np.all(list(laws.values()), 0)
         seen = dict(kinds=kind, colors=far.argmin(0), speeds=usual_speed)
         seen = {name: a.reshape(B, -1) for name, a in seen.items()}
-        return dict(passed=passed, **laws, **seen, copies=self.count_copies(v))
+        return dict(passed=np.all(list(laws.values()), 0), **laws, **seen, copies=self.copies(v))
 
     @staticmethod
-    def to_light(videos):
+    def light(videos):
         """Return the light of each pixel, from 0 to 1, as a numpy array."""
         v = torch.as_tensor(videos).float().cpu().numpy()
         # most of a lawful clip is -1, and parts of noise are: a few stray values do not count
@@ -1450,93 +1447,76 @@ class MovingShapes:
                              " pass 2 * clips - 1")
         return np.clip((v + 1) / 2, 0, 1)
 
-    def count_copies(self, v):
-        """Count the clips that nearly equal an earlier one. Models that collapse make many."""
+    def copies(self, v):
+        """Count the clips that nearly equal an earlier one."""
         flat = v.reshape(len(v), -1)
         product = flat @ flat.T                                                             # (B, B)
-        energy = np.diag(product)
-        both = energy[:, None] + energy
+        both = np.add.outer(product.diagonal(), product.diagonal())
         near = both - 2 * product <= self.TWIN * both            # the left side is |a - b| squared
         return np.tril(near, -1).any(1).sum()
 
     def split(self, v):
-        """Show each shape alone, (N, T, 3, H, W), N = objects * B. Tell if the rest is black, (B,).
+        """Show each shape alone, (N, T, 3, H, W), N = B * objects. Tell if the rest is black, (B,).
 
-        The rest is the dark around a shape. Next to two shapes it is also the third channel. The
-        dark level of a channel becomes 0."""
+        The rest is the dark around a shape, which becomes 0, and the channel of neither of two."""
         dark = np.median(v, (1, 3, 4), keepdims=True)         # shapes cover a quarter, at the most
-        black = dark.max((1, 2, 3, 4)) < self.BLACK
+        black = dark.max((1, 2, 3, 4)) < self.TONE
         v = np.maximum(v - dark, 0)
-        if self.objects == 1:
-            return v, black
-        order = v.mean((1, 3, 4)).argsort(1)                       # (B, 3): the channels, by light
-        third = np.take_along_axis(v, order[:, None, :1, None, None], 2)
-        black &= self.core(third)[1].max((1, 2)) < self.BLACK
-        channels = np.eye(3, dtype=v.dtype)[order[:, 1:]]              # (B, 2, 3): one-hot, in each
-        alone = v[:, None] * channels[:, :, None, :, None, None]
-        return alone.reshape(-1, *v.shape[1:]), black
-
-    def measure(self, v):
-        """Measure the light (N, T, H, W), the colour (N, T, 3) and the brightness (N,) of shapes.
-
-        The light and each frame's colour are told in units of the brightness, which is that of the
-        whole clip. So a lamp may be dimmed, but it must not flicker."""
-        light, color = self.core(v)
-        bright = np.maximum(np.median(color.max(2), 1), 1e-3)
-        outside, inside = self.EDGE
-        light = (light / bright[:, None, None, None] - outside) / (inside - outside)
-        return np.clip(light, 0, 1), color / bright[:, None, None], bright
+        if self.objects == 2:
+            order = v.mean((1, 3, 4)).argsort(1)                   # (B, 3): the channels, by light
+            alone = order[:, :, None, None, None, None] == np.arange(3)[:, None, None]
+            v = np.where(alone, v[:, None], 0)                                  # (B, 3, T, 3, H, W)
+            black &= self.core(v[:, 0]).max((1, 2)) < self.TONE
+            v = v[:, 1:].reshape(-1, *v.shape[2:])
+        return v, black
 
     def core(self, v):
-        """Return the light of v (N, T, C, H, W) and, (N, T, C), the mean of its brightest pixels.
+        """Return the mean of the brightest pixels of v (N, T, 3, H, W) in each frame, (N, T, 3).
 
-        They are half as many as the smallest shape has: so soft edges are not among them."""
+        They are half as many as the smallest shape has, so that soft edges are not among them."""
         light = v.max(2)
         few = int((self.RADIUS[0] * min(light.shape[2:])) ** 2)
         least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (N, T)
-        brightest = light >= least[..., None, None]
-        total = (v * brightest[:, :, None]).sum((3, 4))
-        return light, total / brightest.sum((2, 3))[..., None]
+        return v.mean((3, 4), where=(light >= least[..., None, None])[:, :, None])
 
-    def compare(self, light):
-        """Compare light (N, T, H, W) with an ideal shape of each kind, of equal area and centre.
+    def compare(self, cover):
+        """Compare a cover (N, T, H, W) of pixels with each kind of shape, equal in area and centre.
 
-        Blur keeps both. Return the overlap, the radius and the y of the middle of the box, of each
-        kind, (3, N, T), and its x, (N, T)."""
-        H, W = light.shape[2:]
-        area = np.maximum(light.sum((2, 3)), 1e-3)                                          # (N, T)
-        center = light.sum(3) @ (np.arange(H) + 0.5) / area
-        x = light.sum(2) @ (np.arange(W) + 0.5) / area
+        Blur changes neither. Return the overlap, the radius, and the middle of the box, y and x:
+        (3, N, T), but x (N, T)."""
+        H, W = cover.shape[2:]
+        area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (N, T)
+        center = cover.sum(3) @ (np.arange(H) + 0.5) / area
+        x = cover.sum(2) @ (np.arange(W) + 0.5) / area
         radius = np.sqrt(area / np.array([np.pi, 4, 2])[:, None, None])       # the area is c r ** 2
         y = center - radius * np.array([0, 0, 1 / 3])[:, None, None]     # triangles have a low one
         match = []
         for kind in range(3):
             ideal = self.draw(kind, radius[kind], y[kind], x, (H, W))
-            both = np.minimum(ideal, light).sum((2, 3))
-            either = np.maximum(ideal, light).sum((2, 3))
-            match.append(both / np.maximum(either, 1e-3))
+            both = np.minimum(ideal, cover).sum((2, 3))
+            match.append(both / np.maximum(area + ideal.sum((2, 3)) - both, 1e-3))
         return np.stack(match), radius, y, x
 
-    def fit_path(self, x, low, high, window=8):
-        """Fit a bouncing path to each `window` frames of a coordinate x (N, T).
+    def fit_path(self, x, r, side):
+        """Fit a bouncing path to each 8 frames of a coordinate x (N, T), r (N, 1) from the walls.
 
-        Of 97 speeds and 13 places the best is taken. Return how far x strays from it, and its
-        speed: (N, windows) both."""
-        window = min(window, x.shape[1])
-        limit = 1.25 * self.SPEED[1] * np.nanmin(low + high)      # the sum is one side of a picture
-        speeds = np.linspace(-limit, limit, 97)
-        places = np.linspace(-1.5, 1.5, 13)
-        lines = places[:, None] + speeds[:, None, None] * (np.arange(window) - window // 2)
-        lines = lines.reshape(-1, window)                                        # (97 x 13, window)
-        runs = np.lib.stride_tricks.sliding_window_view(x, window, 1)[:, :, None]
+        Walls are at 0 and side. Of 97 speeds and 13 places of the middle frame the best is taken.
+        Return how far x strays from it, and its speed: (N, windows) both."""
+        n = min(8, x.shape[1])
+        limit = 1.25 * self.SPEED[1] * side
+        speed, place = np.meshgrid(np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13),
+                                   indexing="ij")
+        lines = place.reshape(-1, 1) + speed.reshape(-1, 1) * (np.arange(n) - n // 2)  # (lines, n)
+        low = r[:, :, None]
+        high = np.maximum(side - low, low + 1)
         misses = []
-        found = []
-        for run, a, b in zip(runs, low, np.maximum(high, low + 1)):          # (windows, 1, window)
-            paths = self.bounce(run[..., window // 2, None] + lines, a, b)
-            miss = np.abs(paths - run).max(2)                                 # (windows, 97 x 13)
+        speeds = []
+        for run in np.lib.stride_tricks.sliding_window_view(x, n, 1).swapaxes(0, 1):        # (N, n)
+            paths = self.bounce(run[:, n // 2, None, None] + lines, low, high)      # (N, lines, n)
+            miss = np.abs(paths - run[:, None]).max(2)                                  # (N, lines)
             misses.append(miss.min(1))
-            found.append(np.abs(speeds[miss.argmin(1) // len(places)]))
-        return np.stack(misses), np.stack(found)
+            speeds.append(np.abs(speed.flat[miss.argmin(1)]))
+        return np.stack(misses, 1), np.stack(speeds, 1)
 
 class Drive:
     """An endless map seen from above by a car that obeys one command per frame.
@@ -1585,35 +1565,25 @@ class Drive:
                   to 0.3 of the speed, or explains less than two thirds of the picture
         obeys     (B, T - 1), if action (B, T, 6) says so or, without one, if any command fits
         passed    (B,), if all frames obey"""
-        v = torch.as_tensor(videos).float().cpu().numpy()
-        slopes = np.gradient(v, axis=(3, 4))
-        x = np.stack([v, *slopes], axis=2)                                   # (B, T, 3, 3, H, W)
-        costs = np.stack([self.cost(x, move) for move in self.speed * self.MOVES])  # (4, B, T - 1)
-        commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
+        B, T = videos.shape[:2]
+        cell = max(1, min(self.size) // 16)            # 16 cells a side are enough, and less noisy
+        v = F.avg_pool2d(videos.float().cpu().flatten(0, 1), cell).unflatten(0, (B, T)).numpy()
+        # change = slope @ motion, by least squares over all cells (Lucas and Kanade)
+        change = np.diff(v, axis=1).reshape(B, T - 1, -1, 1)                      # (B, T - 1, n, 1)
+        slope = np.stack(np.gradient((v[:, 1:] + v[:, :-1]) / 2, axis=(3, 4)), -1)
+        slope = slope.reshape(B, T - 1, -1, 2)                                    # (B, T - 1, n, 2)
+        motion = np.linalg.solve(slope.mT @ slope + 1e-4 * np.eye(2), slope.mT @ change)
+        rest = (change - slope @ motion).var((2, 3))                                    # (B, T - 1)
+        explained = rest < v[:, 1:].var((2, 3, 4)) / 3 - 1e-3                     # no blank frames
+        speeds = motion.mT * cell / self.speed                                   # (B, T - 1, 1, 2)
+        far = np.linalg.norm(speeds - self.MOVES, axis=3)                           # (B, T - 1, 4)
+        fits = (far.min(2) < 0.3) & explained
+        commands = np.where(fits, far.argmin(2), -1)                                    # (B, T - 1)
         told = commands
         if action is not None:
             told = action[:, 1:, :4].argmax(2).cpu().numpy()
-        obeys = (commands == told) & (commands >= 0)
+        obeys = (commands == told) & fits
         return dict(commands=commands, obeys=obeys, passed=obeys.all(1))
-
-    def cost(self, x, move):
-        """The squared error that is left if every frame is the one before, moved by about `move`:
-        (B, T - 1), infinite if the motion is another. x (B, T, 3, 3, H, W): values and slopes.
-
-        The frame before is shifted by whole pixels; the rest of the motion is found by least
-        squares (Lucas and Kanade)."""
-        m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
-        shift = move.round().astype(int)
-        new = x[:, 1:, ..., m:-m, m:-m].reshape(*x[:, 1:].shape[:3], -1)          # (B, T - 1, 3, n)
-        old = np.roll(x, -shift, (4, 5))[:, :-1, ..., m:-m, m:-m].reshape(new.shape)
-        change = (new - old)[:, :, :1]                                            # (B, T - 1, 1, n)
-        slope = (new + old)[:, :, 1:] / 2                                         # (B, T - 1, 2, n)
-        along = slope @ change.mT                                                 # (B, T - 1, 2, 1)
-        rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)        # (B, T - 1, 2, 1)
-        error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))                  # (B, T - 1)
-        near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
-        explained = error / new.shape[3] < new[:, :, 0].var(2) / 3 - 1e-3        # no blank frames
-        return np.where(near & explained, error, np.inf)
 
 # ==================================================================================================
 # 16. Video files
