@@ -1589,8 +1589,8 @@ class Drive:
 # 16. Video files
 # ==================================================================================================
 
-# Files hold bytes, uint8 (T, H, W, C). Models want float (T, C, H, W) in [-1, 1]. Each reader below
-# yields PIL images, and crop_to shrinks one at a time: a clip need not fit in memory at full size.
+# Files hold bytes, uint8 (T, H, W, C). Models want float (T, C, H, W) in [-1, 1]. Files are read as
+# PIL images, and crop_to shrinks one at a time: a clip need not fit in memory at full size.
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -1610,10 +1610,8 @@ def from_uint8(frames):
 def crop_to(image, size=None, channels=3):
     """A PIL image, shrunk until it covers size = (h, w) and cropped -> uint8 (h, w, channels)."""
     from PIL import Image, ImageOps
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits: convert the picture")
-    if image.mode.startswith("I;16"):                           # convert would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {image.mode}, expected 8 bits each: convert the picture")
     image = ImageOps.exif_transpose(image)                      # a phone may store it on its side
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
@@ -1623,99 +1621,72 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
-def frames_of_video(path):
-    """The frames of an .mp4 or the like, one by one, and frames per second."""
-    import imageio.v3 as iio
-    from imageio_ffmpeg import get_ffmpeg_exe
+def clips_of_array(path):
+    """The clips in an .npy file, uint8 ([N,] T, H, W [, C]), each as PIL images."""
     from PIL import Image
-    # What is left of a damaged file reads as if it were whole. Only the messages of ffmpeg tell.
-    command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-    said = subprocess.run(command, input=b"", capture_output=True).stderr.decode(errors="replace")
-    if said:
-        raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
-    fps = iio.immeta(path, plugin="FFMPEG")["fps"]
-    return map(Image.fromarray, iio.imiter(path, plugin="FFMPEG")), fps
-
-def frames_of_gif(path):
-    """The frames of a .gif or .webp, and frames per second.
-
-    These formats merge equal frames into one that lasts longer. Here it is repeated, as often as
-    the shortest frame fits into it."""
-    from PIL import Image, ImageSequence
-    if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
-        raise ValueError("the GIF is truncated, its end mark is missing")
-    images = ImageSequence.all_frames(Image.open(path))
-    durations = [image.info.get("duration") or 1000 / FPS for image in images]     # milliseconds
-    shortest = min(durations)
-    frames = []
-    for image, duration in zip(images, durations):
-        frames += [image] * round(duration / shortest)
-    return frames, 1000 / shortest
-
-def frames_of_pictures(path):
-    """One picture, or those of a folder in their natural order, one by one."""
-    from PIL import Image
-    if not path.is_dir():
-        return [Image.open(path)]
-    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
-    if not files:
-        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
-    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return map(Image.open, files)
-
-def as_clips(x):
-    """([N,] T, H, W [, C]) -> (N, T, H, W, 3 or 4), or grey (N, T, H, W). Other arrays give []."""
-    x = np.asarray(x)
+    x = np.load(path, mmap_mode="r", allow_pickle=False)               # a pickle could run any code
+    found = f"{x.dtype} {x.shape}"
     if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
         x = x[..., None]
     if x.ndim == 4:
         x = x[None]                                                              # (N, T, H, W, C)
-    # One frame or three without colour are rather the channels of an (N, C, H, W).
+    # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        return []
-    return x[..., 0] if x.shape[4] == 1 else x
+        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}")
+    if x.shape[4] == 1:
+        x = x[..., 0]
+    return [map(Image.fromarray, clip) for clip in x]
 
-def clips_of_array(path):
-    """The clips in an .npy or .npz, each as frames one by one."""
-    from PIL import Image
-    stored = np.load(path, mmap_mode="r", allow_pickle=False)          # a pickle could run any code
-    arrays = [stored] if isinstance(stored, np.ndarray) else list(stored.values())
-    clips = [map(Image.fromarray, clip) for x in arrays for clip in as_clips(x)]
-    if not clips:
-        found = [f"{np.asarray(x).dtype} {np.shape(x)}" for x in arrays]
-        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {', '.join(found)}")
-    return clips
+def open_clips(path):
+    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second."""
+    import imageio.v3 as iio
+    from imageio_ffmpeg import get_ffmpeg_exe
+    from PIL import Image, ImageSequence
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return clips_of_array(path), FPS
+    if suffix in VIDEOS:
+        # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
+        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
+        said = subprocess.run(command, input=b"", capture_output=True).stderr.decode("latin1")
+        if said:
+            raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+        frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
+        return [frames], iio.immeta(path, plugin="FFMPEG")["fps"]
+    if suffix in (".gif", ".webp"):
+        if suffix == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
+            raise ValueError("the GIF is truncated, its end mark is missing")
+        images = ImageSequence.all_frames(Image.open(path))
+        lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])        # ms
+        # equal frames are stored as one that lasts longer: it is repeated here
+        times = np.round(lasts / lasts.min()).astype(int)
+        frames = [image for image, n in zip(images, times) for _ in range(n)]
+        return [frames], 1000 / lasts.min()
+    if not path.is_dir():
+        return [[Image.open(path)]], FPS
+    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
+    if not files:
+        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
+    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
+    return [map(Image.open, files)], FPS
 
 def decode(path, size=None, channels=3):
     """The clips in a file, or the one in a folder of pictures, and frames per second.
 
-    clips  list of uint8 (T, h, w, channels). Only an .npy or .npz holds several
+    clips  uint8 (N, T, h, w, channels). Only an .npy holds more than one
     size   (h, w): frames are shrunk to cover it, then cropped. None leaves them as they are
     What is missing or damaged raises a ValueError that tells the cause."""
-    import struct, tokenize, zipfile, zlib
-    from PIL import Image
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
-    path = Path(path)
-    suffix = path.suffix.lower()
-    fps = FPS
     try:
-        if suffix in (".npy", ".npz"):
-            clips = clips_of_array(path)
-        elif suffix in (".gif", ".webp"):
-            frames, fps = frames_of_gif(path)
-            clips = [frames]
-        elif suffix in VIDEOS:
-            frames, fps = frames_of_video(path)
-            clips = [frames]
-        else:
-            clips = [frames_of_pictures(path)]
-        return [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips], fps
-    # What decoders raise for damaged files. Mistakes in code raise others, which must be seen.
-    except (OSError, ValueError, EOFError, RuntimeError, SyntaxError, struct.error, zlib.error,
-            tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        clips, fps = open_clips(Path(path))
+        clips = [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips]
+        return np.stack(clips), fps
+    except (ImportError, NameError, TypeError, AttributeError, MemoryError):
+        raise                                                       # the file is not to be blamed
+    except Exception as error:                                     # each kind of damage has its own
         cause = str(error) or repr(error)
         raise ValueError(f"{path}: {cause.splitlines()[-1]}") from error
 
@@ -1724,6 +1695,17 @@ def read_video(path, size=None, channels=3):
     clips, _ = decode(path, size, channels)
     return from_uint8(clips[0])
 
+@contextmanager
+def replacing(path):
+    """A path to write to, beside this one. It gets this one's name once it is whole, not before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
 def write_video(path, clip, fps=8.0, scale=None):
     """Write a clip (T, C, H, W), C 1 or 3, as .mp4 or .gif, or one frame as .png; return the path.
 
@@ -1731,7 +1713,6 @@ def write_video(path, clip, fps=8.0, scale=None):
     scale  each pixel becomes scale x scale. None enlarges clips below 128 pixels; 1 keeps them
     If ffmpeg fails to write an .mp4, a .gif is written instead."""
     import imageio.v3 as iio
-    from PIL import Image
     path = Path(path)
     suffix = path.suffix.lower()
     shape = tuple(clip[0].shape)
@@ -1743,26 +1724,22 @@ def write_video(path, clip, fps=8.0, scale=None):
         if k * shape[1] % 2 or k * shape[2] % 2:                            # H.264 wants even sides
             k += 1
     frames = (to_uint8(frame.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for frame in clip)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")             # gets its name when it is whole, not before
     try:
-        if suffix == ".mp4":
-            iio.imwrite(part, frames, plugin="FFMPEG", is_batch=True, fps=fps, quality=8,
-                        macro_block_size=2)
-        else:
-            first, *rest = map(Image.fromarray, frames)
-            duration = max(20, 10 * round(100 / fps))             # GIF counts in 10 ms, at least 20
-            first.save(part, save_all=True, append_images=rest, duration=duration, loop=0)
-        if part.stat().st_size == 0:                              # ffmpeg may fail without an error
-            raise OSError("nothing was written")
-        return part.replace(path)
+        with replacing(path) as part:
+            if suffix == ".mp4":
+                iio.imwrite(part, frames, plugin="FFMPEG", is_batch=True, fps=fps, quality=8,
+                            macro_block_size=2)
+            else:
+                duration = max(20, 10 * round(100 / fps))         # GIF counts in 10 ms, at least 20
+                iio.imwrite(part, [*frames], plugin="pillow", duration=duration, loop=0)
+            if part.stat().st_size == 0:                          # ffmpeg may fail without an error
+                raise OSError("nothing was written")
     except (OSError, RuntimeError) as error:
         if suffix != ".mp4":
             raise
         print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
         return write_video(path.with_suffix(".gif"), clip, fps, scale)
-    finally:
-        part.unlink(missing_ok=True)
+    return path
 
 def film_strip(clips, line=-0.6):
     """(B, T, C, H, W) -> picture (C, B * (H + 1) + 1, T * (W + 1) + 1) with lines between frames.
@@ -1782,39 +1759,15 @@ def grid(clips):
 
 @dataclasses.dataclass
 class StoredClip:
-    """Frames first to last - 1 of an .npy file. A worker process gets their place, not pixels."""
+    """Clip k of an .npy file (N, T, H, W, C). A worker process gets its place, not its pixels."""
     path: Path
-    first: int
-    last: int
+    k: int
 
     def __len__(self):
-        return self.last - self.first
+        return len(self[:])
 
-    def __getitem__(self, index):
-        return np.load(self.path, mmap_mode="r")[self.first : self.last][index]
-
-def load_clips(path):
-    """What store_clips stored. OSError or ValueError if it is missing or damaged."""
-    fps, *ends = np.load(path.with_suffix(".ends.npy")).tolist()
-    if len(np.load(path, mmap_mode="r")) != ends[-1]:
-        raise ValueError(f"{path} does not hold {ends[-1]} frames")
-    return [StoredClip(path, int(a), int(b)) for a, b in zip([0, *ends], ends)], fps
-
-def store_clips(path, clips, fps):
-    """Store all frames in one .npy, then the speed and where each clip ends in another beside it.
-
-    Each is written under another name and then renamed, so no half file is ever read."""
-    path.parent.mkdir(exist_ok=True)
-    ends = np.cumsum([len(clip) for clip in clips])
-    arrays = {path: np.concatenate(clips), path.with_suffix(".ends.npy"): np.array([fps, *ends])}
-    for name, array in arrays.items():
-        part = name.with_suffix(f".{os.urandom(8).hex()}")
-        try:
-            with open(part, "wb") as file:
-                np.save(file, array)
-            part.replace(name)
-        finally:
-            part.unlink(missing_ok=True)
+    def __getitem__(self, cut):
+        return np.load(self.path, mmap_mode="r")[self.k][cut]
 
 def find_files(root):
     """The files at or below a path, none hidden. A folder stands for the pictures in it."""
@@ -1868,9 +1821,12 @@ class VideoFolder:
         for file in tqdm(files, "decoding", disable=not progress):
             try:
                 clips, fps = self.read(file)
-                moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
+                if len(clips[0]) < self.span:
+                    raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
+                                     f"{self.span}: lower --frames or --stride")
+                self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
+                self.clips += clips
                 speeds.append(fps)
-                self.add(file, clips, moves)
             except ValueError as error:
                 skipped.append(f"skipped {error}")
         self.fps = float(np.median(speeds or [0])) / stride
@@ -1886,54 +1842,46 @@ class VideoFolder:
             raise ValueError(self.report)
 
     def read(self, file):
-        """The clips of one file, uint8 (T, H, W, C), and frames per second, by way of the cache."""
+        """The clips in a file, (N, T, H, W, C), and frames per second, by way of the cache."""
         if self.cache is None:
-            return decode(file, self.size, self.channels)
+            clips, fps = decode(file, self.size, self.channels)
+            return list(clips), fps
         parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
         key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels))
-        path = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        key = hashlib.sha256(key.encode()).hexdigest()[:32]
         try:
-            return load_clips(path)
-        except (OSError, ValueError, EOFError):                               # to be decoded first
+            path, = self.cache.glob(f"{key}-*.npy")
+            n = len(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError, EOFError):                              # missing, or cut short
             clips, fps = decode(file, self.size, self.channels)
-        try:
-            store_clips(path, clips, fps)
-            return load_clips(path)
-        except OSError as error:
-            print(f"{self.cache} cannot be written ({error}): decoded clips stay in memory")
-            self.cache = None
-            return clips, fps
+            n = len(clips)
+            path = self.cache / f"{key}-{fps}.npy"
+            try:
+                with replacing(path) as part:
+                    np.save(part, clips)
+            except OSError as error:
+                print(f"{self.cache} cannot be written ({error}): decoded clips stay in memory")
+                self.cache = None
+                return list(clips), fps
+        return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
 
     def read_actions(self, path, clips):
         """The actions (T, A) of each clip, or None for each if there is no such file."""
         if not path.is_file():
             return [None] * len(clips)
         try:
-            x = np.load(path, allow_pickle=False)
+            x = np.load(path).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
-        if x.ndim == 2:
-            x = x[None]                                                                 # (N, T, A)
-        width = self.actions or x.shape[2:]
-        fits = x.ndim == 3 and [a.shape for a in x] == [(len(clip), *width) for clip in clips]
-        if not fits or x.dtype.kind not in "biuf" or np.isinf(x).any():
-            raise ValueError(f"{path}: {x.dtype} {x.shape} is not {len(clips)} clips x "
-                             f"{len(clips[0])} frames x {width} finite numbers, or NaN where none "
-                             "is told")
+        x = x.reshape(-1, *x.shape[-2:])                                                # (N, T, A)
+        width = self.actions or x.shape[-1:]
+        shape = (len(clips), len(clips[0]), *width)
+        if x.shape != shape or np.isinf(x).any():
+            raise ValueError(f"{path}: {x.shape}, expected {shape}, a row per frame, of finite "
+                             "numbers, or NaN where none is told")
         self.actions = width
-        return list(x.astype(np.float32))
-
-    def add(self, file, clips, moves):
-        """Keep the clips that are long enough. ValueError if one is not."""
-        for clip, move in zip(clips, moves):
-            if len(clip) >= self.span:
-                self.clips.append(clip)
-                self.moves.append(move)
-        shortest = min(len(clip) for clip in clips)
-        if shortest < self.span:
-            raise ValueError(f"{file}: {shortest} frames are too few, an item takes {self.span}: "
-                             "lower --frames or --stride")
+        return list(x)
 
     def __len__(self):
         return len(self.clips)
@@ -2117,23 +2065,14 @@ def build_autoencoder(config):
     return Autoencoder(channels=3, latent=config.channels, factor=config.factor)
 
 def save(path, **state):
-    """Write a checkpoint of tensors and plain values by way of a temporary file.
-
-    Whatever happens, a full disk or a kill, path holds the old checkpoint or the new one, whole."""
-    path = Path(path)
-    temporary = Path(f"{path}.tmp")
+    """Write a checkpoint of tensors and plain values. If that fails, an older one there stays."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with replacing(Path(path)) as part, open(part, "wb") as f:
             torch.save(state, f)
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+            os.fsync(f.fileno())                        # on the disk before it gets the old name
     except (OSError, RuntimeError) as e:                               # torch.save raises either
         raise OSError(f"could not write {path} ({e}); an older one there is untouched") from e
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 def read_checkpoint(path):
     """What save wrote -> (dict, Config).
