@@ -2487,11 +2487,16 @@ def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
             again, names = cached(monkeypatch, videos)
             assert len(names) == 2 and same(again, plain) and path.read_bytes() == data
 
-def test_without_room_for_a_cache_clips_stay_in_memory(videos, monkeypatch, capsys):
+def test_without_room_for_a_cache(videos, monkeypatch):
+    """Clips stay in memory where nothing can be written; a full disk is an error that says so."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert same(cached(monkeypatch, videos)[0], plain)
+    assert not (videos / ".vdm_cache").exists()
     (videos / ".vdm_cache").write_text("in the way")
-    assert same(cached(monkeypatch, videos)[0], plain)
-    assert capsys.readouterr().out.count("cannot be written") == 1
+    with pytest.raises(OSError, match="could not write .*vdm_cache.* exists"):
+        cached(monkeypatch, videos)
     (videos / ".vdm_cache").unlink()
     save_array = np.save
 
@@ -2503,9 +2508,9 @@ def test_without_room_for_a_cache_clips_stay_in_memory(videos, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
-        assert same(cached(monkeypatch, videos)[0], plain)
-    assert capsys.readouterr().out.count("No space left") == 1
-    assert not list((videos / ".vdm_cache").glob(".*"))
+        with pytest.raises(OSError, match="could not write .*vdm_cache.*No space left"):
+            cached(monkeypatch, videos)
+    assert len(list((videos / ".vdm_cache").iterdir())) == 2 and not list(videos.glob("*/.*"))
     assert same(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -1325,10 +1325,10 @@ from pathlib import Path
 class MovingShapes:
     """One or two solid shapes move on black, straight ahead, at constant speed. Walls bounce them.
 
-    A shape keeps its kind, its colour and its size. The label of a single shape is
-    6 * kind + colour. RADIUS is half the side of a shape's box. SPEED is the way per frame.
-    Both are shares of the shorter side of the picture. Shapes are lamps: their light adds up.
-    Two shapes have different primary colours, so each has one colour channel to itself."""
+    A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
+    RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
+    shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
+    so each has one colour channel to itself."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1401,7 +1401,7 @@ class MovingShapes:
     def check(self, videos):
         """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays.
 
-        Each law has an entry (B,): do all shapes keep it? `passed` (B,): do they keep all laws?
+        Each law has an entry (B,): do all shapes keep it? `passed` (B,) is true if all are kept.
         kinds, colors and speeds (B, objects) are what is seen. copies counts the clips that nearly
         equal an earlier clip of the batch: models that collapse make many."""
         v = self.light(videos)
@@ -1410,10 +1410,9 @@ class MovingShapes:
         shapes, black = self.split(v)                                    # (N, T, 3, H, W) and (B,)
         color = self.core(shapes)                                                       # (N, T, 3)
         bright = np.maximum(np.median(color.max(2), 1), 1e-3)   # of the clip: it must not flicker
-        far = np.abs(color / bright[:, None, None] - self.palette[:, None, None]).max((2, 3))
-        outside, inside = self.EDGE
-        cover = (shapes.max(2) / bright[:, None, None, None] - outside) / (inside - outside)
-        match, radius, y, x = self.compare(np.clip(cover, 0, 1))                         # (3, N, T)
+        color = color / bright[:, None, None]
+        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
+        match, radius, y, x = self.compare(shapes.max(2) / bright[:, None, None, None])  # (3, N, T)
         kind = match.mean(2).argmax(0)                                                        # (N,)
         own = kind, np.arange(len(kind))
         r = radius[own]                                                                     # (N, T)
@@ -1479,12 +1478,14 @@ class MovingShapes:
         least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (N, T)
         return v.mean((3, 4), where=(light >= least[..., None, None])[:, :, None])
 
-    def compare(self, cover):
-        """Compare a cover (N, T, H, W) of pixels with each kind of shape, equal in area and centre.
+    def compare(self, light):
+        """Compare light (N, T, H, W) with each kind of shape, equal in area and centre.
 
         Blur changes neither. Return the overlap, the radius, and the middle of the box, y and x:
         (3, N, T), but x (N, T)."""
-        H, W = cover.shape[2:]
+        H, W = light.shape[2:]
+        outside, inside = self.EDGE
+        cover = np.clip((light - outside) / (inside - outside), 0, 1)
         area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (N, T)
         center = cover.sum(3) @ (np.arange(H) + 0.5) / area
         x = cover.sum(2) @ (np.arange(W) + 0.5) / area
@@ -1673,11 +1674,10 @@ def open_clips(path):
     return [map(Image.open, files)], FPS
 
 def decode(path, size=None, channels=3):
-    """The clips in a file, or the one in a folder of pictures, and frames per second.
+    """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
 
-    clips  uint8 (N, T, h, w, channels). Only an .npy holds more than one
-    size   (h, w): frames are shrunk to cover it, then cropped. None leaves them as they are
-    What is missing or damaged raises a ValueError that tells the cause."""
+    Only an .npy holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
+    None leaves them as they are. What is missing or damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
     try:
@@ -1697,21 +1697,26 @@ def read_video(path, size=None, channels=3):
 
 @contextmanager
 def replacing(path):
-    """A path to write to, beside this one. It gets this one's name once it is whole, not before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A path to write to, beside this one. It gets this one's name once it is whole, not before.
+
+    OSError if that fails; then the old file is still there, and nothing else."""
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        part.replace(path)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                   # RuntimeError is torch's, of a full disk
+        raise OSError(f"could not write {path} ({e}); what was there is untouched") from e
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 def write_video(path, clip, fps=8.0, scale=None):
     """Write a clip (T, C, H, W), C 1 or 3, as .mp4 or .gif, or one frame as .png; return the path.
 
-    clip   float in [-1, 1]: a tensor, or any sequence of frames (an .mp4 takes one at a time)
-    scale  each pixel becomes scale x scale. None enlarges clips below 128 pixels; 1 keeps them
-    If ffmpeg fails to write an .mp4, a .gif is written instead."""
+    clip is float in [-1, 1], a tensor or a sequence of frames (an .mp4 takes one at a time). Each
+    pixel becomes scale x scale; None enlarges clips below 128 pixels. If ffmpeg fails, an .mp4
+    becomes a .gif."""
     import imageio.v3 as iio
     path = Path(path)
     suffix = path.suffix.lower()
@@ -1734,10 +1739,10 @@ def write_video(path, clip, fps=8.0, scale=None):
                 iio.imwrite(part, [*frames], plugin="pillow", duration=duration, loop=0)
             if part.stat().st_size == 0:                          # ffmpeg may fail without an error
                 raise OSError("nothing was written")
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if suffix != ".mp4":
             raise
-        print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
+        print(f"{str(error):.200}: writing a .gif instead")
         return write_video(path.with_suffix(".gif"), clip, fps, scale)
     return path
 
@@ -1773,21 +1778,18 @@ def find_files(root):
     """The files at or below a path, none hidden. A folder stands for the pictures in it."""
     if root.is_file():
         return [root]
-    found = set()
-    for name in glob("**", root_dir=root, recursive=True):
-        file = root / name
-        if file.is_file() and not name.endswith(".actions.npy"):
-            found.add(file.parent if file.suffix.lower() in PICTURES else file)
-    return sorted(found)
+    files = [root / name for name in glob("**", root_dir=root, recursive=True)]
+    files = [p for p in files if p.is_file() and not p.name.endswith(".actions.npy")]
+    return sorted({p.parent if p.suffix.lower() in PICTURES else p for p in files})
 
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
 
     dataset[i], any i >= 0, is dict(video=float (frames, C, H, W)) and depends on (seed, i) alone.
-    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame. A
-    DataLoader's own order repeats items 0 ... len - 1: for new cuts its sampler has to count on.
+    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame.
 
-    cache    keep decoded clips in .vdm_cache/ beside the data for the next run. It may be deleted
+    cache    keep decoded clips in .vdm_cache/ beside the data for the next run, if that folder can
+             be written; else they are kept in memory. OSError if the disk is full
     actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
              cut like its frames to action=(frames, A). NaN stands for what is not told
     fps      frames per second of an item
@@ -1809,9 +1811,10 @@ class VideoFolder:
         self.channels = channels
         self.seed = seed
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.cache = None
-        if cache:
-            self.cache = (root if root.is_dir() else root.parent) / ".vdm_cache"
+        self.cache = None                              # then clips are kept in memory
+        folder = root if root.is_dir() else root.parent
+        if cache and os.access(folder, os.W_OK):
+            self.cache = folder / ".vdm_cache"
         self.clips = []
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
@@ -1848,8 +1851,8 @@ class VideoFolder:
             return list(clips), fps
         parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels))
-        key = hashlib.sha256(key.encode()).hexdigest()[:32]
+        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels)).encode()
+        key = hashlib.sha256(key).hexdigest()[:32]
         try:
             path, = self.cache.glob(f"{key}-*.npy")
             n = len(np.load(path, mmap_mode="r"))
@@ -1857,13 +1860,8 @@ class VideoFolder:
             clips, fps = decode(file, self.size, self.channels)
             n = len(clips)
             path = self.cache / f"{key}-{fps}.npy"
-            try:
-                with replacing(path) as part:
-                    np.save(part, clips)
-            except OSError as error:
-                print(f"{self.cache} cannot be written ({error}): decoded clips stay in memory")
-                self.cache = None
-                return list(clips), fps
+            with replacing(path) as part:
+                np.save(part, clips)
         return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
 
     def read_actions(self, path, clips):
@@ -2066,13 +2064,10 @@ def build_autoencoder(config):
 
 def save(path, **state):
     """Write a checkpoint of tensors and plain values. If that fails, an older one there stays."""
-    try:
-        with replacing(Path(path)) as part, open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())                        # on the disk before it gets the old name
-    except (OSError, RuntimeError) as e:                               # torch.save raises either
-        raise OSError(f"could not write {path} ({e}); an older one there is untouched") from e
+    with replacing(Path(path)) as part, open(part, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())                            # on the disk before it gets the old name
 
 def read_checkpoint(path):
     """What save wrote -> (dict, Config).
