@@ -1499,10 +1499,10 @@ class MovingShapes:
         return np.stack(match), radius, y, x
 
     def fit_path(self, x, r, side):
-        """Fit a bouncing path to each 8 frames of a coordinate x (N, T), r (N, 1) from the walls.
+        """Fit a bouncing path to every 8 frames in a row of a coordinate x (N, T).
 
-        Walls are at 0 and side. Of 97 speeds and 13 places of the middle frame the best is taken.
-        Return how far x strays from it, and its speed: (N, windows) both."""
+        It turns at r (N, 1) from the walls, 0 and side. Of 97 speeds and 13 places of the middle
+        frame the best is taken. Return how far x strays from it, and its speed: (N, windows)."""
         n = min(8, x.shape[1])
         limit = 1.25 * self.SPEED[1] * side
         speed, place = np.meshgrid(np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13),
@@ -1640,11 +1640,23 @@ def clips_of_array(path):
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
 
+def frames_of_gif(path):
+    """The frames of a .gif or .webp as PIL images, and frames per second.
+
+    Equal frames are stored as one that lasts longer. Here it is repeated."""
+    from PIL import Image, ImageSequence
+    if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
+        raise ValueError("the GIF is truncated, its end mark is missing")
+    images = ImageSequence.all_frames(Image.open(path))
+    lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])            # ms
+    times = np.round(lasts / lasts.min()).astype(int)
+    return [image for image, n in zip(images, times) for _ in range(n)], 1000 / lasts.min()
+
 def open_clips(path):
     """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second."""
     import imageio.v3 as iio
     from imageio_ffmpeg import get_ffmpeg_exe
-    from PIL import Image, ImageSequence
+    from PIL import Image
     suffix = path.suffix.lower()
     if suffix == ".npy":
         return clips_of_array(path), FPS
@@ -1657,14 +1669,8 @@ def open_clips(path):
         frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
         return [frames], iio.immeta(path, plugin="FFMPEG")["fps"]
     if suffix in (".gif", ".webp"):
-        if suffix == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
-            raise ValueError("the GIF is truncated, its end mark is missing")
-        images = ImageSequence.all_frames(Image.open(path))
-        lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])        # ms
-        # equal frames are stored as one that lasts longer: it is repeated here
-        times = np.round(lasts / lasts.min()).astype(int)
-        frames = [image for image, n in zip(images, times) for _ in range(n)]
-        return [frames], 1000 / lasts.min()
+        frames, fps = frames_of_gif(path)
+        return [frames], fps
     if not path.is_dir():
         return [[Image.open(path)]], FPS
     files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
@@ -1823,13 +1829,7 @@ class VideoFolder:
         files = find_files(root)
         for file in tqdm(files, "decoding", disable=not progress):
             try:
-                clips, fps = self.read(file)
-                if len(clips[0]) < self.span:
-                    raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
-                                     f"{self.span}: lower --frames or --stride")
-                self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
-                self.clips += clips
-                speeds.append(fps)
+                speeds.append(self.add(file))
             except ValueError as error:
                 skipped.append(f"skipped {error}")
         self.fps = float(np.median(speeds or [0])) / stride
@@ -1843,6 +1843,16 @@ class VideoFolder:
         self.report = "\n      ".join([self.report, *skipped])
         if not self.clips:
             raise ValueError(self.report)
+
+    def add(self, file):
+        """Keep the clips of a file, and their actions. Return its frames per second."""
+        clips, fps = self.read(file)
+        if len(clips[0]) < self.span:
+            raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
+                             f"{self.span}: lower --frames or --stride")
+        self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
+        self.clips += clips
+        return fps
 
     def read(self, file):
         """The clips in a file, (N, T, H, W, C), and frames per second, by way of the cache."""
