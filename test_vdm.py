@@ -2234,10 +2234,12 @@ def test_whatever_is_damaged_is_a_valueerror_or_read(tmp_path):
     clip = flat(8) + rng.integers(0, 30, (8, 32, 32, 3)).astype(np.uint8)
     images = [Image.fromarray(f) for f in clip]
     whole = {}
-    for suffix in (".gif", ".webp", ".png", ".jpg", ".bmp", ".tif", ".npy"):
+    for suffix in (".gif", ".webp", ".png", ".jpg", ".bmp", ".tif", ".npy", ".npz"):
         path = tmp_path / f"a{suffix}"
         if suffix == ".npy":
             np.save(path, clip)
+        elif suffix == ".npz":
+            np.savez_compressed(path, clip)
         else:
             images[0].save(path, save_all=suffix in (".gif", ".webp"), append_images=images[1:])
         whole[path] = path.read_bytes()
@@ -2318,6 +2320,10 @@ def test_arrays_and_train_folder(tmp_path):
     np.save(tmp_path / "float.npy", np.zeros((2, 16, 32, 32), np.float32))
     with pytest.raises(ValueError, match=r"expected uint8 .* found float32 \(2, 16, 32, 32\)"):
         vdm.read_video(tmp_path / "float.npy")
+    np.savez(tmp_path / "one.npz", a=np.full((17, 8, 9), 7, np.uint8))
+    assert (vdm.decode(tmp_path / "one.npz")[0][0] == np.full((17, 8, 9, 3), 7)).all()
+    np.savez(tmp_path / "two.npz", a=np.zeros((17, 8, 9), np.uint8), labels=np.arange(3))
+    pytest.raises(ValueError, vdm.decode, tmp_path / "two.npz").match("an .npz of 2 arrays")
     np.save(tmp_path / "none.npy", np.zeros((0, 16, 8, 8, 3), np.uint8))
     pytest.raises(ValueError, vdm.decode, tmp_path / "none.npy").match("none.npy: need at least")
     for shape in ((16, 32, 31, 4), (1, 32, 31, 3), (3, 32, 31, 4), (2, 3, 32, 31, 3)):

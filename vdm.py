@@ -1623,9 +1623,13 @@ def crop_to(image, size=None, channels=3):
     return np.atleast_3d(image)
 
 def clips_of_array(path):
-    """The clips in an .npy file, uint8 ([N,] T, H, W [, C]), each as PIL images."""
+    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images."""
     from PIL import Image
     x = np.load(path, mmap_mode="r", allow_pickle=False)               # a pickle could run any code
+    if not isinstance(x, np.ndarray):
+        if len(x) != 1:
+            raise ValueError(f"an .npz of {len(x)} arrays, expected one")
+        x = np.asarray(x[x.files[0]])
     found = f"{x.dtype} {x.shape}"
     if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
         x = x.swapaxes(0, 1)
@@ -1658,7 +1662,7 @@ def open_clips(path):
     from imageio_ffmpeg import get_ffmpeg_exe
     from PIL import Image
     suffix = path.suffix.lower()
-    if suffix == ".npy":
+    if suffix in (".npy", ".npz"):
         return clips_of_array(path), FPS
     if suffix in VIDEOS:
         # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
@@ -1682,7 +1686,7 @@ def open_clips(path):
 def decode(path, size=None, channels=3):
     """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
 
-    Only an .npy holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
+    Only an array holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
     None leaves them as they are. What is missing or damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
