@@ -1613,6 +1613,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -1626,10 +1627,10 @@ from pathlib import Path
 class MovingShapes:
     """One or two solid shapes move on black, straight ahead, at constant speed. Walls bounce them.
 
-    A shape keeps its kind, its colour and its size. The label of a single shape is
-    6 * kind + colour. RADIUS is half the side of a shape's box. SPEED is the way per frame.
-    Both are shares of the shorter side of the picture. Shapes are lamps: their light adds up.
-    Two shapes have different primary colours, so each has one colour channel to itself."""
+    A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
+    RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
+    shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
+    so each has one colour channel to itself."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1639,11 +1640,9 @@ class MovingShapes:
 
     # How much `check` forgives. Light runs from 0, the clip's own dark, to 1, its own bright level.
     EDGE = 0.2, 0.8              # below is outside, above is inside: soft edges and noise are cut
+    TONE = 0.33                  # levels of light or of a colour channel differ by more than this
     MATCH = 0.75                 # overlap with the ideal shape, as intersection / union
     RIVAL = 0.06                 # another kind may fit one frame better by this much: small shapes
-    BLACK = 0.35                 # light that is none: of the dark; of a leak into a third channel
-    CONTRAST = 0.3               # the bright level must lie this far above the dark
-    SHADE = 0.33                 # distance from the palette, in each channel and each frame
     RESIZE = 0.12                # one frame's radius against the clip's, as a share
     SLACK = 0.2                  # the clip's radius beyond RADIUS, as a share: soft edges blur it
     STRAY = 1.5 / 32             # distance from the path, as a share of the shorter side
@@ -1702,47 +1701,44 @@ class MovingShapes:
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos, action=None):
-        """Mark clips (B, T, 3, H, W) with values from -1 to 1. There are no actions here.
+        """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays.
 
-        The result is a dict of arrays. Each law has an entry (B,): do all shapes keep it? `passed`
-        (B,) tells whether they keep all laws. kinds, colors and speeds (B, objects) tell what is
-        seen. copies counts the clips that nearly equal an earlier clip of the batch."""
-        v = self.to_light(videos)
+        Each law has an entry (B,): do all shapes keep it? `passed` (B,) is true if all are kept.
+        kinds, colors and speeds (B, objects) are what is seen. copies counts the clips that nearly
+        equal an earlier clip of the batch: models that collapse make many."""
+        v = self.light(videos)
         B, _, _, H, W = v.shape
         unit = min(H, W)
         shapes, black = self.split(v)                                    # (N, T, 3, H, W) and (B,)
-        light, color, bright = self.measure(shapes)
+        color = self.core(shapes)                                                       # (N, T, 3)
+        bright = np.maximum(np.median(color.max(2), 1), 1e-3)   # of the clip: it must not flicker
+        color = color / bright[:, None, None]
         far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
-        match, radius, y, x = self.compare(light)                                        # (3, N, T)
+        match, radius, y, x = self.compare(shapes.max(2) / bright[:, None, None, None])  # (3, N, T)
         kind = match.mean(2).argmax(0)                                                        # (N,)
         own = kind, np.arange(len(kind))
         r = radius[own]                                                                     # (N, T)
         usual_r = np.median(r, 1, keepdims=True)                                            # (N, 1)
-        share = usual_r / unit
-        low, high = self.RADIUS
-        miss_y, speed_y = self.fit_path(y[own], usual_r, H - usual_r)                 # (N, windows)
-        miss_x, speed_x = self.fit_path(x, usual_r, W - usual_r)
+        miss_y, speed_y = self.fit_path(y[own], usual_r, H)                           # (N, windows)
+        miss_x, speed_x = self.fit_path(x, usual_r, W)
         speed = np.hypot(speed_y, speed_x) / unit
         usual_speed = np.median(speed, 1, keepdims=True)
+        low, high = np.array(self.RADIUS) * unit * (1 - self.SLACK, 1 + self.SLACK)
         laws = dict(
-            shape=(match[own] > self.MATCH)                    # in all frames one kind of shape ...
-            & (match.max(0) - match[own] < self.RIVAL),
-            color=(far.min(0) < self.SHADE)                 # ... one colour, which must not flicker
-            & (bright > self.CONTRAST),
-            size=(np.abs(r - usual_r) < self.RESIZE * usual_r)               # ... one lawful size
-            & (low * (1 - self.SLACK) < share) & (share < high * (1 + self.SLACK)),
-            path=np.maximum(miss_y, miss_x) < self.STRAY * unit,      # a bouncing straight line ...
-            speed=np.abs(speed - usual_speed) < self.HURRY,           # ... at one speed
+            shape=(match[own] > self.MATCH) & (match.max(0) - match[own] < self.RIVAL),
+            color=(far.min(0) < self.TONE) & (bright > self.TONE),
+            size=(np.abs(r / usual_r - 1) < self.RESIZE) & (low < usual_r) & (usual_r < high),
+            path=np.maximum(miss_y, miss_x) < self.STRAY * unit,
+            speed=np.abs(speed - usual_speed) < self.HURRY,
             moving=speed > self.SPEED[0] / 2)                  # a frozen clip breaks this law alone
         laws = {law: kept.reshape(B, -1).all(1) for law, kept in laws.items()}
         laws["color"] &= black
-        passed = np.all(list(laws.values()), 0)
         seen = dict(kinds=kind, colors=far.argmin(0), speeds=usual_speed)
         seen = {name: a.reshape(B, -1) for name, a in seen.items()}
-        return dict(passed=passed, **laws, **seen, copies=self.count_copies(v))
+        return dict(passed=np.all(list(laws.values()), 0), **laws, **seen, copies=self.copies(v))
 
     @staticmethod
-    def to_light(videos):
+    def light(videos):
         """Return the light of each pixel, from 0 to 1, as a numpy array."""
         v = torch.as_tensor(videos).float().cpu().numpy()
         # most of a lawful clip is -1, and parts of noise are: a few stray values do not count
@@ -1752,93 +1748,78 @@ class MovingShapes:
                              " pass 2 * clips - 1")
         return np.clip((v + 1) / 2, 0, 1)
 
-    def count_copies(self, v):
-        """Count the clips that nearly equal an earlier one. Models that collapse make many."""
+    def copies(self, v):
+        """Count the clips that nearly equal an earlier one."""
         flat = v.reshape(len(v), -1)
         product = flat @ flat.T                                                             # (B, B)
-        energy = np.diag(product)
-        both = energy[:, None] + energy
+        both = np.add.outer(product.diagonal(), product.diagonal())
         near = both - 2 * product <= self.TWIN * both            # the left side is |a - b| squared
         return np.tril(near, -1).any(1).sum()
 
     def split(self, v):
-        """Show each shape alone, (N, T, 3, H, W), N = objects * B. Tell if the rest is black, (B,).
+        """Show each shape alone, (N, T, 3, H, W), N = B * objects. Tell if the rest is black, (B,).
 
-        The rest is the dark around a shape. Next to two shapes it is also the third channel. The
-        dark level of a channel becomes 0."""
+        The rest is the dark around a shape, which becomes 0, and the channel of neither of two."""
         dark = np.median(v, (1, 3, 4), keepdims=True)         # shapes cover a quarter, at the most
-        black = dark.max((1, 2, 3, 4)) < self.BLACK
+        black = dark.max((1, 2, 3, 4)) < self.TONE
         v = np.maximum(v - dark, 0)
-        if self.objects == 1:
-            return v, black
-        order = v.mean((1, 3, 4)).argsort(1)                       # (B, 3): the channels, by light
-        third = np.take_along_axis(v, order[:, None, :1, None, None], 2)
-        black &= self.core(third)[1].max((1, 2)) < self.BLACK
-        channels = np.eye(3, dtype=v.dtype)[order[:, 1:]]              # (B, 2, 3): one-hot, in each
-        alone = v[:, None] * channels[:, :, None, :, None, None]
-        return alone.reshape(-1, *v.shape[1:]), black
-
-    def measure(self, v):
-        """Measure the light (N, T, H, W), the colour (N, T, 3) and the brightness (N,) of shapes.
-
-        The light and each frame's colour are told in units of the brightness, which is that of the
-        whole clip. So a lamp may be dimmed, but it must not flicker."""
-        light, color = self.core(v)
-        bright = np.maximum(np.median(color.max(2), 1), 1e-3)
-        outside, inside = self.EDGE
-        light = (light / bright[:, None, None, None] - outside) / (inside - outside)
-        return np.clip(light, 0, 1), color / bright[:, None, None], bright
+        if self.objects == 2:
+            order = v.mean((1, 3, 4)).argsort(1)                   # (B, 3): the channels, by light
+            alone = order[:, :, None, None, None, None] == np.arange(3)[:, None, None]
+            v = np.where(alone, v[:, None], 0)                                  # (B, 3, T, 3, H, W)
+            black &= self.core(v[:, 0]).max((1, 2)) < self.TONE
+            v = v[:, 1:].reshape(-1, *v.shape[2:])
+        return v, black
 
     def core(self, v):
-        """Return the light of v (N, T, C, H, W) and, (N, T, C), the mean of its brightest pixels.
+        """Return the mean of the brightest pixels of v (N, T, 3, H, W) in each frame, (N, T, 3).
 
-        They are half as many as the smallest shape has: so soft edges are not among them."""
+        They are half as many as the smallest shape has, so that soft edges are not among them."""
         light = v.max(2)
         few = int((self.RADIUS[0] * min(light.shape[2:])) ** 2)
         least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (N, T)
-        brightest = light >= least[..., None, None]
-        total = (v * brightest[:, :, None]).sum((3, 4))
-        return light, total / brightest.sum((2, 3))[..., None]
+        return v.mean((3, 4), where=(light >= least[..., None, None])[:, :, None])
 
     def compare(self, light):
-        """Compare light (N, T, H, W) with an ideal shape of each kind, of equal area and centre.
+        """Compare light (N, T, H, W) with each kind of shape, equal in area and centre.
 
-        Blur keeps both. Return the overlap, the radius and the y of the middle of the box, of each
-        kind, (3, N, T), and its x, (N, T)."""
+        Blur changes neither. Return the overlap, the radius, and the middle of the box, y and x:
+        (3, N, T), but x (N, T)."""
         H, W = light.shape[2:]
-        area = np.maximum(light.sum((2, 3)), 1e-3)                                          # (N, T)
-        center = light.sum(3) @ (np.arange(H) + 0.5) / area
-        x = light.sum(2) @ (np.arange(W) + 0.5) / area
+        outside, inside = self.EDGE
+        cover = np.clip((light - outside) / (inside - outside), 0, 1)
+        area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (N, T)
+        center = cover.sum(3) @ (np.arange(H) + 0.5) / area
+        x = cover.sum(2) @ (np.arange(W) + 0.5) / area
         radius = np.sqrt(area / np.array([np.pi, 4, 2])[:, None, None])       # the area is c r ** 2
         y = center - radius * np.array([0, 0, 1 / 3])[:, None, None]     # triangles have a low one
         match = []
         for kind in range(3):
             ideal = self.draw(kind, radius[kind], y[kind], x, (H, W))
-            both = np.minimum(ideal, light).sum((2, 3))
-            either = np.maximum(ideal, light).sum((2, 3))
-            match.append(both / np.maximum(either, 1e-3))
+            both = np.minimum(ideal, cover).sum((2, 3))
+            match.append(both / np.maximum(area + ideal.sum((2, 3)) - both, 1e-3))
         return np.stack(match), radius, y, x
 
-    def fit_path(self, x, low, high, window=8):
-        """Fit a bouncing path to each `window` frames of a coordinate x (N, T).
+    def fit_path(self, x, r, side):
+        """Fit a bouncing path to every 8 frames in a row of a coordinate x (N, T).
 
-        Of 97 speeds and 13 places the best is taken. Return how far x strays from it, and its
-        speed: (N, windows) both."""
-        window = min(window, x.shape[1])
-        limit = 1.25 * self.SPEED[1] * np.nanmin(low + high)      # the sum is one side of a picture
-        speeds = np.linspace(-limit, limit, 97)
-        places = np.linspace(-1.5, 1.5, 13)
-        lines = places[:, None] + speeds[:, None, None] * (np.arange(window) - window // 2)
-        lines = lines.reshape(-1, window)                                        # (97 x 13, window)
-        runs = np.lib.stride_tricks.sliding_window_view(x, window, 1)[:, :, None]
+        It turns at r (N, 1) from the walls, 0 and side. Of 97 speeds and 13 places of the middle
+        frame the best is taken. Return how far x strays from it, and its speed: (N, windows)."""
+        n = min(8, x.shape[1])
+        limit = 1.25 * self.SPEED[1] * side
+        speed, place = np.meshgrid(np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13),
+                                   indexing="ij")
+        lines = place.reshape(-1, 1) + speed.reshape(-1, 1) * (np.arange(n) - n // 2)  # (lines, n)
+        low = r[:, :, None]
+        high = np.maximum(side - low, low + 1)
         misses = []
-        found = []
-        for run, a, b in zip(runs, low, np.maximum(high, low + 1)):          # (windows, 1, window)
-            paths = self.bounce(run[..., window // 2, None] + lines, a, b)
-            miss = np.abs(paths - run).max(2)                                 # (windows, 97 x 13)
+        speeds = []
+        for run in np.lib.stride_tricks.sliding_window_view(x, n, 1).swapaxes(0, 1):        # (N, n)
+            paths = self.bounce(run[:, n // 2, None, None] + lines, low, high)      # (N, lines, n)
+            miss = np.abs(paths - run[:, None]).max(2)                                  # (N, lines)
             misses.append(miss.min(1))
-            found.append(np.abs(speeds[miss.argmin(1) // len(places)]))
-        return np.stack(misses), np.stack(found)
+            speeds.append(np.abs(speed.flat[miss.argmin(1)]))
+        return np.stack(misses, 1), np.stack(speeds, 1)
 
 class Drive:
     """An endless map seen from above by a car that obeys one command per frame.
@@ -1887,42 +1868,32 @@ class Drive:
                   to 0.3 of the speed, or explains less than two thirds of the picture
         obeys     (B, T - 1), if action (B, T, 6) says so or, without one, if any command fits
         passed    (B,), if all frames obey"""
-        v = torch.as_tensor(videos).float().cpu().numpy()
-        slopes = np.gradient(v, axis=(3, 4))
-        x = np.stack([v, *slopes], axis=2)                                   # (B, T, 3, 3, H, W)
-        costs = np.stack([self.cost(x, move) for move in self.speed * self.MOVES])  # (4, B, T - 1)
-        commands = np.where(np.isfinite(costs).any(0), np.argmin(costs, 0), -1)         # (B, T - 1)
+        B, T = videos.shape[:2]
+        cell = max(1, min(self.size) // 16)            # 16 cells a side are enough, and less noisy
+        v = F.avg_pool2d(videos.float().cpu().flatten(0, 1), cell).unflatten(0, (B, T)).numpy()
+        # change = slope @ motion, by least squares over all cells (Lucas and Kanade)
+        change = np.diff(v, axis=1).reshape(B, T - 1, -1, 1)                      # (B, T - 1, n, 1)
+        slope = np.stack(np.gradient((v[:, 1:] + v[:, :-1]) / 2, axis=(3, 4)), -1)
+        slope = slope.reshape(B, T - 1, -1, 2)                                    # (B, T - 1, n, 2)
+        motion = np.linalg.solve(slope.mT @ slope + 1e-4 * np.eye(2), slope.mT @ change)
+        rest = (change - slope @ motion).var((2, 3))                                    # (B, T - 1)
+        explained = rest < v[:, 1:].var((2, 3, 4)) / 3 - 1e-3                     # no blank frames
+        speeds = motion.mT * cell / self.speed                                   # (B, T - 1, 1, 2)
+        far = np.linalg.norm(speeds - self.MOVES, axis=3)                           # (B, T - 1, 4)
+        fits = (far.min(2) < 0.3) & explained
+        commands = np.where(fits, far.argmin(2), -1)                                    # (B, T - 1)
         told = commands
         if action is not None:
             told = action[:, 1:, :4].argmax(2).cpu().numpy()
-        obeys = (commands == told) & (commands >= 0)
+        obeys = (commands == told) & fits
         return dict(commands=commands, obeys=obeys, passed=obeys.all(1))
-
-    def cost(self, x, move):
-        """The squared error that is left if every frame is the one before, moved by about `move`:
-        (B, T - 1), infinite if the motion is another. x (B, T, 3, 3, H, W): values and slopes.
-
-        The frame before is shifted by whole pixels; the rest of the motion is found by least
-        squares (Lucas and Kanade)."""
-        m = 2 + int(self.speed)                       # what comes in at the edges is not looked at
-        shift = move.round().astype(int)
-        new = x[:, 1:, ..., m:-m, m:-m].reshape(*x[:, 1:].shape[:3], -1)          # (B, T - 1, 3, n)
-        old = np.roll(x, -shift, (4, 5))[:, :-1, ..., m:-m, m:-m].reshape(new.shape)
-        change = (new - old)[:, :, :1]                                            # (B, T - 1, 1, n)
-        slope = (new + old)[:, :, 1:] / 2                                         # (B, T - 1, 2, n)
-        along = slope @ change.mT                                                 # (B, T - 1, 2, 1)
-        rest = np.linalg.solve(slope @ slope.mT + 1e-4 * np.eye(2), along)        # (B, T - 1, 2, 1)
-        error = (change ** 2).sum((2, 3)) - (rest * along).sum((2, 3))                  # (B, T - 1)
-        near = np.linalg.norm(shift + rest[..., 0] - move, axis=2) < 0.3 * self.speed
-        explained = error / new.shape[3] < new[:, :, 0].var(2) / 3 - 1e-3        # no blank frames
-        return np.where(near & explained, error, np.inf)
 
 # ==================================================================================================
 # 16. Video files
 # ==================================================================================================
 
-# Files hold bytes, uint8 (T, H, W, C). Models want float (T, C, H, W) in [-1, 1]. Each reader below
-# yields PIL images, and crop_to shrinks one at a time: a clip need not fit in memory at full size.
+# Files hold bytes, uint8 (T, H, W, C). Models want float (T, C, H, W) in [-1, 1]. Files are read as
+# PIL images, and crop_to shrinks one at a time: a clip need not fit in memory at full size.
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -1942,10 +1913,8 @@ def from_uint8(frames):
 def crop_to(image, size=None, channels=3):
     """A PIL image, shrunk until it covers size = (h, w) and cropped -> uint8 (h, w, channels)."""
     from PIL import Image, ImageOps
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits: convert the picture")
-    if image.mode.startswith("I;16"):                           # convert would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {image.mode}, expected 8 bits each: convert the picture")
     image = ImageOps.exif_transpose(image)                      # a phone may store it on its side
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
@@ -1955,99 +1924,81 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
-def frames_of_video(path):
-    """The frames of an .mp4 or the like, one by one, and frames per second."""
-    import imageio.v3 as iio
-    from imageio_ffmpeg import get_ffmpeg_exe
+def clips_of_array(path):
+    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images."""
     from PIL import Image
-    # What is left of a damaged file reads as if it were whole. Only the messages of ffmpeg tell.
-    command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-    said = subprocess.run(command, input=b"", capture_output=True).stderr.decode(errors="replace")
-    if said:
-        raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
-    fps = iio.immeta(path, plugin="FFMPEG")["fps"]
-    return map(Image.fromarray, iio.imiter(path, plugin="FFMPEG")), fps
-
-def frames_of_gif(path):
-    """The frames of a .gif or .webp, and frames per second.
-
-    These formats merge equal frames into one that lasts longer. Here it is repeated, as often as
-    the shortest frame fits into it."""
-    from PIL import Image, ImageSequence
-    if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
-        raise ValueError("the GIF is truncated, its end mark is missing")
-    images = ImageSequence.all_frames(Image.open(path))
-    durations = [image.info.get("duration") or 1000 / FPS for image in images]     # milliseconds
-    shortest = min(durations)
-    frames = []
-    for image, duration in zip(images, durations):
-        frames += [image] * round(duration / shortest)
-    return frames, 1000 / shortest
-
-def frames_of_pictures(path):
-    """One picture, or those of a folder in their natural order, one by one."""
-    from PIL import Image
-    if not path.is_dir():
-        return [Image.open(path)]
-    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
-    if not files:
-        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
-    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return map(Image.open, files)
-
-def as_clips(x):
-    """([N,] T, H, W [, C]) -> (N, T, H, W, 3 or 4), or grey (N, T, H, W). Other arrays give []."""
-    x = np.asarray(x)
+    x = np.load(path, mmap_mode="r", allow_pickle=False)               # a pickle could run any code
+    if not isinstance(x, np.ndarray):
+        if len(x) != 1:
+            raise ValueError(f"an .npz of {len(x)} arrays, expected one")
+        x = np.asarray(x[x.files[0]])
+    found = f"{x.dtype} {x.shape}"
     if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
         x = x[..., None]
     if x.ndim == 4:
         x = x[None]                                                              # (N, T, H, W, C)
-    # One frame or three without colour are rather the channels of an (N, C, H, W).
+    # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        return []
-    return x[..., 0] if x.shape[4] == 1 else x
+        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}")
+    if x.shape[4] == 1:
+        x = x[..., 0]
+    return [map(Image.fromarray, clip) for clip in x]
 
-def clips_of_array(path):
-    """The clips in an .npy or .npz, each as frames one by one."""
+def frames_of_gif(path):
+    """The frames of a .gif or .webp as PIL images, and frames per second.
+
+    Equal frames are stored as one that lasts longer. Here it is repeated."""
+    from PIL import Image, ImageSequence
+    if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0\r\n").endswith(b";"):
+        raise ValueError("the GIF is truncated, its end mark is missing")
+    images = ImageSequence.all_frames(Image.open(path))
+    lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])            # ms
+    times = np.round(lasts / lasts.min()).astype(int)
+    return [image for image, n in zip(images, times) for _ in range(n)], 1000 / lasts.min()
+
+def open_clips(path):
+    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second."""
+    import imageio.v3 as iio
+    from imageio_ffmpeg import get_ffmpeg_exe
     from PIL import Image
-    stored = np.load(path, mmap_mode="r", allow_pickle=False)          # a pickle could run any code
-    arrays = [stored] if isinstance(stored, np.ndarray) else list(stored.values())
-    clips = [map(Image.fromarray, clip) for x in arrays for clip in as_clips(x)]
-    if not clips:
-        found = [f"{np.asarray(x).dtype} {np.shape(x)}" for x in arrays]
-        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {', '.join(found)}")
-    return clips
+    suffix = path.suffix.lower()
+    if suffix in (".npy", ".npz"):
+        return clips_of_array(path), FPS
+    if suffix in VIDEOS:
+        # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
+        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
+        said = subprocess.run(command, input=b"", capture_output=True).stderr.decode("latin1")
+        if said:
+            raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+        frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
+        return [frames], iio.immeta(path, plugin="FFMPEG")["fps"]
+    if suffix in (".gif", ".webp"):
+        frames, fps = frames_of_gif(path)
+        return [frames], fps
+    if not path.is_dir():
+        return [[Image.open(path)]], FPS
+    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
+    if not files:
+        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
+    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
+    return [map(Image.open, files)], FPS
 
 def decode(path, size=None, channels=3):
-    """The clips in a file, or the one in a folder of pictures, and frames per second.
+    """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
 
-    clips  list of uint8 (T, h, w, channels). Only an .npy or .npz holds several
-    size   (h, w): frames are shrunk to cover it, then cropped. None leaves them as they are
-    What is missing or damaged raises a ValueError that tells the cause."""
-    import struct, tokenize, zipfile, zlib
-    from PIL import Image
+    Only an array holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
+    None leaves them as they are. What is missing or damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
-    path = Path(path)
-    suffix = path.suffix.lower()
-    fps = FPS
     try:
-        if suffix in (".npy", ".npz"):
-            clips = clips_of_array(path)
-        elif suffix in (".gif", ".webp"):
-            frames, fps = frames_of_gif(path)
-            clips = [frames]
-        elif suffix in VIDEOS:
-            frames, fps = frames_of_video(path)
-            clips = [frames]
-        else:
-            clips = [frames_of_pictures(path)]
-        return [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips], fps
-    # What decoders raise for damaged files. Mistakes in code raise others, which must be seen.
-    except (OSError, ValueError, EOFError, RuntimeError, SyntaxError, struct.error, zlib.error,
-            tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        clips, fps = open_clips(Path(path))
+        clips = [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips]
+        return np.stack(clips), fps
+    except (ImportError, NameError, TypeError, AttributeError, MemoryError):
+        raise                                                       # the file is not to be blamed
+    except Exception as error:                                     # each kind of damage has its own
         cause = str(error) or repr(error)
         raise ValueError(f"{path}: {cause.splitlines()[-1]}") from error
 
@@ -2056,14 +2007,29 @@ def read_video(path, size=None, channels=3):
     clips, _ = decode(path, size, channels)
     return from_uint8(clips[0])
 
+@contextmanager
+def replacing(path):
+    """A path to write to, beside this one. It gets this one's name once it is whole, not before.
+
+    OSError if that fails; then the old file is still there, and nothing else."""
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                   # RuntimeError is torch's, of a full disk
+        raise OSError(f"could not write {path} ({e}); what was there is untouched") from e
+    finally:
+        if part.exists():
+            part.unlink()
+
 def write_video(path, clip, fps=8.0, scale=None):
     """Write a clip (T, C, H, W), C 1 or 3, as .mp4 or .gif, or one frame as .png; return the path.
 
-    clip   float in [-1, 1]: a tensor, or any sequence of frames (an .mp4 takes one at a time)
-    scale  each pixel becomes scale x scale. None enlarges clips below 128 pixels; 1 keeps them
-    If ffmpeg fails to write an .mp4, a .gif is written instead."""
+    clip is float in [-1, 1], a tensor or a sequence of frames (an .mp4 takes one at a time). Each
+    pixel becomes scale x scale; None enlarges clips below 128 pixels. If ffmpeg fails, an .mp4
+    becomes a .gif."""
     import imageio.v3 as iio
-    from PIL import Image
     path = Path(path)
     suffix = path.suffix.lower()
     shape = tuple(clip[0].shape)
@@ -2075,26 +2041,22 @@ def write_video(path, clip, fps=8.0, scale=None):
         if k * shape[1] % 2 or k * shape[2] % 2:                            # H.264 wants even sides
             k += 1
     frames = (to_uint8(frame.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for frame in clip)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")             # gets its name when it is whole, not before
     try:
-        if suffix == ".mp4":
-            iio.imwrite(part, frames, plugin="FFMPEG", is_batch=True, fps=fps, quality=8,
-                        macro_block_size=2)
-        else:
-            first, *rest = map(Image.fromarray, frames)
-            duration = max(20, 10 * round(100 / fps))             # GIF counts in 10 ms, at least 20
-            first.save(part, save_all=True, append_images=rest, duration=duration, loop=0)
-        if part.stat().st_size == 0:                              # ffmpeg may fail without an error
-            raise OSError("nothing was written")
-        return part.replace(path)
-    except (OSError, RuntimeError) as error:
+        with replacing(path) as part:
+            if suffix == ".mp4":
+                iio.imwrite(part, frames, plugin="FFMPEG", is_batch=True, fps=fps, quality=8,
+                            macro_block_size=2)
+            else:
+                duration = max(20, 10 * round(100 / fps))         # GIF counts in 10 ms, at least 20
+                iio.imwrite(part, [*frames], plugin="pillow", duration=duration, loop=0)
+            if part.stat().st_size == 0:                          # ffmpeg may fail without an error
+                raise OSError("nothing was written")
+    except OSError as error:
         if suffix != ".mp4":
             raise
-        print(f"{path}: ffmpeg failed ({error!r:.80}), writing a .gif instead")
+        print(f"{str(error):.200}: writing a .gif instead")
         return write_video(path.with_suffix(".gif"), clip, fps, scale)
-    finally:
-        part.unlink(missing_ok=True)
+    return path
 
 def film_strip(clips, line=-0.6):
     """(B, T, C, H, W) -> picture (C, B * (H + 1) + 1, T * (W + 1) + 1) with lines between frames.
@@ -2114,59 +2076,32 @@ def grid(clips):
 
 @dataclasses.dataclass
 class StoredClip:
-    """Frames first to last - 1 of an .npy file. A worker process gets their place, not pixels."""
+    """Clip k of an .npy file (N, T, H, W, C). A worker process gets its place, not its pixels."""
     path: Path
-    first: int
-    last: int
+    k: int
 
     def __len__(self):
-        return self.last - self.first
+        return len(self[:])
 
-    def __getitem__(self, index):
-        return np.load(self.path, mmap_mode="r")[self.first : self.last][index]
-
-def load_clips(path):
-    """What store_clips stored. OSError or ValueError if it is missing or damaged."""
-    fps, *ends = np.load(path.with_suffix(".ends.npy")).tolist()
-    if len(np.load(path, mmap_mode="r")) != ends[-1]:
-        raise ValueError(f"{path} does not hold {ends[-1]} frames")
-    return [StoredClip(path, int(a), int(b)) for a, b in zip([0, *ends], ends)], fps
-
-def store_clips(path, clips, fps):
-    """Store all frames in one .npy, then the speed and where each clip ends in another beside it.
-
-    Each is written under another name and then renamed, so no half file is ever read."""
-    path.parent.mkdir(exist_ok=True)
-    ends = np.cumsum([len(clip) for clip in clips])
-    arrays = {path: np.concatenate(clips), path.with_suffix(".ends.npy"): np.array([fps, *ends])}
-    for name, array in arrays.items():
-        part = name.with_suffix(f".{os.urandom(8).hex()}")
-        try:
-            with open(part, "wb") as file:
-                np.save(file, array)
-            part.replace(name)
-        finally:
-            part.unlink(missing_ok=True)
+    def __getitem__(self, cut):
+        return np.load(self.path, mmap_mode="r")[self.k][cut]
 
 def find_files(root):
     """The files at or below a path, none hidden. A folder stands for the pictures in it."""
     if root.is_file():
         return [root]
-    found = set()
-    for name in glob("**", root_dir=root, recursive=True):
-        file = root / name
-        if file.is_file() and not name.endswith(".actions.npy"):
-            found.add(file.parent if file.suffix.lower() in PICTURES else file)
-    return sorted(found)
+    files = [root / name for name in glob("**", root_dir=root, recursive=True)]
+    files = [p for p in files if p.is_file() and not p.name.endswith(".actions.npy")]
+    return sorted({p.parent if p.suffix.lower() in PICTURES else p for p in files})
 
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
 
     dataset[i], any i >= 0, is dict(video=float (frames, C, H, W)) and depends on (seed, i) alone.
-    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame. A
-    DataLoader's own order repeats items 0 ... len - 1: for new cuts its sampler has to count on.
+    Every len(dataset) items hold each clip once, from a random start, at every stride-th frame.
 
-    cache    keep decoded clips in .vdm_cache/ beside the data for the next run. It may be deleted
+    cache    keep decoded clips in .vdm_cache/ beside the data for the next run, if that folder can
+             be written; else they are kept in memory. OSError if the disk is full
     actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
              cut like its frames to action=(frames, A). NaN stands for what is not told
     fps      frames per second of an item
@@ -2189,9 +2124,10 @@ class VideoFolder:
         self.channels = channels
         self.seed = seed
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
-        self.cache = None
-        if cache:
-            self.cache = (root if root.is_dir() else root.parent) / ".vdm_cache"
+        self.cache = None                              # then clips are kept in memory
+        folder = root if root.is_dir() else root.parent
+        if cache and os.access(folder, os.W_OK):
+            self.cache = folder / ".vdm_cache"
         self.clips = []
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
@@ -2200,10 +2136,7 @@ class VideoFolder:
         files = find_files(root)
         for file in tqdm(files, "decoding", disable=not progress):
             try:
-                clips, fps = self.read(file)
-                moves = self.read_actions(file.with_suffix(".actions.npy"), clips)
-                speeds.append(fps)
-                self.add(file, clips, moves)
+                speeds.append(self.add(file))
             except ValueError as error:
                 skipped.append(f"skipped {error}")
         self.fps = float(np.median(speeds or [0])) / stride
@@ -2218,55 +2151,52 @@ class VideoFolder:
         if not self.clips:
             raise ValueError(self.report)
 
+    def add(self, file):
+        """Keep the clips of a file, and their actions. Return its frames per second."""
+        clips, fps = self.read(file)
+        if len(clips[0]) < self.span:
+            raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
+                             f"{self.span}: lower --frames or --stride")
+        self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
+        self.clips += clips
+        return fps
+
     def read(self, file):
-        """The clips of one file, uint8 (T, H, W, C), and frames per second, by way of the cache."""
+        """The clips in a file, (N, T, H, W, C), and frames per second, by way of the cache."""
         if self.cache is None:
-            return decode(file, self.size, self.channels)
+            clips, fps = decode(file, self.size, self.channels)
+            return list(clips), fps
         parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels))
-        path = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels)).encode()
+        key = hashlib.sha256(key).hexdigest()[:32]
         try:
-            return load_clips(path)
-        except (OSError, ValueError, EOFError):                               # to be decoded first
+            path, = self.cache.glob(f"{key}-*.npy")
+            n = len(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError, EOFError):                              # missing, or cut short
             clips, fps = decode(file, self.size, self.channels)
-        try:
-            store_clips(path, clips, fps)
-            return load_clips(path)
-        except OSError as error:
-            print(f"{self.cache} cannot be written ({error}): decoded clips stay in memory")
-            self.cache = None
-            return clips, fps
+            n = len(clips)
+            path = self.cache / f"{key}-{fps}.npy"
+            with replacing(path) as part:
+                np.save(part, clips)
+        return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
 
     def read_actions(self, path, clips):
         """The actions (T, A) of each clip, or None for each if there is no such file."""
         if not path.is_file():
             return [None] * len(clips)
         try:
-            x = np.load(path, allow_pickle=False)
+            x = np.load(path).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
-        if x.ndim == 2:
-            x = x[None]                                                                 # (N, T, A)
-        width = self.actions or x.shape[2:]
-        fits = x.ndim == 3 and [a.shape for a in x] == [(len(clip), *width) for clip in clips]
-        if not fits or x.dtype.kind not in "biuf" or np.isinf(x).any():
-            raise ValueError(f"{path}: {x.dtype} {x.shape} is not {len(clips)} clips x "
-                             f"{len(clips[0])} frames x {width} finite numbers, or NaN where none "
-                             "is told")
+        x = x.reshape(-1, *x.shape[-2:])                                                # (N, T, A)
+        width = self.actions or x.shape[-1:]
+        shape = (len(clips), len(clips[0]), *width)
+        if x.shape != shape or np.isinf(x).any():
+            raise ValueError(f"{path}: {x.shape}, expected {shape}, a row per frame, of finite "
+                             "numbers, or NaN where none is told")
         self.actions = width
-        return list(x.astype(np.float32))
-
-    def add(self, file, clips, moves):
-        """Keep the clips that are long enough. ValueError if one is not."""
-        for clip, move in zip(clips, moves):
-            if len(clip) >= self.span:
-                self.clips.append(clip)
-                self.moves.append(move)
-        shortest = min(len(clip) for clip in clips)
-        if shortest < self.span:
-            raise ValueError(f"{file}: {shortest} frames are too few, an item takes {self.span}: "
-                             "lower --frames or --stride")
+        return list(x)
 
     def __len__(self):
         return len(self.clips)
@@ -2470,23 +2400,11 @@ def build_autoencoder(config):
     return Autoencoder(channels=3, latent=config.channels, factor=config.factor)
 
 def save(path, **state):
-    """Write a checkpoint of tensors and plain values by way of a temporary file.
-
-    Whatever happens, a full disk or a kill, path holds the old checkpoint or the new one, whole."""
-    path = Path(path)
-    temporary = Path(f"{path}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                               # torch.save raises either
-        raise OSError(f"could not write {path} ({e}); an older one there is untouched") from e
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    """Write a checkpoint of tensors and plain values. If that fails, an older one there stays."""
+    with replacing(Path(path)) as part, open(part, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())                            # on the disk before it gets the old name
 
 def read_checkpoint(path):
     """What save wrote -> (dict, Config).
