@@ -7,8 +7,12 @@ sample.py: generate videos from a checkpoint, which holds all settings of its mo
     python sample.py --actions LLSSRRXX                 left, straight, right, stop (--data drive)
     python sample.py --context clip.mp4 --interpolate 2 2      new frames between those of a clip
 
+    python sample.py svd.safetensors --context latent.npy --clip clip.npy --motion-bucket 127
+                                                        published weights of SVD or Vista
+
 A model of --task image animates the picture in --context, one of --task upsample enlarges a clip.
-If a model's latents come from elsewhere, --context and all videos are .npy files (T, c, h, w).
+If a model's latents come from elsewhere, --context and all videos are .npy files (T, c, h, w). For
+SVD and Vista they are the latents of their autoencoder, times 0.18215.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import vdm
 from vdm import limit, need
 
 SHAPES = dict(constant=lambda low, high, frames: high, ramp=torch.linspace, triangle=vdm.triangle)
+PUBLISHED = ("svd", "vista")                        # models of --give svd and vista: StableUNet
 MANY = 10 ** 9                         # --seed is at most this: seed + MANY has noise of its own
 
 # ---- the ways to sample --------------------------------------------------------------------------
@@ -37,6 +42,8 @@ def roll_out(job, clips, shape, given):
 
     def tell(context, mask, start):
         frames = vdm.given_frames(context, mask, start)
+        if job.config.give == "vista":                       # the first given frame is its picture
+            frames |= published(job, context[:, :1])
         if job.config.give == "hint":                          # faults do not grow then (GameNGen)
             frames = vdm.hint(context, mask, job.level, noise(*shape[1:]))
         return told(job, start) | frames
@@ -58,6 +65,18 @@ def follow_hint(job, clips, shape, given):
     window = vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **hints, **told(job))
     yield window[:, :job.length]
 
+def published(job, picture):
+    """Return what SVD and Vista are told of a picture (B, 1, 4, H, W)."""
+    clip = job.clip
+    if clip is not None:
+        clip = clip.expand(len(picture), -1)
+    return vdm.picture_conditions(picture, job.config.fps, job.motion_bucket, job.hint_noise, clip)
+
+def animate(job, clips, shape, given):
+    """Animate a given picture by SVD's published network."""
+    noise = vdm.clip_noise(job.seed, clips, job.device)
+    yield vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **published(job, given))
+
 def interpolate(job, clips, shape, given):
     """Put new frames between given ones, in as many passes as --interpolate has numbers."""
     for k, factor in enumerate(job.interpolate):               # each pass has noise of its own
@@ -77,6 +96,10 @@ def choose(job):
         return interpolate, range(2, MANY)
     if config.give == "previous":
         return follow_clip, [T]
+    if config.give in PUBLISHED:
+        need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
+    if config.give == "svd":
+        return animate, [1]
     if job.context and config.task in ("image", "upsample"):
         return follow_hint, [dict(image=1, upsample=T)[config.task]]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
@@ -84,6 +107,8 @@ def choose(job):
 
 def plan(job):
     """Find the way to sample, read what is given and told, and find the length of the videos."""
+    if job.config.give == "svd":                             # it may draw windows of any length
+        job.config.frames = job.length or job.config.frames
     T = job.config.frames
     job.way, known = choose(job)
     usual = job.config.overlap
@@ -105,7 +130,7 @@ def plan(job):
     if job.interpolate or job.actions is not None:
         limit("length", f"{length}, by --actions or --interpolate", length, length, job)
     job.length = job.length or length
-    if job.way is not follow_hint:
+    if job.way not in (follow_hint, animate):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
     need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
          f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
@@ -113,15 +138,25 @@ def plan(job):
 
 def told(job, start=0):
     """Return label and actions of the window that begins at frame `start`, the same for all."""
-    return {name: x[:, start:start + job.config.frames] for name, x in job.told.items()}
+    told = {name: x[:, start:start + job.config.frames] for name, x in job.told.items()}
+    if job.config.give == "vista" and "action" in told:                     # one for all its frames
+        told["action"] = told["action"][:, 0]
+    return told
 
 def steered(job, denoise):
     """Return the function (x, sigma, **conditions) that samplers ask: the model, with guidance."""
     denoise = vdm.skip_guided_by(job.config, denoise)
+    named = ("label", "action")
+    if job.config.give in PUBLISHED:
+        named = ("concat", "clip", "action")
+        job.keep_frames = True
+        if not job.guidance:                                               # their own scales
+            job.guidance = [1.0, 2.5]
+            job.guidance_shape = dict(svd="ramp", vista="triangle")[job.config.give]
     low, high = (1.0, 1.0, *job.guidance)[-2:]
     scale = SHAPES[job.guidance_shape](low, high, job.config.frames)
     if job.guidance and job.keep_frames:
-        denoise = vdm.guided_by(denoise, scale, ("label", "action"))
+        denoise = vdm.guided_by(denoise, scale, named)
     elif job.guidance:
         denoise = vdm.guided(denoise, scale)
     if job.reconstruction is None:
@@ -148,6 +183,8 @@ def parse(argv):
     add("--context-frames", type=int, help="how many of them (default: --overlap)")
     add("--interpolate", type=int, nargs="+", default=[], metavar="F", help="make F times as many")
     add("--hint-noise", type=float, help="noise on given frames (default: half of that trained)")
+    add("--clip", help="SVD, Vista: CLIP's token of the picture, .npy (1, 1024)")
+    add("--motion-bucket", type=float, default=127, help="SVD, Vista: amount of motion, 0 to 255")
     add("--reconstruction", type=float, metavar="W", help="give frames by reconstruction guidance")
     add("--actions", help="per frame: letters of L, S, R, X, or .npy (T, A), NaN for none")
     add("--label", type=int, help="class of all videos, for a model trained with --labels")
@@ -183,6 +220,10 @@ def open_model(job):
     if path.is_dir():
         path = path / "last.pt"
     model, config = vdm.load(path)
+    if config.give in PUBLISHED and job.context:                 # their networks know any size
+        shape = read_array(job.context).shape
+        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
+        config.size = tuple(shape[2:])
     job.autoencoder, _ = vdm.load_autoencoder(path)
     job.latents = config.factor > 0 and job.autoencoder is None
     for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
@@ -190,6 +231,9 @@ def open_model(job):
             setattr(config, name, getattr(job, name))
     vdm.check(None, config)
     limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    if config.give in PUBLISHED:                         # of the picture, before it was encoded
+        config.hint_noise = 1.0
+        job.hint_noise = job.hint_noise or 0.0
     limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
     if job.hint_noise is None:
         job.hint_noise = config.hint_noise / 2
@@ -199,18 +243,24 @@ def open_model(job):
     print(f"model   {path}")
     return model
 
-def read_array(path, shape):
-    """Read an .npy file of numbers (T, *shape)."""
+def read_array(path, shape=None):
+    """Read an .npy file of numbers (T, *shape), by default of any shape."""
     try:
         x = torch.from_numpy(np.load(path).astype(np.float32))
     except Exception as e:                                         # each kind of damage has its own
         raise ValueError(f"{path} cannot be read as an .npy file ({e})") from e
-    need(x.shape[1:] == shape, f"{path} holds {tuple(x.shape)}, but the model knows (T, *{shape})")
+    need(shape in (None, x.shape[1:]),
+         f"{path} holds {tuple(x.shape)}, but the model knows (T, *{shape})")
     return x
 
 def read_told(job):
-    """Read what is told of each frame: label (1, frames), actions (1, frames, A), then NaN."""
+    """Read what is told of each frame: label (1, frames), actions (1, frames, A), then NaN.
+
+    CLIP's token (1, 1024) becomes job.clip."""
     told = {}
+    if job.clip is not None:
+        need(job.config.give in PUBLISHED, "--clip is for SVD and Vista")
+        job.clip = read_array(job.clip, (1024,))[:1].to(job.device)
     if job.label is not None:
         told["label"] = torch.tensor(job.label, device=job.device).expand(1, MANY)
     if job.actions is not None:
@@ -250,6 +300,7 @@ def record(job):
     """Make all videos (n, T, C, H, W). After Ctrl-C these are the ones that are complete or, of
     the first, the frames that are."""
     made = []                                                    # the pieces of each batch
+    bar = tqdm(total=job.n * job.length, unit="frame", **vdm.BAR)
     try:
         for first in range(0, job.n, job.batch):
             clips = range(first, min(first + job.batch, job.n))
@@ -259,8 +310,9 @@ def record(job):
             if job.autoencoder:
                 pieces = job.autoencoder.stream(pieces)
             made.append([])
-            for piece in tqdm(pieces, f"video {first + 1} on", unit="piece", **vdm.BAR):
+            for piece in pieces:
                 made[-1].append(piece.cpu())
+                bar.update(len(clips) * piece.shape[1])
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C")
         made = made[:-1] or made

@@ -1459,6 +1459,51 @@ def test_what_is_no_published_network(tmp_path):
 SVD_SHAPE = {name: getattr(vdm.PRESETS["svd"], name) for name in (
     "channels", "factor", "width", "mults", "blocks", "attention", "head_dim", "kind", "images")}
 
+def test_published_weights_by_the_programs(tmp_path, monkeypatch, capsys):
+    """SVD's weights start Vista's training, which gives weights that sample.py and others read."""
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    shape = dict(SVD_SHAPE, width=32, mults=(1, 2), attention=("factorised", "none"), blocks=1)
+    torch.manual_seed(0)
+    vdm.save_published("svd.safetensors", vdm.build(vdm.Config(**shape, give="svd", head_dim=32)))
+    rng = np.random.default_rng(0)
+    Path("data").mkdir()
+    np.save("data/a.npy", rng.standard_normal((9, 4, 8, 8)))
+    np.save("data/a.tokens.npy", rng.standard_normal((9, 1024)))
+    np.save("latent.npy", rng.standard_normal((1, 4, 8, 8)))
+    np.save("clip.npy", rng.standard_normal((1, 1024)))
+    small = ("--data data --width 32 --mults 1 2 --blocks 1 --attention factorised none --head-dim "
+             "32 --size 8 --frames 5 --batch 2 --steps 2 --sampling-steps 2 --marks 1").split()
+    monkeypatch.setattr(vdm.load_published, "__defaults__", (32,))
+    monkeypatch.setattr(vdm.read_published, "__defaults__", (32,))
+    train.main(["--preset", "vista", "--init", "svd.safetensors", "--out", "one", *small])
+    started = vdm.load_published("svd.safetensors").net
+    one = vdm.read_checkpoint("one/last.pt")[0]["model"]
+    twin = started.embed[0].weight                              # of which Vista has a second
+    assert_close(one["net.embed_given.0.weight"], twin, atol=1e-3, rtol=0)
+    train.main(["--preset", "vista", "--init", "one/last.pt", "--train", "lora", "conditions",
+                "--adapters", "lora", "--out", "two", *small])
+    vdm.save_published("vista.safetensors", vdm.load("two/last.pt")[0])
+    common = ["--context", "latent.npy", "--n", "1", "--steps", "2"]
+    sample.main(["svd.safetensors", "--clip", "clip.npy", "--motion-bucket", "90", *common,
+                 "--out", "a.mp4", "--length", "3"])
+    sample.main(["vista.safetensors", *common, "--out", "b.mp4", "--length", "47"])
+    np.save("actions.npy", rng.standard_normal((25, 19)))
+    sample.main(["vista.safetensors", *common, "--out", "c.mp4", "--actions", "actions.npy"])
+    a, b, c = (np.load(f"{name}/000.npy") for name in "abc")
+    assert a.shape == (3, 4, 8, 8)
+    assert b.shape == (47, 4, 8, 8)
+    given = np.load("latent.npy")[0].astype(np.float32)
+    assert np.array_equal(b[0], given)                       # Vista keeps its picture; SVD draws it
+    assert not np.array_equal(a[0], given)
+    assert np.array_equal(c[0], given)
+    assert not np.array_equal(b[1:3], c[1:3])                                       # actions matter
+    for flags, words in ((["--n", "1"], "go on from a picture"),
+                         (["--context", "clip.npy"], "expected latents"),
+                         ([*common, "--clip", "latent.npy"], "the model knows")):
+        with pytest.raises(ValueError, match=words):
+            sample.main(["svd.safetensors", *flags])
+
 # ---- EMA and checkpoints -------------------------------------------------------------------------
 
 @cases("decay, dtype", [(0.9999, torch.bfloat16), (0.5, torch.float32)])
@@ -3317,6 +3362,14 @@ def test_dry_run_of_activations(capsys):
     assert made.requires_grad and real > 2 ** 20
     assert found["activations of a clip"] == pytest.approx(real / 2 ** 20, rel=0.1)
     assert found["with --checkpoint-activations"] < 0.6 * found["activations of a clip"]
+
+def test_the_gpu_script_at_toy_size():
+    done = subprocess.run([sys.executable, ROOT / ".ci/gpu.py", "--toy"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout
+    assert done.stdout.count("differ by") == 7
+    assert "svd: one clip of 4 frames" in done.stdout
 
 # ---- the README, the notebooks, the project ------------------------------------------------------
 

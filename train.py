@@ -37,12 +37,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import vdm
 from vdm import BAR, Parser, autocast, check, need, pick_device, pick_dtype, pixels, sampling
 
+PUBLISHED = ("svd", "vista")                        # models of --give svd and vista: StableUNet
 WORLDS = dict(shapes=vdm.MovingShapes, drive=vdm.Drive)
 LOSSES = dict(plain=partial(vdm.diffusion_loss, change=0.0), change=vdm.diffusion_loss,
               vista=vdm.vista_loss)
@@ -81,13 +83,16 @@ def draw(step, config, seed):
         u = vdm.independent_levels(u, config.frames, config.independent)                    # (B, T)
     task = "all" if config.task in ("image", "upsample") else config.task
     drawn = dict(sigma=vdm.noise_schedule(config)(u),
-                 noise=vdm.offset_noise(torch.randn(shape), config.offset),
+                 noise=vdm.offset_noise(torch.randn(shape), config.offset,
+                                        per_frame=config.give == "vista"),
                  mask=vdm.draw_mask(clips, config.frames, config.context, task),            # (B, T)
                  temporal=(torch.rand(clips) >= config.images).float(),
                  told=torch.rand(clips) >= config.drop)
     if config.give == "hint":
         drawn["level"] = config.hint_noise * torch.rand(clips)
         drawn["unit"] = torch.randn(clips, config.frames, *shape[2:])
+    if config.give in PUBLISHED:                               # the picture is withheld on its own
+        drawn["shown"] = (torch.rand(clips) >= config.drop).float()
     if config.actions:                                         # (B, 1, A): 0, or NaN if not told
         zeros = torch.zeros(clips, 1, sum(config.actions))
         drawn["withheld"] = vdm.drop_modes(zeros, config.actions, config.drop)
@@ -101,8 +106,10 @@ def conditions(batch, drawn, config):
         told["temporal"] = drawn["temporal"]
     if config.labels:
         told["label"] = batch["label"].where(drawn["told"], -1)                               # (B,)
-    if config.actions:
+    if "action" in batch:
         told["action"] = batch["action"][:, -config.frames:] + drawn["withheld"]         # (B, T, A)
+    if config.give in PUBLISHED:
+        return published_conditions(told, batch, drawn, config)
     if config.give == "previous":
         return told | dict(previous=clean[:, :config.frames])
     if config.give != "hint":
@@ -113,6 +120,19 @@ def conditions(batch, drawn, config):
     if config.task == "upsample":
         clean = vdm.blurred(clean)
     return told | vdm.hint(clean, drawn["mask"], drawn["level"], drawn["unit"])
+
+def published_conditions(told, batch, drawn, config):
+    """Return what SVD and Vista are told: picture, token, numbers; Vista also frames and action."""
+    clean = batch["video"]
+    told |= vdm.picture_conditions(clean[:, :1], config.fps)
+    told["concat"] = told["concat"] * drawn["shown"][:, None, None, None, None]
+    if "clip" in batch:
+        told["clip"] = batch["clip"] * drawn["told"][:, None]                          # (B, 1024)
+    if config.give == "vista":
+        told |= dict(context=clean, mask=drawn["mask"])
+    if "action" in told:
+        told["action"] = told["action"][:, 0]                                               # (B, A)
+    return told
 
 def loss_of(model, batch, drawn, config):
     """Return the loss of a batch and, for the log, its squared errors, of the shape of sigma."""
@@ -249,7 +269,7 @@ def main(argv=None):
     state, config = resume(options, config)
     check(options, config)
     if options.dry_run:
-        with torch.device("meta"):                      # where tensors have a size, but no numbers
+        with FakeTensorMode():                          # tensors have a size, but no numbers
             return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
@@ -264,9 +284,14 @@ def main(argv=None):
         dist.barrier()
     learner = make_learner(options, config, state)
     told = {}
-    if config.actions:
-        some = [held_out[i]["action"] for i in range(options.marks)]
-        told["action"] = torch.stack(some)[:, -config.frames:]                           # (N, T, A)
+    if data.actions or config.give in PUBLISHED:
+        some = default_collate([held_out[i] for i in range(options.marks)])
+        told = {name: some[name] for name in ("action", "clip") if name in some}
+    if "action" in told:
+        told["action"] = told["action"][:, -config.frames:]                              # (N, T, A)
+    if config.give in PUBLISHED:
+        told |= vdm.picture_conditions(some["video"][:, :1], config.fps)
+        told = {name: x[:, 0] if name == "action" else x for name, x in told.items()}
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder, **told)
@@ -442,13 +467,15 @@ def open_data(options, config, autoencoder):
         data = held_out = folder(options.data, frames, size, config.stride, channels,
                                  options.seed, progress=not options.local, cache=True)
         print(data.report)
-        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+        if folder is vdm.VideoFolder:                              # latents do not tell theirs
+            config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
         data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
                        config.channels, options.seed)
     config = dataclasses.replace(config, actions=config.actions or data.actions)
-    need(config.labels in (0, data.labels) and sum(config.actions) == sum(data.actions),
+    none = config.give == "vista" and not data.actions                      # as in Vista's phase 1
+    need(config.labels in (0, data.labels) and (none or sum(config.actions) == sum(data.actions)),
          f"--labels is {config.labels} and --actions {config.actions}, but the data has "
          f"{data.labels} labels and actions {data.actions}")
     return data, held_out, config
@@ -508,7 +535,30 @@ def parse(argv):
 # ---- latents -------------------------------------------------------------------------------------
 
 class Latents(vdm.VideoFolder):
-    """A VideoFolder of latents: .npy files of float (T, c, h, w) or (N, T, c, h, w)."""
+    """A VideoFolder of latents: .npy files of float (T, c, h, w) or (N, T, c, h, w).
+
+    clip.tokens.npy beside clip.npy may hold CLIP's token of each frame, ([N,] T, 1024), for SVD and
+    Vista: an item then has that of its first frame. Zeros stand for a token that is missing."""
+
+    def __init__(self, *arguments, **options):
+        self.tokens = []                                              # of each clip, (T, 1024)
+        super().__init__(*arguments, **options)
+
+    def add(self, file):
+        fps = super().add(file)
+        clips = self.clips[len(self.tokens):]
+        path = file.with_suffix(".tokens.npy")
+        tokens = np.zeros((len(clips), len(clips[0]), 1024), np.float32)
+        if path.is_file():
+            shape = tokens.shape
+            tokens = np.load(path).astype(np.float32).reshape(-1, *shape[1:])
+            need(len(tokens) == shape[0], f"{path} holds {len(tokens)} clips, expected {shape[0]}")
+        self.tokens += list(tokens)
+        return fps
+
+    def __getitem__(self, i):
+        number, cut = self.place(i)
+        return super().__getitem__(i) | dict(clip=torch.from_numpy(self.tokens[number][cut.start]))
 
     def read(self, file):
         try:
@@ -603,6 +653,11 @@ def start_from(path, config):
     Adapters, and what embeds labels and actions, may be new. All else must be the same."""
     with torch.random.fork_rng([]):                   # which leaves the seed to what is new
         old, saved = vdm.load(path)
+    weights = old.state_dict()
+    if saved.give == "svd" and config.give == "vista":
+        saved = dataclasses.replace(saved, give="vista")
+        weights |= {name.replace("net.embed.", "net.embed_given."): w
+                    for name, w in weights.items() if name.startswith("net.embed.")}
     wrong = [name for name in MODEL if getattr(saved, name) != getattr(config, name)
              and (getattr(saved, name) or name not in ADDED)]
     if saved.adapters and saved.rank != config.rank:
@@ -610,7 +665,7 @@ def start_from(path, config):
     need(not wrong, f"--init {path} is another model, of another {', '.join(wrong)}: give the "
          "flags that it was trained with")
     net = vdm.build(dataclasses.replace(config, adapters=saved.adapters))
-    net.load_state_dict(old.state_dict(), strict=False)
+    net.load_state_dict(weights, strict=False)
     if config.adapters != saved.adapters:
         vdm.adapt(net.net, config.adapters, config.rank)
     return net
@@ -653,7 +708,7 @@ def gather(x):
     return everyone
 
 def blocks(model):
-    return [module for module in model.modules() if isinstance(module, vdm.Block)]
+    return [module for module in model.modules() if isinstance(module, (vdm.Block, vdm.Stage))]
 
 def spread(net, ema, options):
     """Prepare a network for short memory and for many processes.
@@ -698,8 +753,14 @@ def estimate(model, config):
     given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
     if config.give == "previous":
         given = dict(previous=clip)
+    if config.give == "svd":
+        given = {}
+    if config.give in PUBLISHED:
+        given |= vdm.picture_conditions(clip[:, :1], config.fps)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-    with FlopCounterMode(display=False) as counter, hooks:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu   # it is not counted yet
+    mapping = {attention: lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, hooks:
         held = model(clip, torch.ones(1), **given)             # it holds all that backward needs
     marks = np.array(marks)                                                       # (2 blocks, 2)
     inside = marks[1::2, 0] - marks[::2, 0]

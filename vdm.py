@@ -2091,7 +2091,8 @@ def find_files(root):
     if root.is_file():
         return [root]
     files = [root / name for name in glob("**", root_dir=root, recursive=True)]
-    files = [p for p in files if p.is_file() and not p.name.endswith(".actions.npy")]
+    files = [p for p in files if p.is_file()
+             and not p.name.endswith((".actions.npy", ".tokens.npy"))]
     return sorted({p.parent if p.suffix.lower() in PICTURES else p for p in files})
 
 class VideoFolder:
@@ -2438,10 +2439,13 @@ def load(path):
 
     A .safetensors file holds published weights: their config is that of the preset svd or vista."""
     if Path(path).suffix == ".safetensors":
-        denoiser = load_published(path)
-        net = denoiser.net
-        preset = PRESETS["svd" if net.embed_given is None else "vista"]
-        return denoiser, dataclasses.replace(preset, channels=net.channels)
+        denoiser, found = read_published(path)
+        preset = PRESETS["vista" if found["embed_given"] else "svd"]
+        same = ("channels", "width", "mults", "blocks", "attention")
+        preset = dataclasses.replace(preset, **{name: found[name] for name in same})
+        if not found["actions"]:
+            preset = dataclasses.replace(preset, actions=())
+        return denoiser, preset
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
@@ -2450,7 +2454,9 @@ def load(path):
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model of its latents -> (Autoencoder, Config).
 
-    The first is None if the model is one of pixels."""
+    The first is None if the model is one of pixels, or a .safetensors file."""
+    if Path(path).suffix == ".safetensors":
+        return None, None
     state, config = read_checkpoint(path)
     weights = state.get("ema") if "stage" in state else state.get("autoencoder")
     if not weights:
@@ -2566,8 +2572,8 @@ def arguments_of(weights, naming):
         stage += 1                                                            # that which halves
     action = find("middle.1.space_attention.action.weight")
     return dict(
-        channels=channels, concat_channels=both - channels, width=width, mults=mults, blocks=blocks,
-        attention=attention, dim_clip=find("middle.1.space_attention.clip.weight").shape[1],
+        channels=channels, concat_channels=both - channels, width=width, mults=tuple(mults),
+        blocks=blocks, attention=tuple(attention), dim_clip=find("middle.1.space_attention.clip.weight").shape[1],
         dim_number=find("embed_numbers.0.weight").shape[1] // 3,
         actions=0 if action is None else action.shape[1] // StableUNet.WAVES,
         embed_given=find("embed_given.0.weight") is not None)
@@ -2581,6 +2587,10 @@ def load_published(source, head_dim=64):
     code, of Vista or of diffusers' UNetSpatioTemporalConditionModel. Sizes are read off the
     tensors; only the channels per attention head cannot be. ValueError names what is missing, what
     has another shape, and what this network has not."""
+    return read_published(source, head_dim)[0]
+
+def read_published(source, head_dim=64):
+    """As load_published, but return the arguments of StableUNet, too."""
     weights = source if isinstance(source, dict) else read_weights(source)
     weights, naming = tensors_of(weights)
     arguments = arguments_of(weights, naming)
@@ -2598,7 +2608,7 @@ def load_published(source, head_dim=64):
                          ": adapters have to be merged first")
     net.load_state_dict({name: weights[key].float() for name, key in keys.items()}, assign=True)
     denoiser = Replace if arguments["embed_given"] else Denoiser
-    return denoiser(net, kind="v").eval().requires_grad_(False)
+    return denoiser(net, kind="v").eval().requires_grad_(False), arguments
 
 def save_published(path, denoiser, layout="stability"):
     """Write the weights of a StableUNet as .safetensors, with the keys of Stability's code (and of
