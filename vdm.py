@@ -2008,11 +2008,12 @@ def read_video(path, size=None, channels=3):
     return from_uint8(clips[0])
 
 @contextmanager
-def replacing(path):
+def replacing(path, mark="part"):
     """A path to write to, beside this one. It gets this one's name once it is whole, not before.
 
-    OSError if that fails; then the old file is still there, and nothing else."""
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+    OSError if that fails; then the old file is still there, and nothing else. What a kill leaves is
+    overwritten next time. Programs that may write path at the same time need marks of their own."""
+    part = path.with_name(f".{mark}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -2178,7 +2179,7 @@ class VideoFolder:
             clips, fps = decode(file, self.size, self.channels)
             n = len(clips)
             path = self.cache / f"{key}-{fps}.npy"
-            with replacing(path) as part:
+            with replacing(path, os.getpid()) as part:
                 np.save(part, clips)
         return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
 
