@@ -1833,8 +1833,9 @@ def test_part_I_runs_alone(tmp_path):
 # ---- the paste guide -----------------------------------------------------------------------------
 
 GUIDE = Path(vdm.__file__).with_name("README.md").read_text()
-GUIDE = {piece: re.findall(r"`(\w+)`", needs)         # rows: | piece | take with it | imports |
-         for piece, needs in re.findall(r"^\| `(\w+)` \|(.*\|.*)\|$", GUIDE, re.M)}
+GUIDE = {piece: re.findall(r"`(\w+)`", needs)        # rows: | pieces | take with it | imports |
+         for pieces, needs in re.findall(r"^\| (`[\w`, ]+) \|(.*\|.*)\|$", GUIDE, re.M)
+         for piece in re.findall(r"\w+", pieces)}
 SHAPE = 2, 4, 3, 8, 8
 CLIP = torch.linspace(0, 99, 1536).sin().view(SHAPE)
 SIGMA = torch.tensor([0.5, 2.0])
@@ -1849,6 +1850,14 @@ def written(write, read):
     return read(write("a.gif", CLIP[0].round(), scale=2), size=(16, 16))
 
 CALLS = dict(                       # of each piece in README's table: called with small inputs
+    lognormal=lambda v: v.lognormal(SIGMA / 4),
+    first_frames=lambda v: v.first_frames(5, 3, [0.2, 0.3, 0.5]),
+    independent_levels=lambda v: v.independent_levels(SIGMA / 4, 3, 0.5),
+    StableUNet=lambda v: randomize(v.StableUNet(
+        width=32, mults=(1, 2), attention=("factorised", "none"), head_dim=16, channels=2,
+        concat_channels=1))(CLIP, torch.zeros(2), numbers=torch.ones(2, 3)),
+    PerFrame=lambda v: v.PerFrame(lambda x, c_noise: 0.3 * x)(CLIP, SIGMA, **GIVEN),
+    ae_loss=lambda v: v.ae_loss(randomize(vdm.Autoencoder(width=8)), CLIP, torch.ones(2, 4, 4, 2, 2)),
     karras_sigmas=lambda v: v.karras_sigmas(5),
     offset_noise=lambda v: v.offset_noise(CLIP, 0.1),
     scalings=lambda v: [v.scalings(SIGMA, kind) for kind in ("eps", "v", "x0", "edm")],

@@ -6,11 +6,11 @@ A video diffusion model in four lines:
     x     = clean + sigma * noise                     put noise on a clip; sigma says how much
     guess = denoiser(x, sigma)                        a network estimates the clean clip
     loss  = weight(sigma) * (guess - clean)^2         training: do that at every noise level
-    x     = x + (next - sigma) * (x - guess) / sigma  sampling: from pure noise down to sigma = 0
+    x     = guess + next * (x - guess) / sigma        sampling: from pure noise down to sigma = 0
 
-(x - guess) / sigma is the noise that the guess leaves. The best guess is the mean of all clips that
-could hide behind x. At a high noise level it is a blur. Each step of sampling goes to a lower noise
-level, nearer to the guess. Fewer clips then remain possible, so the next guess is sharper.
+(x - guess) / sigma is the estimated noise. A step of sampling takes the guess, and puts this noise
+back at the next, lower level. The best guess is the mean of all clips that could hide behind x. At
+a high level it is a blur. At each lower one fewer clips are possible, so the guess is sharper.
 
 Part I    The method, to be read: 1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Network, 6 EMA,
           7 Generation, 8 Demo. `python vdm.py` trains a small model in three minutes.
@@ -25,7 +25,7 @@ Names     sigma     noise level (B,), or (B, T) if every frame has its own
           denoise   a function (x, sigma, **conditions) -> guess of the clean clip: e.g. a Denoiser
           context   the clip that holds the given frames, (B, T, C, H, W)
           mask      which frames of context are given, (B, T): 1 given, 0 to be generated
-          temporal  weight of the temporal layers: 1 is on; at 0 every frame is on its own
+          temporal  weight of the temporal layers, a number or (B,). At 0 every frame is on its own
           scale     strength of guidance: 1 is none, above 1 exaggerates
 """
 
@@ -58,7 +58,7 @@ def lognormal(u, mean=1.5, std=1.2):
     """Noise levels for training: log(sigma) is normal (EDM), for u uniform in (0, 1), of any shape.
 
     The mean decides what the network learns most about. At exp(1.5) = 4.5 a small frame looks like
-    pure noise to the eye. There it is decided which object appears, and where it goes."""
+    pure noise to the eye: at that level a sampler decides which object appears, and where."""
     return torch.exp(mean + std * torch.special.ndtri(u.double())).float()    # ndtri: u -> normal
 
 def karras_sigmas(n, sigma_min=0.2, sigma_max=60.0, rho=7.0):
@@ -72,13 +72,13 @@ def scalings(sigma, kind, sigma_data=0.5):
     """c_skip, c_out, c_in, c_noise, each of the shape of sigma (EDM eq. 7).
 
     The clean estimate is c_skip * x + c_out * net(c_in * x, c_noise). So input and output of the
-    network have a size of about 1 at every sigma. kind says what the network predicts:
-
-    eps  the noise (DDPM); then clean = x - sigma * noise
-    v    alpha * noise - sqrt(1 - alpha^2) * clean: the noise at low sigma, -clean at high sigma
-    edm  minus v, for data of standard deviation sigma_data (EDM, table 1)
+    network have a size of about 1 at every sigma. c_noise tells it sigma, as t does in DDPM. kind
+    says what the network predicts; root is sqrt(1 + sigma^2):
+    eps  the noise (DDPM):                                  clean = x - sigma * eps
+    v    alpha * noise - sqrt(1 - alpha^2) * clean (VDM):   clean = x / root^2 - sigma / root * v
+    edm  minus v if sigma_data is 1, which it alone heeds: the data's standard deviation (EDM)
     x0   the clip itself. It has structure, unlike noise: so narrow networks learn it best"""
-    c_noise = sigma.clamp(min=1e-4).log() / 4            # sigma may be 0: frames that are given
+    c_noise = sigma.clamp(min=1e-4).log() / 4                  # given frames (below) have sigma 0
     if kind == "edm":
         root = (sigma ** 2 + sigma_data ** 2).sqrt()
         return sigma_data ** 2 / root ** 2, sigma * sigma_data / root, 1 / root, c_noise
@@ -106,10 +106,12 @@ def concat_frames(context, mask):
 class Denoiser(nn.Module):
     """A network with its scalings: denoiser(x, sigma) estimates the clean clip, like x.
 
-    x is clean + sigma * noise; sigma is (B,), (B, T), or a number. It calls net(c_in * x, c_noise
-    (B, T), **conditions), c_noise being log(sigma) / 4. The frames of context that mask marks are
-    given. In x they are noisy, too, but the network also sees them clean, as further channels:
-    concat (B, T, C + 1, H, W). So it is told noise level 0 for them. They come back untouched."""
+    x is clean + sigma * noise; sigma is (B,), (B, T), or a number. The network is called as
+    net(c_in * x, c_noise, **conditions), with c_noise (B, T) = log(sigma) / 4.
+
+    The frames of context that mask marks are given. In x they are noisy like all others, so c_in is
+    that of sigma. But the network also sees them clean, as further channels: concat (B, T, C + 1,
+    H, W). Nothing about them is uncertain, so c_noise is that of sigma 0. They come back as is."""
     def __init__(self, net, kind="x0", sigma_data=0.5):
         super().__init__()
         self.net = net
@@ -126,7 +128,7 @@ class Denoiser(nn.Module):
         if mask is not None:
             mask = mask.to(x)
             conditions["concat"] = concat_frames(context, mask)
-            c_noise = scalings(sigma * (1 - mask), self.kind)[3]                            # (B, T)
+            *_, c_noise = scalings(sigma * (1 - mask), self.kind)                           # (B, T)
         output = self.net(expand(c_in, x) * x, c_noise, **conditions)              # (B, T, C, H, W)
         estimate = expand(c_skip, x) * x + expand(c_out, x) * output.to(x.dtype)
         if mask is None:
@@ -138,12 +140,11 @@ class Denoiser(nn.Module):
 # ==================================================================================================
 
 def inverse_sigma(sigma):
-    """Weight 1 / sigma. The squared error grows about as sigma: so all noise levels count alike.
-    (DDPM's loss, the squared error of the noise, has weight 1 / sigma^2.)"""
+    """Weight 1 / sigma. The squared error grows about as sigma: so all noise levels count alike."""
     return 1 / sigma.clamp(min=1e-4)
 
 def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1.0, **conditions):
-    """The weighted squared error of the clean estimate (EDM eq. 2), plus one of its change.
+    """The weighted squared error of the clean estimate (EDM eq. 2), plus that of its change.
 
     clean and noise are clips (B, T, C, H, W), sigma is (B,) or (B, T), weight a function of sigma.
     conditions go to the denoiser. To train on given frames pass context=clean and a mask; their
@@ -151,11 +152,11 @@ def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1
 
     At high noise nearly all of the error is about where things are. That cannot be known, and it
     drowns what can be known: that neighbouring frames agree. Hence the second term: `change` times
-    the squared error of the change between frames, without weight, so it counts at high noise."""
+    the squared error of x[t + 1] - x[t], not divided by sigma, so that it counts at high noise."""
     x = clean + expand(sigma, clean) * noise
     error = denoiser(x, sigma, **conditions) - clean                               # (B, T, C, H, W)
     loss = (expand(weight(sigma), clean) * error ** 2).mean()
-    count = max(error[:, 1:].numel(), 1)                             # a single frame has no change
+    count = max(error[:, 1:].numel(), 1)                 # 1 for a single frame, as mean() is NaN
     loss = loss + change * (error.diff(dim=1) ** 2).sum() / count
     return loss, (error ** 2).detach().flatten(sigma.ndim).mean(-1)                # like sigma
 
@@ -182,7 +183,7 @@ def constant(sigma, x):
 
 @torch.no_grad()
 def sample_ddim(denoise, x, sigmas, randn=None):
-    """DDIM (eq. 12, eta 0): put the noise that is left back at the next level. Euler's method."""
+    """DDIM (eq. 12, eta 0), Euler's method: the guess, and its noise back at the next level."""
     for s, t in pairs(sigmas):
         guess = denoise(x, constant(s, x))
         x = guess + t * (x - guess) / s
@@ -192,9 +193,9 @@ def sample_ddim(denoise, x, sigmas, randn=None):
 def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     """DPM-Solver++(2M), algorithm 2: DDIM's step, with a guess extrapolated half a step ahead.
 
-    A straight line in log(sigma) through the last two guesses tells it. So the error falls with
-    the square of the step, for one evaluation a step. eta = 1 is the SDE form: every step replaces
-    noise by fresh noise of the same amount, which mends small faults of earlier steps."""
+    The last two guesses tell the slope in log(sigma): ahead = guess + slope * h / 2. So the error
+    falls with the square of the step, at one evaluation a step. eta = 1 is the SDE form: t / s of
+    the noise is kept, and fresh noise makes it t again. That mends faults of earlier steps."""
     last = h_last = None
     for s, t in pairs(sigmas):
         guess = denoise(x, constant(s, x))
@@ -204,7 +205,7 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
         ahead = guess
         if last is not None:
             ahead = guess + h / (2 * h_last) * (guess - last)
-        keep = (t / s) ** (1 + eta)                                   # eta = 0: t / s, as in DDIM
+        keep = (t / s) ** (1 + eta)
         x = keep * x + (1 - keep) * ahead
         if eta > 0:
             x = x + t * math.sqrt(1 - (t / s) ** (2 * eta)) * randn(x)
@@ -246,11 +247,11 @@ def places(sizes, device):
     return torch.stack(axes, dim=-1).flatten(0, -2)
 
 def rotate(x, position):
-    """Rotary positions (Su et al. 2021) for x (N, heads, L, d) at position (L, axes).
+    """Rotary positions (Su et al. 2021) for x (N, heads, L, d), position (L, axes). May be skipped.
 
-    Pairs of features are turned by angles that grow with the position. So position enters the
-    product of two tokens only as their difference. With three axes, pairs 0, 3, 6 ... turn with t,
-    1, 4, 7 ... with h, 2, 5, 8 ... with w; later pairs turn more slowly."""
+    Pairs of features (i, i + d / 2) are turned by angles that grow with the position. So position
+    enters the product of two tokens only as their difference. With three axes, pairs 0, 3, 6 ...
+    turn with t, 1, 4, 7 ... with h, 2, 5, 8 ... with w; later pairs turn more slowly."""
     half = x.shape[-1] // 2
     axes = position.shape[-1]
     j = torch.arange(half, device=x.device)                  # the axes take turns: j % axes
@@ -293,9 +294,9 @@ class ResBlock(nn.Module):
         return each_frame(self.skip, x) + each_frame(self.conv2, F.silu(h))
 
 class Attention(nn.Module):
-    """Self-attention and a feed-forward layer. A token is one place in one frame. The letters of
-    over are the axes it looks along: all places of its frame ("hw"), its place in all frames ("t"),
-    or everything ("thw")."""
+    """Self-attention and a feed-forward layer. A token is one place in one frame. `over` names the
+    axes it looks along: all places of its frame ("hw"), its place in all frames ("t"), or
+    everything ("thw"). L tokens look at each other; all else is N."""
     def __init__(self, dim, head_dim=16, over="hw"):
         super().__init__()
         self.heads = dim // head_dim
@@ -341,7 +342,7 @@ class Block(nn.Module):
         if attention not in ("none", "factorised", "joint"):
             raise ValueError(f"attention is {attention!r}, expected none, factorised or joint")
         self.res = ResBlock(dim_in, dim, dim_emb)
-        self.time = TemporalConv(dim)
+        self.time = TemporalConv(dim)                              # a second one, after res's own
         self.space_attention = nn.Identity()
         self.time_attention = None
         if attention == "factorised":
@@ -358,20 +359,19 @@ class Block(nn.Module):
         return x
 
 class ConcatInput(nn.Sequential):
-    """Where given frames enter. It counts as a temporal layer (Video LDM): Part II tells it by its
-    class. It has no bias, so no given frames are the same as frames of zeros."""
+    """Where given frames enter. It counts as a temporal layer (Video LDM); Part II finds it by its
+    class. Without a bias a mask of zeros is the same as no concat at all."""
 
 class VideoUNet(nn.Module):
     """net(x (B, T, channels, H, W), c_noise (B, T)) -> (B, T, channels, H, W).
 
-    width * mults are the channels of the levels; each level is half as large as the one before.
-    blocks is the number of blocks of a level on each way, attention names that of every level.
-    Frames are cut into tiles of patch x patch pixels, which saves most of the work. H and W must be
-    multiples of patch * 2^(levels - 1).
+    Level i has width * mults[i] channels, and is half as large as the one before. It has `blocks`
+    blocks on each way, with attention[i] (see Block). Frames are cut into tiles of patch x patch
+    pixels, which saves most of the work. H and W must be multiples of patch * 2^(levels - 1).
 
     concat (B, T, concat_channels, H, W) are further channels; given frames need channels + 1.
-    temporal is a number or (B,). conditions are modules {name: module}: name=value goes through its
-    module, and (B, T or 1, dim_emb) is added to the embedding. A fresh network returns 0."""
+    conditions are modules, e.g. {"text": nn.Sequential(...)}: then net(..., text=value) adds its
+    output (B, T or 1, dim_emb) to the embedded noise level. A fresh network returns 0."""
     def __init__(self, channels=3, concat_channels=4, width=16, mults=(1, 3, 6), blocks=1,
                  attention=("none", "factorised", "joint"), head_dim=16, patch=2, dim_emb=256,
                  conditions=None):
@@ -486,20 +486,20 @@ def guided(denoise, scale):
     return denoise_guided
 
 def skip_guided(denoise, scale):
-    """Spatiotemporal skip guidance: together + (scale - 1) * (together - alone) (Hyung et al.).
+    """Spatiotemporal skip guidance: alone + scale * (together - alone) (Hyung et al. 2024).
 
     alone is the estimate with temporal=0, each frame on its own, which training must have shown. To
-    exaggerate the difference makes frames agree. With guided, too: guided(skip_guided(...))."""
+    exaggerate the difference makes frames agree. To use both: guided(skip_guided(...), scale)."""
     def denoise_guided(x, sigma, **conditions):
         together = denoise(x, sigma, **conditions)
         alone = denoise(x, sigma, temporal=0.0, **conditions)
-        return together + (scale - 1) * (together - alone)                         # (B, T, C, H, W)
+        return alone + scale * (together - alone)                                  # (B, T, C, H, W)
     return denoise_guided
 
 def clip_noise(seed, clips, device="cpu"):
     """A function noise(*shape) -> unit noise (len(clips), *shape), other numbers at every call.
 
-    Each clip number has a generator of its own, on the CPU: clip 3 of 8 is clip 3 drawn alone."""
+    Each clip number has a generator of its own: clip 3 is the same in a batch of 8 as alone."""
     states = [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in clips]
     generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]       # 63 random bits
     def noise(*shape):
@@ -515,7 +515,7 @@ def generate(denoise, shape, sigmas, sampler=sample_dpmpp_2m, noise=None, seed=0
     return sampler(partial(denoise, **conditions), x, sigmas, lambda x: noise(*x.shape[1:]))
 
 def given_frames(context, mask, start):
-    """The default `tell` of rollout: the given frames, if there are any."""
+    """What rollout (below) tells a window by default: the given frames, if there are any."""
     return dict(context=context, mask=mask) if mask.any() else {}
 
 def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, clips=None,
@@ -540,13 +540,13 @@ def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, cli
         yield last
     while done < length:
         n = last.shape[1]
-        padded = F.pad(last, (0, 0, 0, 0, 0, 0, 0, T - n))                         # (B, T, C, H, W)
+        padded = F.pad(last, (0, 0, 0, 0, 0, 0, 0, T - n))      # with zeros behind, (B, T, C, H, W)
         mask = (torch.arange(T, device=sigmas.device) < n).float().expand(B, T)
-        told = tell(padded, mask, done - n)
-        window = generate(denoise, shape, sigmas, noise=noise, **told, **options)
+        conditions = tell(padded, mask, done - n)
+        window = generate(denoise, shape, sigmas, noise=noise, **conditions, **options)
         new = window[:, n:n + length - done]                                # the frames not given
         done += new.shape[1]
-        last = torch.cat([padded[:, :n], new], dim=1)[:, -overlap:]
+        last = torch.cat([last, new], dim=1)[:, -overlap:]
         yield new
 
 # ==================================================================================================
@@ -580,7 +580,7 @@ def demo(path="demo.gif", steps=600, batch=16, seed=0):
         clean = moving_shapes(batch)                                               # (B, T, C, H, W)
         sigma = lognormal(torch.rand(batch))
         mask = first_frames(batch, 8, odds=[0.5, 0, 0, 0, 0.5])   # of half the clips 4 are given
-        temporal = (torch.rand(batch) > 0.1).float()              # of a tenth each frame is alone
+        temporal = (torch.rand(batch) > 0.1).float()           # 0 for a tenth: as an image model
         loss, _ = diffusion_loss(denoiser, clean, sigma, torch.randn_like(clean), context=clean,
                                  mask=mask, temporal=temporal)
         loss.backward()
@@ -1129,6 +1129,7 @@ class GEGLU(nn.Module):
         return a * F.gelu(b)
 
 def gated_feed_forward(dim):
+    """A norm, and a feed-forward layer of four times the channels whose GELU is gated."""
     return nn.Sequential(
         nn.LayerNorm(dim), nn.Linear(dim, 8 * dim), GEGLU(), nn.Linear(4 * dim, dim))
 
@@ -2497,14 +2498,18 @@ DIFFUSERS_NAMES = (
     (".output.2.", ".conv_out."))
 
 def renamed(name, names):
+    """A name with all pairs of such a table replaced, in order."""
     for ours, theirs in names:
         name = f".{name}".replace(ours, theirs)[1:]
     return name
 
 def stability_name(name, blocks):
+    """Our name of a tensor -> its key in files of Stability's code and of Vista."""
     return renamed(name, STABILITY_NAMES)
 
 def diffusers_name(name, blocks):
+    """Our name of a tensor -> its key in diffusers' UNetSpatioTemporalConditionModel, whose levels
+    have so many blocks."""
     name = renamed(name, DIFFUSERS_NAMES)
     match = re.fullmatch(r"(down|up)\.(\d+)\.(\d)\.(.+)", name)
     if not match:
@@ -2574,7 +2579,8 @@ def arguments_of(weights, naming):
     action = find("middle.1.space_attention.action.weight")
     return dict(
         channels=channels, concat_channels=both - channels, width=width, mults=tuple(mults),
-        blocks=blocks, attention=tuple(attention), dim_clip=find("middle.1.space_attention.clip.weight").shape[1],
+        blocks=blocks, attention=tuple(attention),
+        dim_clip=find("middle.1.space_attention.clip.weight").shape[1],
         dim_number=find("embed_numbers.0.weight").shape[1] // 3,
         actions=0 if action is None else action.shape[1] // StableUNet.WAVES,
         embed_given=find("embed_given.0.weight") is not None)
