@@ -1462,22 +1462,27 @@ def test_what_is_no_published_network(tmp_path):
 SVD_SHAPE = {name: getattr(vdm.PRESETS["svd"], name) for name in (
     "channels", "factor", "width", "mults", "blocks", "attention", "head_dim", "kind", "images")}
 
-def test_published_weights_by_the_programs(tmp_path, monkeypatch):
-    """SVD's weights start Vista's training, which gives weights that sample.py and others read."""
-    pytest.importorskip("safetensors")
-    monkeypatch.chdir(tmp_path)
+def small_published_files():
+    """Write svd.safetensors, a small one, and what goes with it. Return the flags of its size."""
     config = vdm.Config(**SVD_SHAPE | dict(width=64, mults=(1, 2), attention=("factorised", "none"),
                                            blocks=1), give="svd")
     torch.manual_seed(0)
     vdm.save_published("svd.safetensors", vdm.build(config))
     rng = np.random.default_rng(0)
-    Path("data").mkdir()
-    np.save("data/a.npy", rng.standard_normal((9, 4, 8, 8)))
-    np.save("data/a.tokens.npy", rng.standard_normal((9, 1024)))
+    Path("latents").mkdir()
+    np.save("latents/a.npy", rng.standard_normal((9, 4, 8, 8)))
+    np.save("latents/a.tokens.npy", rng.standard_normal((9, 1024)))
     np.save("latent.npy", rng.standard_normal((1, 4, 8, 8)))
     np.save("clip.npy", rng.standard_normal((1, 1024)))
-    small = ("--data data --width 64 --mults 1 2 --blocks 1 --attention factorised none --size 8 "
-             "--frames 5 --batch 2 --steps 2 --sampling-steps 2 --marks 1").split()
+    return ("--width 64 --mults 1 2 --blocks 1 --attention factorised none --size 8 "
+            "--frames 5").split()
+
+def test_published_weights_by_the_programs(tmp_path, monkeypatch):
+    """SVD's weights start Vista's training, which gives weights that sample.py and others read."""
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    small = [*small_published_files(), "--data", "latents", "--batch", "2", "--steps", "2",
+             "--sampling-steps", "2", "--marks", "1"]
     train.main(["--preset", "vista", "--init", "svd.safetensors", "--out", "one", *small])
     started = vdm.load_published("svd.safetensors").net
     one = vdm.read_checkpoint("one/last.pt")[0]["model"]
@@ -1490,7 +1495,7 @@ def test_published_weights_by_the_programs(tmp_path, monkeypatch):
     sample.main(["svd.safetensors", "--clip", "clip.npy", "--motion-bucket", "90", *common,
                  "--out", "a.mp4", "--length", "3"])
     sample.main(["vista.safetensors", *common, "--out", "b.mp4", "--length", "47"])
-    np.save("actions.npy", rng.standard_normal((25, 19)))
+    np.save("actions.npy", np.linspace(-3, 3, 25 * 19).reshape(25, 19))
     sample.main(["vista.safetensors", *common, "--out", "c.mp4", "--actions", "actions.npy"])
     a, b, c = (np.load(f"{name}/000.npy") for name in "abc")
     assert a.shape == (3, 4, 8, 8)
@@ -1857,7 +1862,8 @@ CALLS = dict(                       # of each piece in README's table: called wi
         width=32, mults=(1, 2), attention=("factorised", "none"), head_dim=16, channels=2,
         concat_channels=1))(CLIP, torch.zeros(2), numbers=torch.ones(2, 3)),
     PerFrame=lambda v: v.PerFrame(lambda x, c_noise: 0.3 * x)(CLIP, SIGMA, **GIVEN),
-    ae_loss=lambda v: v.ae_loss(randomize(vdm.Autoencoder(width=8)), CLIP, torch.ones(2, 4, 4, 2, 2)),
+    ae_loss=lambda v: v.ae_loss(
+        randomize(vdm.Autoencoder(width=8)), CLIP, torch.ones(2, 4, 4, 2, 2)),
     karras_sigmas=lambda v: v.karras_sigmas(5),
     offset_noise=lambda v: v.offset_noise(CLIP, 0.1),
     scalings=lambda v: [v.scalings(SIGMA, kind) for kind in ("eps", "v", "x0", "edm")],
@@ -3407,6 +3413,7 @@ def test_every_command_of_the_readme_runs(project, monkeypatch):
     """In the order of the page; only budgets are cut. What needs many GPUs is read and checked."""
     vdm.write_video("clip.mp4", vdm.MovingShapes(8, (32, 32))[0]["video"])
     vdm.write_video("my_videos/a/b.gif", vdm.MovingShapes(16, (32, 32))[1]["video"])
+    small = small_published_files()
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = [shlex.split(part, comments=True)
              for line in "".join(blocks).splitlines() for part in line.split("&&")]
@@ -3419,7 +3426,10 @@ def test_every_command_of_the_readme_runs(project, monkeypatch):
         if words[0] in ("pip", "pytest"):
             continue
         assert words[0] == "python", words
-        monkeypatch.setattr(sys, "argv", [*words[1:], *BUDGETS[words[1]].split()])
+        more = BUDGETS[words[1]].split()
+        if "svd.safetensors" in words and words[1] == "train.py":
+            more += small
+        monkeypatch.setattr(sys, "argv", [*words[1:], *more])
         try:
             runpy.run_path(str(project / words[1]), run_name="__main__")
         except SystemExit as stop:
