@@ -688,10 +688,18 @@ def line(x, sigma, context, mask):
 
 @cases("K, factor, frames", [(1, 4, 8), (4, 4, 9), (3, 2, 8), (9, 2, 8), (5, 7, 8), (6, 3, 4)])
 def test_interpolation_fills_every_gap(K, factor, frames):
-    """np.interp over all key frames at once; these come back bit for bit, whatever the windows."""
+    """np.interp over all key frames at once; these come back bit for bit, whatever the windows, of
+    which there are no more than it takes."""
     keys = torch.randn(2, K, 1, 1, 1).expand(2, K, 1, 2, 3)
     sigmas = torch.tensor([5.0, 1.0, 0.0])
-    got = vdm.interpolate(line, keys, factor, frames, sigmas)
+    seen = []
+
+    def noted(x, sigma, **told):
+        seen.append(sigma[0].item())
+        return line(x, sigma, **told)
+
+    got = vdm.interpolate(noted, keys, factor, frames, sigmas)
+    assert seen == [5, 1] * math.ceil((K - 1) / ((frames - 1) // factor))
     assert torch.equal(got[:, ::factor], keys)
     at = np.arange(factor * (K - 1) + 1) / factor
     for clip, key in zip(got, keys):
