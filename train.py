@@ -284,14 +284,15 @@ def main(argv=None):
         dist.barrier()
     learner = make_learner(options, config, state)
     told = {}
-    if data.actions or config.give in PUBLISHED:
+    if data.actions or config.give in PUBLISHED:              # samples are told as the clips are
         some = default_collate([held_out[i] for i in range(options.marks)])
-        told = {name: some[name] for name in ("action", "clip") if name in some}
-    if "action" in told:
-        told["action"] = told["action"][:, -config.frames:]                              # (N, T, A)
-    if config.give in PUBLISHED:
-        told |= vdm.picture_conditions(some["video"][:, :1], config.fps)
-        told = {name: x[:, 0] if name == "action" else x for name, x in told.items()}
+        if data.actions:
+            told["action"] = some["action"][:, -config.frames:]                          # (N, T, A)
+        if config.give in PUBLISHED:
+            always = torch.ones(options.marks)
+            drawn = dict(shown=always, told=always, mask=None)
+            told = published_conditions(told, some, drawn, config)
+            told = {name: x for name, x in told.items() if name not in ("context", "mask")}
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder, **told)
