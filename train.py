@@ -269,8 +269,7 @@ def main(argv=None):
     state, config = resume(options, config)
     check(options, config)
     if options.dry_run:
-        with FakeTensorMode():                          # tensors have a size, but no numbers
-            return dry_run(config)
+        return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
     if config.frames == 2 and options.device.type == "cpu":
@@ -771,14 +770,21 @@ def estimate(model, config):
 
 def dry_run(config):
     """Print parameters by part, operations, and memory in float32, of which bf16 takes less."""
-    model = vdm.build(config)
+    with torch.device("meta"):
+        model = vdm.build(config)
+    fake = FakeTensorMode()                  # its tensors are on the CPU, but have no numbers either
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False)]:
+            with fake:
+                setattr(module, name, torch.nn.Parameter(torch.zeros(p.shape)))
     if config.train != ("all",):
         vdm.trainable(model, config.train)
     part = vdm.part_of(model)
     for name in dict.fromkeys(part.values()):
         n = sum(p.numel() for p in part if part[p] == name)
         print(f"parameters {n / 1e6:12,.2f} M {name}")
-    once, total, short = estimate(model, config)
+    with fake:
+        once, total, short = estimate(model, config)
     step = 3 * once * config.batch                                # backward is worth two forward
     print(f"operations {once / 1e9:12,.2f} G to estimate a clip once\n"
           f"operations {step / 1e9:12,.2f} G in a step of {config.batch} clips")

@@ -2278,7 +2278,7 @@ class Config:
     # how it is sampled
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
     sampling_steps: int = 20        # noise levels visited; heun evaluates twice at all but the last
-    skip_guidance: float = 1.6      # more than 1 exaggerates what frames tell each other
+    skip_guidance: float = 1.3      # more than 1 exaggerates what frames tell each other
     sigma_min: float = 0.2          # smallest noise level visited
     sigma_max: float = 60.0         # noise level at which sampling starts
     rho: float = 7.0                # bend of the grid between them: larger dwells at low noise
