@@ -772,7 +772,7 @@ def dry_run(config):
     """Print parameters by part, operations, and memory in float32, of which bf16 takes less."""
     with torch.device("meta"):
         model = vdm.build(config)
-    fake = FakeTensorMode()                  # its tensors are on the CPU, but have no numbers either
+    fake = FakeTensorMode()                # its tensors are on the CPU, but have no numbers either
     for module in model.modules():
         for name, p in [*module.named_parameters(recurse=False)]:
             with fake:

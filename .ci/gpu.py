@@ -170,7 +170,7 @@ def measure_training(name, config, device, checkpointing, peak, most):
         row(f"{name}, {kind}", "one clip does not fit")
         return
     batch, took = best
-    share = 3 * counted.get_total_flops() * batch / took / peak        # backward is worth two forward
+    share = 3 * counted.get_total_flops() * batch / took / peak      # backward is worth two forward
     row(f"{name}, {kind}, {batch} clips", f"{took:.2f} s", f"{share:.0%} of peak",
         f"{memory:.1f} GiB")
 
