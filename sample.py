@@ -7,12 +7,12 @@ sample.py: generate videos from a checkpoint, which holds all settings of its mo
     python sample.py --actions LLSSRRXX                 left, straight, right, stop (--data drive)
     python sample.py --context clip.mp4 --interpolate 2 2      new frames between those of a clip
 
-    python sample.py svd.safetensors --context latent.npy --clip clip.npy --motion-bucket 127
+    python sample.py svd.safetensors --context latent.npy --clip clip.npy --fps 7
                                                         published weights of SVD or Vista
 
 A model of --task image animates the picture in --context, one of --task upsample enlarges a clip.
 If a model's latents come from elsewhere, --context and all videos are .npy files (T, c, h, w). For
-SVD and Vista they are the latents of their autoencoder, times 0.18215.
+SVD and Vista they are the latents of their autoencoder times 0.18215: divide, then decode.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def choose(job):
         return follow_clip, [T]
     if config.give in PUBLISHED:
         need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
+        need(job.reconstruction is None, "--reconstruction is for models of other kinds")
     if config.give == "svd":
         return animate, [1]
     if job.context and config.task in ("image", "upsample"):
@@ -123,11 +124,12 @@ def plan(job):
     lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1}
     length = lengths.get(job.way, T)
     job.told = read_told(job)
-    if job.actions is not None:
-        need(job.way in (roll_out, follow_hint),
-             "--actions goes neither with --interpolate nor with a model of --give previous")
+    by_actions = job.actions is not None and job.config.give != "vista"
+    if by_actions:
+        need(job.way in (roll_out, follow_hint), "--actions goes neither with --interpolate nor "
+             "with SVD or a model of --give previous")
         length = job.told["action"].shape[1] - T
-    if job.interpolate or job.actions is not None:
+    if job.interpolate or by_actions:
         limit("length", f"{length}, by --actions or --interpolate", length, length, job)
     job.length = job.length or length
     if job.way not in (follow_hint, animate):
@@ -139,8 +141,9 @@ def plan(job):
 def told(job, start=0):
     """Return label and actions of the window that begins at frame `start`, the same for all."""
     told = {name: x[:, start:start + job.config.frames] for name, x in job.told.items()}
-    if job.config.give == "vista" and "action" in told:                     # one for all its frames
-        told["action"] = told["action"][:, 0]
+    if job.config.give == "vista" and job.actions:       # a row for all of a window; the last stays
+        actions = job.told["action"]
+        told["action"] = actions[:, min(start, actions.shape[1] - 1)]
     return told
 
 def steered(job, denoise):
@@ -153,6 +156,8 @@ def steered(job, denoise):
         if not job.guidance:                                               # their own scales
             job.guidance = [1.0, 2.5]
             job.guidance_shape = dict(svd="ramp", vista="triangle")[job.config.give]
+            if job.config.give == "vista" and job.length <= job.config.frames:
+                job.guidance_shape = "constant"
     low, high = (1.0, 1.0, *job.guidance)[-2:]
     scale = SHAPES[job.guidance_shape](low, high, job.config.frames)
     if job.guidance and job.keep_frames:
@@ -177,16 +182,18 @@ def parse(argv):
                    allow_abbrev=False)
     add = p.add_argument
     add("checkpoint", nargs="?", help="a last.pt, or the folder of a run")
-    add("--n", type=int, default=16, help="number of videos (16)")
+    add("--n", type=int, help="number of videos (16; of SVD and Vista 1)")
     add("--length", type=int, help="frames of each, given ones among them (default: a window)")
     add("--context", help="a clip or picture whose last frames every video starts from")
     add("--context-frames", type=int, help="how many of them (default: --overlap)")
     add("--interpolate", type=int, nargs="+", default=[], metavar="F", help="make F times as many")
-    add("--hint-noise", type=float, help="noise on given frames (default: half of that trained)")
-    add("--clip", help="SVD, Vista: CLIP's token of the picture, .npy (1, 1024)")
+    add("--hint-noise", type=float, help="noise on given frames (default: half of that trained); "
+        "SVD, Vista: what you put on the picture before it was encoded (0; SVD's recipe: 0.02)")
+    add("--clip", help="SVD, Vista: CLIP's token of the picture, .npy (1, 1024), for all windows")
     add("--motion-bucket", type=float, default=127, help="SVD, Vista: amount of motion, 0 to 255")
     add("--reconstruction", type=float, metavar="W", help="give frames by reconstruction guidance")
-    add("--actions", help="per frame: letters of L, S, R, X, or .npy (T, A), NaN for none")
+    add("--actions", help="per frame: letters of L, S, R, X, or .npy (T, A), NaN for none; Vista: "
+        "row t is what a window from frame t on is told")
     add("--label", type=int, help="class of all videos, for a model trained with --labels")
     add("--overlap", type=int, help="frames of a window that the next one is given")
     add("--guidance", type=float, nargs="+", default=[], metavar="S", help="above 1 exaggerates")
@@ -195,15 +202,16 @@ def parse(argv):
     add("--skip-guidance", type=float, help="above 1 exaggerates what frames tell each other")
     add("--sampler", choices=vdm.SAMPLERS, help="default, as for the next two: the checkpoint's")
     add("--sampling-steps", "--steps", type=int, help="noise levels visited")
-    add("--fps", type=float, help="frames per second of the files")
+    add("--fps", type=float, help="frames per second of the files; SVD and Vista are told it")
     add("--seed", type=int, default=0, help="video i depends on the seed and on i alone (0)")
-    add("--batch", type=int, default=16, help="videos made at a time (16); fewer take less memory")
+    add("--batch", type=int, help="videos made at a time (as --n); fewer take less memory")
     add("--device", default="auto", help="auto (a GPU if there is one), or a name torch knows")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
     job = p.parse_args(argv)
     limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
+    limit("motion_bucket", "0 to 255", 0, 255, job)
     job.folder = job.out.with_suffix("")
     need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
          f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
@@ -231,6 +239,8 @@ def open_model(job):
             setattr(config, name, getattr(job, name))
     vdm.check(None, config)
     limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    job.n = job.n or (1 if config.give in PUBLISHED else 16)
+    job.batch = job.batch or min(job.n, 16)
     if config.give in PUBLISHED:                         # of the picture, before it was encoded
         config.hint_noise = 1.0
         job.hint_noise = job.hint_noise or 0.0
@@ -266,13 +276,16 @@ def read_told(job):
     if job.actions is not None:
         width = sum(job.config.actions)
         if job.actions.endswith(".npy"):
-            actions = read_array(job.actions, (width,))
+            actions = torch.atleast_2d(read_array(job.actions))
+            need(actions.ndim == 2 and actions.shape[1] == width, f"{job.actions} holds "
+                 f"{tuple(actions.shape)}, but the model knows actions (T, {width})")
         else:
             keys = vdm.Drive.KEYS
             need(set(job.actions) <= set(keys) and width == 6, f"--actions is {job.actions!r}, "
                  f"expected letters of {keys} for a model of --data drive, or an .npy file")
             actions = torch.tensor(vdm.Drive.ACTIONS[[keys.index(key) for key in job.actions]])
-        actions = F.pad(actions, (0, 0, 0, job.config.frames), value=math.nan)
+        if job.config.give != "vista":
+            actions = F.pad(actions, (0, 0, 0, job.config.frames), value=math.nan)
         told["action"] = actions[None].to(job.device)
     return told
 
@@ -285,6 +298,9 @@ def read_context(job):
     shrink = dict(upsample=4).get(job.config.task, 1)
     if job.latents:
         clip = read_array(job.context, (job.config.channels, *job.config.size))
+        need(clip.isfinite().all(), f"{job.context} has numbers that are not finite")
+        need(job.config.give not in PUBLISHED or clip.std() < 2.5, f"{job.context} has standard "
+             f"deviation {clip.std():.2g}, expected about 1: multiply latents by 0.18215")
     else:
         size, channels = vdm.pixels(job.config)
         clip = vdm.read_video(job.context, [n // shrink for n in size], channels)

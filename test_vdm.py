@@ -1461,9 +1461,18 @@ def test_what_is_no_published_network(tmp_path):
             (dict(clip=torch.randn(2, 17)), r"clip is \(2, 17\), expected \(2, 16\)"),
             (dict(numbers=torch.ones(2, 2)), "numbers is"), (dict(numbers=None), "are missing"),
             (dict(action=torch.ones(2, 19)), "action is"), (dict(given=torch.zeros(2, 3)), "Vista"),
-            (dict(concat=torch.ones(2, 1, 3, 8, 8)), "x has 7 channels")):
+            (dict(concat=torch.ones(2, 1, 3, 8, 8)), r"concat is \(2, 1, 3, 8, 8\), expected"),
+            (dict(concat=torch.ones(2, 2, 4, 8, 8)), "concat is")):
         with pytest.raises(ValueError, match=sentence):
             denoiser(x, sigma, **told | change)
+    with pytest.raises(ValueError, match="x has 8 channels, expected 4 noisy and, if there is no"):
+        denoiser.net(torch.randn(2, 3, 8, 8, 8), sigma, **told)
+    with pytest.raises(ValueError, match="head_dim is 48, which must divide 32 channels"):
+        vdm.load_published(weights, head_dim=48)
+    for path, model, layout in (("a.pt", denoiser, "stability"), ("a.safetensors", denoiser, "x"),
+                                ("a.safetensors", vdm.build(vdm.Config()), "stability")):
+        with pytest.raises(ValueError, match="save_published|layout"):
+            vdm.save_published(path, model, layout)
     with pytest.raises(ValueError, match="latents are 9 x 8, expected multiples of 2"):
         denoiser(torch.randn(2, 3, 4, 9, 8), sigma, numbers=told["numbers"])
 
@@ -1480,6 +1489,7 @@ def small_published_files():
     Path("latents").mkdir()
     np.save("latents/a.npy", rng.standard_normal((9, 4, 8, 8)))
     np.save("latents/a.tokens.npy", rng.standard_normal((9, 1024)))
+    np.save("latents/a.actions.npy", rng.standard_normal((9, 19)))
     np.save("latent.npy", rng.standard_normal((1, 4, 8, 8)))
     np.save("clip.npy", rng.standard_normal((1, 1024)))
     return ("--width 64 --mults 1 2 --blocks 1 --attention factorised none --size 8 "

@@ -106,7 +106,7 @@ def conditions(batch, drawn, config):
         told["temporal"] = drawn["temporal"]
     if config.labels:
         told["label"] = batch["label"].where(drawn["told"], -1)                               # (B,)
-    if "action" in batch:
+    if config.actions and "action" in batch:
         told["action"] = batch["action"][:, -config.frames:] + drawn["withheld"]         # (B, T, A)
     if config.give in PUBLISHED:
         return published_conditions(told, batch, drawn, config)
@@ -283,9 +283,9 @@ def main(argv=None):
         dist.barrier()
     learner = make_learner(options, config, state)
     told = {}
-    if data.actions or config.give in PUBLISHED:              # samples are told as the clips are
+    if config.actions or config.give in PUBLISHED:            # samples are told as the clips are
         some = default_collate([held_out[i] for i in range(options.marks)])
-        if data.actions:
+        if config.actions and data.actions:
             told["action"] = some["action"][:, -config.frames:]                          # (N, T, A)
         if config.give in PUBLISHED:
             always = torch.ones(options.marks)
@@ -440,7 +440,8 @@ def finish(options, config, held_out, picture):
         print(report(held_out, clips, picture.keywords.get("action")))
     last = options.out / "last.pt"
     print("files  ", *files, last, options.out / "log.csv", sep="\n        ")
-    print("next    python sample.py", last)
+    more = ["--context LATENT.npy --clip TOKEN.npy"] if config.give in PUBLISHED else []
+    print("next    python sample.py", last, *more)
 
 # ---- data ----------------------------------------------------------------------------------------
 
@@ -473,8 +474,11 @@ def open_data(options, config, autoencoder):
         n = min(options.encode, config.steps * config.batch)
         data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
                        config.channels, options.seed)
-    config = dataclasses.replace(config, actions=config.actions or data.actions)
-    none = config.give == "vista" and not data.actions                      # as in Vista's phase 1
+    need(config.give != "vista" or "conditions" not in config.train or data.actions, "--train "
+         "conditions trains Vista's actions: put clip.actions.npy (T, 19) beside clip.npy")
+    if config.give != "svd":                                             # it has no place for them
+        config = dataclasses.replace(config, actions=config.actions or data.actions)
+    none = config.give == "svd" or (config.give == "vista" and not data.actions)     # its phase 1
     need(config.labels in (0, data.labels) and (none or sum(config.actions) == sum(data.actions)),
          f"--labels is {config.labels} and --actions {config.actions}, but the data has "
          f"{data.labels} labels and actions {data.actions}")
@@ -493,7 +497,7 @@ def parse(argv):
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
     add("--encode", type=int, default=2048, help="with --latents: clips that are encoded, once")
-    add("--init", type=Path, help="a last.pt to start from: its averaged weights")
+    add("--init", type=Path, help="a last.pt to start from, or .safetensors of SVD or Vista")
     add("--seed", type=int, default=0, help="fixes weights, data and noise")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
@@ -543,18 +547,25 @@ class Latents(vdm.VideoFolder):
     def __init__(self, *arguments, **options):
         self.tokens = []                                              # of each clip, (T, 1024)
         super().__init__(*arguments, **options)
+        told = sum(bool(x.any()) for x in self.tokens)
+        self.report += f"\n      {told} of {len(self)} clips have tokens of CLIP"
 
-    def add(self, file):
-        fps = super().add(file)
-        clips = self.clips[len(self.tokens):]
-        path = file.with_suffix(".tokens.npy")
-        tokens = np.zeros((len(clips), len(clips[0]), 1024), np.float32)
+    def read_actions(self, path, clips):
+        """As in VideoFolder, which then keeps the clips; their tokens are kept here."""
+        moves = super().read_actions(path, clips)
+        path = path.with_name(path.name.replace(".actions.npy", ".tokens.npy"))
+        shape = (len(clips), len(clips[0]), 1024)
+        tokens = np.zeros(shape, np.float32)
         if path.is_file():
-            shape = tokens.shape
-            tokens = np.load(path).astype(np.float32).reshape(-1, *shape[1:])
-            need(len(tokens) == shape[0], f"{path} holds {len(tokens)} clips, expected {shape[0]}")
+            try:
+                tokens = np.load(path).astype(np.float32)
+            except (OSError, ValueError, EOFError) as e:
+                raise ValueError(f"{path}: {e}") from e
+            tokens = tokens.reshape(-1, *tokens.shape[-2:])
+            need(tokens.shape == shape and np.isfinite(tokens).all(),
+                 f"{path}: {tokens.shape}, expected {shape}, a row of finite numbers per frame")
         self.tokens += list(tokens)
-        return fps
+        return moves
 
     def __getitem__(self, i):
         number, cut = self.place(i)

@@ -1182,6 +1182,8 @@ class StableAttention(nn.Module):
 
     def __init__(self, dim, head_dim, dim_clip, dim_action=0):
         super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"head_dim is {head_dim}, which must divide {dim} channels")
         self.heads = dim // head_dim
         self.norm = nn.LayerNorm(dim)
         self.q = nn.Linear(dim, dim, bias=False)
@@ -1261,9 +1263,10 @@ class StableUNet(nn.Module):
     3) must be told, clip (B, 1024) and action (B, actions) may be. c_noise is log(sigma) / 4, (B,)
     or (B, T), and what comes is of the kind "v".
 
-    Vista has 19 numbers of action; NaN is not told: command 1, trajectory 8, speed 4, angle 4, goal
-    2. With embed_given, as in Vista, frames that are given in x have a noise embedding of their
-    own: `given` (B, T) is 0 there and -1 elsewhere, as from Replace.
+    Vista has 19 numbers of action for a whole clip; NaN is not told: command 1, trajectory 8 (four
+    points, in metres), speed 4, steering angle 4 (/ 780), goal 2 (x / 1600, y / 900). With
+    embed_given, as in Vista, frames that are given in x have a noise embedding of their own:
+    `given` (B, T) is 0 there and -1 elsewhere, as from Replace.
 
     Published are 1,524.6 M parameters (SVD) and 1,648.1 M (Vista). The 1,474.2 M and 1,537.0 M that
     do something are here. ValueError, one sentence, if an input does not fit."""
@@ -1320,16 +1323,22 @@ class StableUNet(nn.Module):
 
     def prepare(self, x, concat, told):
         """Put the picture's latents beside x, zeros for None. Check what is told, {name: value}."""
+        if x.ndim != 5:
+            raise ValueError(f"x is {tuple(x.shape)}, expected a clip (B, T, C, H, W)")
         B, T, C, H, W = x.shape
         if H % self.multiple or W % self.multiple:
             raise ValueError(f"latents are {H} x {W}, expected multiples of {self.multiple}")
         if C == self.channels:
             if concat is None:
                 concat = x.new_zeros(B, 1, self.concat_channels, H, W)
+            shapes = [(B, n, self.concat_channels, H, W) for n in (1, T)]
+            if concat.shape not in shapes:
+                raise ValueError(f"concat is {tuple(concat.shape)}, expected {shapes[0]} or "
+                                 f"{shapes[1]}: the latents of a picture")
             x = torch.cat([x, concat.to(x).expand(-1, T, -1, -1, -1)], dim=2)
-        if x.shape[2] != self.channels + self.concat_channels:
-            raise ValueError(f"x has {x.shape[2]} channels, expected {self.channels} noisy and "
-                             f"{self.concat_channels} of the picture")
+        elif C != self.channels + self.concat_channels or concat is not None:
+            raise ValueError(f"x has {C} channels, expected {self.channels} noisy and, if there is "
+                             f"no concat, {self.concat_channels} of the picture")
         for name, (value, length) in told.items():
             if value.shape != (B, length):
                 raise ValueError(f"{name} is {tuple(value.shape)}, expected {(B, length)}")
@@ -1337,6 +1346,7 @@ class StableUNet(nn.Module):
 
     def forward(self, x, c_noise, concat=None, clip=None, numbers=None, action=None, given=None):
         B, T = x.shape[:2]
+        c_noise = torch.as_tensor(c_noise, device=x.device)
         if numbers is None:
             raise ValueError("numbers (B, 3) are missing: frame rate - 1, motion, augmentation")
         if given is not None and self.embed_given is None:
@@ -1345,8 +1355,8 @@ class StableUNet(nn.Module):
             clip = x.new_zeros(B, self.dim_clip)
         if action is None:
             action = x.new_full((B, self.actions), math.nan)
-        if c_noise.ndim == 1:
-            c_noise = c_noise[:, None].expand(B, T)
+        if c_noise.ndim < 2:
+            c_noise = c_noise.reshape(-1, 1).expand(B, T)
         told = dict(clip=(clip, self.dim_clip), numbers=(numbers, 3), action=(action, self.actions))
         x = self.prepare(x, concat, told)                                          # (B, T, 8, H, W)
         level = waves(c_noise, self.embed[0].in_features).to(x)                     # (B, T, width)
@@ -2439,8 +2449,8 @@ def with_weights(model, weights, path):
 def load(path):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config).
 
-    A .safetensors file holds published weights: their config is that of the preset svd or vista."""
-    if Path(path).suffix == ".safetensors":
+    A .safetensors or .ckpt file holds published weights, for the preset svd or vista."""
+    if Path(path).suffix in (".safetensors", ".ckpt"):
         denoiser, found = read_published(path)
         preset = PRESETS["vista" if found["embed_given"] else "svd"]
         same = ("channels", "width", "mults", "blocks", "attention")
@@ -2456,8 +2466,8 @@ def load(path):
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model of its latents -> (Autoencoder, Config).
 
-    The first is None if the model is one of pixels, or a .safetensors file."""
-    if Path(path).suffix == ".safetensors":
+    The first is None if the model is one of pixels, or of published weights."""
+    if Path(path).suffix in (".safetensors", ".ckpt"):
         return None, None
     state, config = read_checkpoint(path)
     weights = state.get("ema") if "stage" in state else state.get("autoencoder")
@@ -2590,14 +2600,17 @@ IDLE = r".*(attn2\.(to_q|to_k|k_adapter_action_control)|blocks\.0\.norm2|time_st
 def load_published(source, head_dim=64):
     """Published weights of SVD or Vista -> a Denoiser, in evaluation mode, on the CPU, in float32.
 
-    source is a .safetensors, .pt or .ckpt file, or a dict of tensors, with the keys of Stability's
-    code, of Vista or of diffusers' UNetSpatioTemporalConditionModel. Sizes are read off the
-    tensors; only the channels per attention head cannot be. ValueError names what is missing, what
-    has another shape, and what this network has not."""
+    source is a .safetensors, .pt or .ckpt file, a module, or a dict of tensors, with the keys of
+    Stability's code, of Vista or of diffusers' UNetSpatioTemporalConditionModel. Sizes are read off
+    the tensors; only the channels per attention head cannot be (diffusers: block_out_channels /
+    num_attention_heads). ValueError names what is missing, what has another shape, and what this
+    network has not."""
     return read_published(source, head_dim)[0]
 
 def read_published(source, head_dim=64):
     """As load_published, but return the arguments of StableUNet, too."""
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
     weights = source if isinstance(source, dict) else read_weights(source)
     weights, naming = tensors_of(weights)
     arguments = arguments_of(weights, naming)
@@ -2612,7 +2625,7 @@ def read_published(source, head_dim=64):
     left = [key for key in weights.keys() - set(keys.values()) if not re.fullmatch(IDLE, key)]
     if left:
         raise ValueError(f"this network has no {', '.join(sorted(left)[:3])} ({len(left)} tensors)"
-                         ": adapters have to be merged first")
+                         ": is it another one, or has it adapters, which have to be merged first?")
     net.load_state_dict({name: weights[key].float() for name, key in keys.items()}, assign=True)
     denoiser = Replace if arguments["embed_given"] else Denoiser
     return denoiser(net, kind="v").eval().requires_grad_(False), arguments
@@ -2623,7 +2636,12 @@ def save_published(path, denoiser, layout="stability"):
 
     What does nothing is written, too, as these programs expect it: zeros."""
     import safetensors.torch
-    net = denoiser.net
+    net = getattr(denoiser, "net", None)
+    if not isinstance(net, StableUNet) or Path(path).suffix != ".safetensors":
+        raise ValueError("save_published(path, denoiser) needs a path that ends in .safetensors, "
+                         "and a Denoiser whose network is a StableUNet")
+    if layout not in ("stability", "diffusers") or (layout == "diffusers" and net.embed_given):
+        raise ValueError(f"layout is {layout!r}, expected stability or, but for Vista, diffusers")
     if any(isinstance(module, LoRA) for module in net.modules()):
         net = copy.deepcopy(net)
         for name, module in [*net.named_modules()]:
