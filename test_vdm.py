@@ -3820,7 +3820,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     (DRIVE | ANY, "--interpolate 2 --actions LL --context clip.npy", "goes neither with"),
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
-    (PREVIOUS | DRIVE, "--actions LLLLL", "nor with a model of --give previous"),
+    (PREVIOUS | DRIVE, "--actions LLLLL", "nor with SVD or a model of --give previous"),
     (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
