@@ -76,7 +76,7 @@ def scalings(sigma, kind, sigma_data=0.5):
     says what the network predicts; root is sqrt(1 + sigma^2):
     eps  the noise (DDPM):                                  clean = x - sigma * eps
     v    alpha * noise - sqrt(1 - alpha^2) * clean (VDM):   clean = x / root^2 - sigma / root * v
-    edm  minus v if sigma_data is 1, which it alone heeds: the data's standard deviation (EDM)
+    edm  -v, scaled for data of standard deviation sigma_data, which no other kind uses (EDM)
     x0   the clip itself. It has structure, unlike noise: so narrow networks learn it best"""
     c_noise = sigma.clamp(min=1e-4).log() / 4                  # given frames (below) have sigma 0
     if kind == "edm":
@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
 
     The frames of context that mask marks are given. In x they are noisy like all others, so c_in is
     that of sigma. But the network also sees them clean, as further channels: concat (B, T, C + 1,
-    H, W). Nothing about them is uncertain, so c_noise is that of sigma 0. They come back as is."""
+    H, W). c_noise of sigma 0 tells it to trust these, not x. They come back as they are."""
     def __init__(self, net, kind="x0", sigma_data=0.5):
         super().__init__()
         self.net = net
@@ -140,7 +140,7 @@ class Denoiser(nn.Module):
 # ==================================================================================================
 
 def inverse_sigma(sigma):
-    """Weight 1 / sigma. The squared error grows about as sigma: so all noise levels count alike."""
+    """Weight 1 / sigma. Measured, the squared error grows about so: then all levels count alike."""
     return 1 / sigma.clamp(min=1e-4)
 
 def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1.0, **conditions):
@@ -194,8 +194,8 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     """DPM-Solver++(2M), algorithm 2: DDIM's step, with a guess extrapolated half a step ahead.
 
     The last two guesses tell the slope in log(sigma): ahead = guess + slope * h / 2. So the error
-    falls with the square of the step, at one evaluation a step. eta = 1 is the SDE form: t / s of
-    the noise is kept, and fresh noise makes it t again. That mends faults of earlier steps."""
+    falls with the square of the step, at one evaluation a step. eta = 1 is the SDE form: noise s
+    shrinks to t * (t / s), and fresh noise fills it up to t. That mends faults of earlier steps."""
     last = h_last = None
     for s, t in pairs(sigmas):
         guess = denoise(x, constant(s, x))
@@ -359,8 +359,8 @@ class Block(nn.Module):
         return x
 
 class ConcatInput(nn.Sequential):
-    """Where given frames enter. It counts as a temporal layer (Video LDM); Part II finds it by its
-    class. Without a bias a mask of zeros is the same as no concat at all."""
+    """Where given frames enter. At temporal = 0 they are not shown, so it counts as a temporal layer,
+    which Part II finds by its class. Without a bias a mask of zeros is the same as no concat."""
 
 class VideoUNet(nn.Module):
     """net(x (B, T, channels, H, W), c_noise (B, T)) -> (B, T, channels, H, W).
