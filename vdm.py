@@ -359,7 +359,7 @@ class Block(nn.Module):
         return x
 
 class ConcatInput(nn.Sequential):
-    """Where given frames enter. At temporal = 0 they are not shown, so it counts as a temporal layer,
+    """Where given frames enter. At temporal = 0 they are not shown: it counts as a temporal layer,
     which Part II finds by its class. Without a bias a mask of zeros is the same as no concat."""
 
 class VideoUNet(nn.Module):
