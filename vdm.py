@@ -1541,6 +1541,7 @@ def adapt(net, kind="lora", rank=4):
         net.set_submodule(name, adapter.to(device))
     return [p for adapter in adapters.values() for p in adapter.branch.parameters()]
 
+# Of StableUNet, shares (mix) and frame numbers (place) count as spatial, as in Vista's training.
 PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput, StableTemporalResidual,
                       StableTemporalAttention),
          "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding, ActionProjection),
