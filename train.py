@@ -282,21 +282,26 @@ def main(argv=None):
     if dist.is_initialized() and not options.local:
         dist.barrier()
     learner = make_learner(options, config, state)
-    told = {}
-    if config.actions or config.give in PUBLISHED:            # samples are told as the clips are
-        some = default_collate([held_out[i] for i in range(options.marks)])
-        if config.actions and data.actions:
-            told["action"] = some["action"][:, -config.frames:]                          # (N, T, A)
-        if config.give in PUBLISHED:
-            always = torch.ones(options.marks)
-            drawn = dict(shown=always, told=always, mask=None)
-            told = published_conditions(told, some, drawn, config)
-            told = {name: x for name, x in told.items() if name not in ("context", "mask")}
+    told = told_to_samples(held_out, options.marks, config)
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder, **told)
     if train(options, config, data, learner, store, picture, state):
         finish(options, config, held_out, picture)
+
+def told_to_samples(held_out, n, config):
+    """Return the conditions of n held-out clips, which the samples of a run are told."""
+    if not config.actions and config.give not in PUBLISHED:
+        return {}
+    some = default_collate([held_out[i] for i in range(n)])
+    told = {}
+    if config.actions and held_out.actions:
+        told["action"] = some["action"][:, -config.frames:]                              # (N, T, A)
+    if config.give in PUBLISHED:
+        drawn = dict(shown=torch.ones(n), told=torch.ones(n), mask=None)
+        told = published_conditions(told, some, drawn, config)
+        told = {name: x for name, x in told.items() if name not in ("context", "mask")}
+    return told
 
 def make_learner(options, config, state):
     """Make the network, its average and its optimisers: fresh, by --init, or as in a checkpoint."""
