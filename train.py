@@ -7,6 +7,7 @@ train.py: train a video diffusion model.
     python train.py --preset tiny --resume             go on where a run was stopped
     python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
     python train.py --preset ucf101 --dry-run          what a run would need
+    python train.py --preset vista --init svd.safetensors --data latents/     from published weights
     torchrun --nproc_per_node 8 train.py ...           many GPUs share every step's clips
 
 A preset is a set of defaults, and every field of vdm.Config is a flag. A run writes to out/NAME:

@@ -2255,7 +2255,7 @@ class Config:
     patch: int = 2                  # frames are cut into patch x patch tiles first
     kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
     sigma_data: float = 0.5         # standard deviation of the data, for kind and weighting edm
-    give: str = "concat"            # frames are given by concat, hint, replace, per_frame, previous
+    give: str = "concat"            # concat, hint, replace, per_frame, previous, svd or vista
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
     adapters: str = ""              # put lora or simda into the network ("": neither)
@@ -2510,11 +2510,12 @@ DIFFUSERS_NAMES = (
 
 def renamed(name, names):
     """A name with all pairs of such a table replaced, in order."""
+    name = f".{name}"
     for ours, theirs in names:
-        name = f".{name}".replace(ours, theirs)[1:]
-    return name
+        name = name.replace(ours, theirs)
+    return name[1:]
 
-def stability_name(name, blocks):
+def stability_name(name):
     """Our name of a tensor -> its key in files of Stability's code and of Vista."""
     return renamed(name, STABILITY_NAMES)
 
@@ -2561,7 +2562,7 @@ def tensors_of(weights):
         blocks = sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.time_mixer.*", key))
                      for key in weights)
         return weights, partial(diffusers_name, blocks=blocks)
-    return weights, partial(stability_name, blocks=0)
+    return weights, stability_name
 
 def arguments_of(weights, naming):
     """Read the arguments of a StableUNet, but for head_dim, off its published weights."""
@@ -2649,10 +2650,12 @@ def save_published(path, denoiser, layout="stability"):
             if isinstance(module, LoRA):
                 net.set_submodule(name, module.merge())
     blocks = len(net.up) // (net.multiple.bit_length()) - 1
-    names = dict(stability=stability_name, diffusers=diffusers_name)
+    naming = stability_name
+    if layout == "diffusers":
+        naming = partial(diffusers_name, blocks=blocks)
     weights = {}
     for name, w in net.state_dict().items():
-        key = names[layout](name, blocks)
+        key = naming(name)
         weights[key] = w.contiguous()
         parent, _, kind = key.removesuffix(".weight").rpartition(".attn2.")
         dim = len(w)
