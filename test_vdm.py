@@ -13,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 import ast
+import base64
 import builtins
 import copy
 import csv
 import dataclasses
 import dis
+import http.client
 import io
 import json
 import math
@@ -28,8 +30,11 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -53,6 +58,7 @@ sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
 import benchmark
 import claims
+import play
 
 torch.set_num_threads(1)
 cases = pytest.mark.parametrize
@@ -3972,3 +3978,211 @@ def test_the_weights_that_come_along():
     assert config == vdm.PRESETS["tiny"]
     clips = train.sample(config, denoiser, 8, torch.device("cpu"), torch.float32, seed=3)
     assert vdm.MovingShapes().check(clips)["passed"].mean() >= 0.6
+
+DRIVE_PT = Path(__file__).parent / "notebooks/drive.pt"
+
+def test_the_model_that_comes_along():
+    """notebooks/drive.pt fits the network of today, is at most 4 MB, and its frames do what each
+    key says, on maps and by commands that were drawn for no training clip. Told the commands of
+    another ride, from the same start and noise, they follow these."""
+    assert DRIVE_PT.stat().st_size <= 4e6
+    model, config = vdm.load(DRIVE_PT)
+    assert config == dataclasses.replace(
+        vdm.PRESETS["tiny"], frames=4, patch=4, width=32, mults=(1, 3), actions=(4, 2), drop=0.0,
+        attention=("none", "joint"), context=(0.2, 0.1, 0.1, 0.6), overlap=3, images=0.0,
+        skip_guidance=1.0, steps=1800)
+    for keys in (play.PLAN, play.PLAN[::-1]):
+        ride = play.Ride(model, config, steps=4, seed=5)
+        frames = [ride.go(key)[0] for key in keys]
+        seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
+        assert (seen == ["LSRX".index(key) for key in keys[1:]]).mean() >= 0.9
+
+# ---- notebooks/play.py ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def drivable():
+    return vdm.load(DRIVE_PT)
+
+@pytest.fixture
+def served(drivable):
+    """A server of rides on a free port. server.made holds what each frame was asked with."""
+    server = play.Server(partial(play.Ride, *drivable, 2), 0)
+    server.made = []
+    frame = server.frame
+    server.frame = lambda key: server.made.append(key) or frame(key)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+def ask(server, method, path, **headers):
+    """Send a request -> status, body, headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, headers=headers)
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, body, response.headers
+
+def test_page_and_its_frames(served):
+    """The page's own requests: frames move as their keys say, and N starts another ride. The
+    commands are read from the pixels that were sent."""
+    host = f"127.0.0.1:{served.server_port}"
+    status, page, headers = ask(served, "GET", "/")
+    assert status == 200 and b"<canvas>" in page and "text/html" in headers["Content-Type"]
+    keys = "NSSSSRRRRLLLLXXX" "NSSSS"
+    frames = []
+    for key in keys:
+        status, body, headers = ask(served, "POST", f"/{key}", Origin=f"http://{host}")
+        assert status == 200 and headers["Width"] == "32"
+        pixels = np.frombuffer(body, np.uint8).reshape(32, 32, 4)
+        assert (pixels[..., 3] == 255).all()
+        frames.append(pixels[..., :3])
+    told = ["LSRX".find(key) for key in keys]                                 # -1 of a new ride
+    seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
+    assert (seen == told[1:]).mean() >= 0.85
+    assert np.abs(frames[16].astype(int) - frames[0]).mean() > 20
+    assert "".join(served.made) == keys
+
+@cases("method, path, headers, status", [
+    ("POST", "/L", dict(Host="evil.example"), 403),
+    ("POST", "/L", dict(Host="evil.example:PORT"), 403),
+    ("POST", "/L", dict(Host="127.0.0.1:1"), 403),
+    ("POST", "/L", dict(Origin="http://evil.example"), 403),
+    ("POST", "/L", dict(Origin="null"), 403),
+    ("POST", "/L", dict(Origin="http://localhost:PORT"), 403),
+    ("GET", "/", dict(Host="evil.example:PORT", Origin="http://evil.example:PORT"), 403),
+    ("GET", "/L", {}, 404), ("POST", "/Q", {}, 404), ("POST", "/LL", {}, 404),
+    ("POST", "/L?x", {}, 404), ("POST", "/", {}, 404), ("GET", "/../vdm.py", {}, 404)])
+def test_nobody_else_steers(served, method, path, headers, status):
+    """Another name of this machine (DNS rebinding), a page of another site, another path: no frame
+    is made. The server listens to this machine alone."""
+    headers = {name: value.replace("PORT", str(served.server_port))
+               for name, value in headers.items()}
+    assert ask(served, method, path, **headers)[0] == status
+    assert served.made == [] and served.server_address[0] == "127.0.0.1"
+    assert ask(served, "GET", "/", Host=f"localhost:{served.server_port}")[0] == 200
+
+def test_page_that_closes(served, capfd):
+    """A page that goes away while its frame is made costs this frame, stops nobody, and leaves no
+    traceback. Two pages get their frames one after the other."""
+    release, frame = threading.Event(), served.frame
+    served.frame = lambda key: release.wait(60) and frame(key)
+    connection = http.client.HTTPConnection("127.0.0.1", served.server_port)
+    connection.request("POST", "/S")
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()                                                            # by a reset
+    release.set()
+    assert ask(served, "POST", "/R")[0] == 200
+    answers = []
+    pages = [threading.Thread(target=lambda: answers.append(ask(served, "POST", "/R")[0]))
+             for _ in range(2)]
+    for page in pages:
+        page.start()
+    for page in pages:
+        page.join()
+    assert answers == [200, 200]
+    assert sorted(served.made) == [*"RRRS"]
+    assert capfd.readouterr().err == ""
+
+class Chromium:
+    """A headless Chromium, spoken to by its DevTools protocol through two pipes."""
+
+    def __init__(self, program, folder):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                 "--window-size=700,800", f"--user-data-dir={folder}", "about:blank"]
+        # the browser reads commands from file 3, and writes to file 4
+        self.process = subprocess.Popen(["sh", "-c", 'exec "$@" 3<&0 4>&1 >&2', "", program, *flags],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        self.number = 0
+        self.session = {}
+        page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.target = page["targetId"]
+        self.session = dict(sessionId=self("Target.attachToTarget", targetId=self.target,
+                                           flatten=True)["sessionId"])
+
+    def __call__(self, method, **params):
+        self.number += 1
+        call = dict(id=self.number, method=method, params=params, **self.session)
+        self.process.stdin.write(json.dumps(call).encode() + b"\0")
+        self.process.stdin.flush()
+        while True:                                             # there are events between answers
+            text = b"".join(iter(partial(self.process.stdout.read, 1), b"\0"))
+            answer = json.loads(text)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def value(self, expression):
+        """What an expression of JavaScript is in the page."""
+        return self("Runtime.evaluate", expression=expression, returnByValue=True,
+                    awaitPromise=True)["result"].get("value")
+
+    def key(self, kind, key):
+        self("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def wait(self, expression):
+        end = time.time() + 60
+        while not self.value(expression):
+            assert time.time() < end, expression
+            time.sleep(0.02)
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+def test_in_a_browser(served, tmp_path):
+    """A real browser: the page shows a frame, a held key steers, a tap is not lost, and without a
+    key, hidden or closed it asks for nothing."""
+    browser = Chromium(BROWSER, tmp_path)
+    try:
+        browser("Page.navigate", url=f"http://localhost:{served.server_port}/")
+        browser.wait("typeof times == 'object' && times.length == 1 && !asking")
+        assert served.made == ["N"]
+        pixels = "[...find('canvas').getContext('2d').getImageData(0, 0, 32, 32).data]"
+        frames = [browser.value(pixels)]
+        browser.key("keyDown", "ArrowRight")
+        browser.wait("times.length >= 6")
+        assert browser.value("find('b.on').id") == "R"
+        browser.key("keyDown", "ArrowUp")                       # the newest of two keys that are held
+        browser.wait("times.length >= 9")
+        assert served.made[-1] == "S"
+        browser.key("keyUp", "ArrowUp")
+        browser.wait("times.length >= 12")
+        assert served.made[-1] == "R"
+        browser.key("keyUp", "ArrowRight")
+        browser.key("keyDown", "ArrowLeft")                                               # a tap
+        browser.key("keyUp", "ArrowLeft")
+        browser.wait("!asking")
+        made = "".join(served.made)
+        assert re.fullmatch("NR+S+R+LX+", made)
+        frames.append(browser.value(pixels))
+        assert np.abs(np.subtract(*frames)).mean() > 5
+        assert f"of {len(made)} frames obey" in browser.value("find('#text').textContent")
+        picture = browser("Page.captureScreenshot")["data"]
+        (tmp_path / "page.png").write_bytes(base64.b64decode(picture))
+        assert iio.imread(tmp_path / "page.png").shape[:2] == (800, 700)
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert "".join(served.made) == made                                                # idle
+        browser.value("Object.defineProperty(document, 'hidden', {value: true})")
+        browser.key("keyDown", "ArrowRight")
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert "".join(served.made) == made                                                # hidden
+        browser.value("delete document.hidden")
+        browser.key("keyUp", "ArrowRight")
+        browser.key("keyDown", "ArrowRight")
+        browser.wait("asking")
+        browser.session = {}
+        browser("Target.createTarget", url="about:blank")
+        browser("Target.closeTarget", targetId=browser.target)
+        while browser.target in str(browser("Target.getTargets")):
+            time.sleep(0.02)
+        time.sleep(0.3)                                         # a last frame may be under way
+        made = len(served.made)
+        time.sleep(0.5)
+        assert len(served.made) == made                                                    # closed
+    finally:
+        browser.process.kill()
+        browser.process.wait()
