@@ -3990,7 +3990,7 @@ def test_the_model_that_comes_along():
     assert config == dataclasses.replace(
         vdm.PRESETS["tiny"], frames=4, patch=4, width=32, mults=(1, 3), actions=(4, 2), drop=0.0,
         attention=("none", "joint"), context=(0.2, 0.1, 0.1, 0.6), overlap=3, images=0.0,
-        skip_guidance=1.0, steps=1800)
+        skip_guidance=1.0, steps=1200)
     for keys in (play.PLAN, play.PLAN[::-1]):
         ride = play.Ride(model, config, steps=4, seed=5)
         frames = [ride.go(key)[0] for key in keys]
@@ -4086,6 +4086,25 @@ def test_page_that_closes(served, capfd):
     assert answers == [200, 200]
     assert sorted(served.made) == [*"RRRS"]
     assert capfd.readouterr().err == ""
+
+def test_play_as_a_program(tmp_path, capsys, monkeypatch):
+    """--gif writes the ride of PLAN, below each frame the key; without it a page is served. Models
+    of another kind are refused."""
+    monkeypatch.setattr(play, "PLAN", "LSXRRL")
+    play.main(["--gif", str(tmp_path / "ride.gif"), "--steps", "1"])
+    frames = iio.imread(tmp_path / "ride.gif").astype(int)
+    assert frames.shape == (6, 200, 160, 3)
+    gold = (np.abs(frames[:, 160:] - [255, 215, 0]).max(-1) < 9).sum(1).reshape(6, 4, 40).sum(-1)
+    assert (gold > 0).nonzero()[1].tolist() == [0, 1, 2, 3, 3, 0]                      # one of each
+
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(play.Server, "serve_forever", interrupted)
+    play.main(["--port", "0"])
+    assert re.search(r"open http://127.0.0.1:\d+ in", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="tiny.pt cannot be driven"):
+        play.main([str(DRIVE_PT.with_name("tiny.pt"))])
 
 class Chromium:
     """A headless Chromium, spoken to by its DevTools protocol through two pipes."""

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vdm
@@ -104,19 +103,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         """Print nothing: it would be a line per frame."""
 
-def write_gif(path, ride, scale=5):
-    """Drive by PLAN, and write the frames with the keys below them."""
-    frames = []
-    for key in PLAN:
-        view = Image.fromarray(ride.go(key)[0].repeat(scale, 0).repeat(scale, 1))
-        frame = Image.new("RGB", (view.width, view.height + 32))
-        frame.paste(view)
-        for i, (name, turn) in enumerate(zip("LSXR", (90, 0, 180, 270))):
-            where = (frame.width / 2 + 32 * (i - 1.5), view.height + 16, 11)
-            color = "gold" if name == key else "dimgray"
-            ImageDraw.Draw(frame).regular_polygon(where, 3, rotation=turn, fill=color)
-        frames.append(np.array(frame))
-    return vdm.write_video(path, vdm.from_uint8(np.stack(frames)), scale=1)
+def with_keys(pixels, key):
+    """A frame (H, W, 3) above the four keys, of which the pressed one is lit."""
+    k = pixels.shape[1] // 4 - 1
+    up = 2 * np.abs(np.arange(k) - k // 2) <= np.arange(k)[:, None]              # a triangle (k, k)
+    row = np.zeros((k + 1, pixels.shape[1], 3), np.uint8)
+    for i, (name, turn) in enumerate(zip("LSXR", (1, 0, 2, 3))):
+        color = (255, 215, 0) if name == key else (90, 90, 90)
+        row[1:, i * (k + 1) + 1:(i + 1) * (k + 1)] = np.rot90(up, turn)[..., None] * color
+    return np.vstack([pixels, row])
 
 def main(argv=None):
     p = vdm.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,7 +125,9 @@ def main(argv=None):
     vdm.need(config.actions == (4, 2) and config.give == "concat" and sum(config.context[1:]) > 0,
              f"{o.checkpoint} cannot be driven: train.py --data drive makes a model that can")
     if o.gif:
-        return print("wrote", write_gif(o.gif, Ride(model, config, o.steps)))
+        ride = Ride(model, config, o.steps)
+        frames = np.stack([with_keys(ride.go(key)[0], key) for key in PLAN])
+        return print("wrote", vdm.write_video(o.gif, vdm.from_uint8(frames), scale=5))
     with Server(lambda seed: Ride(model, config, o.steps, seed), o.port) as server:
         print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
         with suppress(KeyboardInterrupt):
@@ -179,7 +176,7 @@ async function drive(time) {
 }
 onkeydown = event => {
   const key = KEYS[event.key]
-  if (!key || event.ctrlKey || event.metaKey || event.altKey) return
+  if (!key || event.altKey) return
   event.preventDefault()
   if (event.repeat) return
   tapped = key
