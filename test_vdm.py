@@ -51,6 +51,7 @@ import vdm
 
 sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
+import adapters
 import benchmark
 import claims
 
@@ -3966,6 +3967,16 @@ def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path
 def test_flags_of_the_ablation():
     assert [train.check(*train.parse(flags.split())) for flags in ablation.TRAIN]
     assert all(benchmark.parse_changes(train.Parser(), f.split())[1] for f in ablation.DRAW)
+
+def test_table_of_adapters(tmp_path):
+    """Rows of two ways. The number of SimDA's adapters is found by hand, for three places."""
+    small = vdm.Config(frames=4, size=(8, 8), mults=(1,), attention=("factorised",), context=(1.0,),
+                       steps=2, batch=2, sampling_steps=2)
+    adapters.row("image", small, 0, 2, tmp_path)
+    name, trained, share, large, seconds, *marks = adapters.row("SimDA", small, 0, 2, tmp_path)
+    assert [name, trained, large] == ["SimDA", f"{3 * (2 * 16 ** 2 + 6 * 16):,}", "3.1%"]
+    assert float(seconds) > 0 and len(marks) == 10 and (tmp_path / "SimDA-0.png").exists()
+    assert 0.01 < float(share.rstrip("%")) / 100 < 0.05
 
 def test_table_of_claims(tmp_path, monkeypatch):
     """Of two settings, which take part in all claims."""
