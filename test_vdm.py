@@ -4042,15 +4042,16 @@ DRIVE_PT = Path(__file__).parent / "notebooks/drive.pt"
 
 def test_the_model_that_comes_along():
     """notebooks/drive.pt fits the network of today, is at most 4 MB, and its frames do what each
-    key says, on maps and by commands that were drawn for no training clip. Told the commands of
-    another ride, from the same start and noise, they follow these."""
+    key says, on a map of its own. With the keys exchanged, from the same start and noise, they do
+    what these say."""
     assert DRIVE_PT.stat().st_size <= 4e6
     model, config = vdm.load(DRIVE_PT)
     assert config == dataclasses.replace(
         vdm.PRESETS["tiny"], frames=4, patch=4, width=32, mults=(1, 3), actions=(4, 2), drop=0.0,
         attention=("none", "joint"), context=(0.2, 0.1, 0.1, 0.6), overlap=3, images=0.0,
-        skip_guidance=1.0, steps=1200)
-    for keys in (play.PLAN, play.PLAN[::-1]):
+        skip_guidance=1.0, steps=700)
+    keys = "SSSSRRRRSSLLLLXX"
+    for keys in (keys, keys.translate(str.maketrans("LRSX", "RLXS"))):
         ride = play.Ride(model, config, steps=4, seed=5)
         frames = [ride.go(key)[0] for key in keys]
         seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
@@ -4171,8 +4172,8 @@ def test_play_as_a_program(tmp_path, capsys, monkeypatch):
     vdm.save(path, config=asdict(config), ema=vdm.build(config).state_dict())
     play.main([path, "--gif", str(tmp_path / "ride.gif"), "--steps", "1"])
     frames = iio.imread(tmp_path / "ride.gif").astype(int)
-    assert frames.shape == (6, 200, 160, 3)
-    gold = (np.abs(frames[:, 160:] - [255, 215, 0]).max(-1) < 9).sum(1).reshape(6, 4, 40).sum(-1)
+    assert frames.shape == (6, 160, 128, 3)
+    gold = (np.abs(frames[:, 128:] - [255, 215, 0]).max(-1) < 9).sum(1).reshape(6, 4, 32).sum(-1)
     assert (gold > 0).nonzero()[1].tolist() == [0, 1, 2, 3, 0, 3]
 
     def interrupted(server):

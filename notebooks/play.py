@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vdm
 
 KEYS = vdm.Drive.KEYS                                       # left, straight, right, stop: "LSRX"
-PLAN = "SSSSSSRRRRRRSSSSLLLLLLXXXXSSSSLLLLRRRRLLRRSSSSXX"   # the ride of --gif
+PLAN = "SSSSSRRRRSSSLLLLLXXXSSSRRLLRRLLS"                  # the ride of --gif
 
 class Ride:
     """An endless video. go(key) makes its next frame, as the key commands."""
@@ -127,7 +127,7 @@ def main(argv=None):
     if o.gif:
         ride = Ride(model, config, o.steps)
         frames = np.stack([with_keys(ride.go(key)[0], key) for key in PLAN])
-        return print("wrote", vdm.write_video(o.gif, vdm.from_uint8(frames), scale=5))
+        return print("wrote", vdm.write_video(o.gif, vdm.from_uint8(frames), scale=4))
     with Server(lambda seed: Ride(model, config, o.steps, seed), o.port) as server:
         print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
         with suppress(KeyboardInterrupt):
