@@ -116,11 +116,12 @@ def with_keys(pixels, key):
 def main(argv=None):
     p = vdm.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="?", default=Path(__file__).with_name("drive.pt"))
-    p.add_argument("--steps", type=int, default=4, help="noise levels visited for a frame (4)")
+    p.add_argument("--steps", type=int, default=2, help="noise levels visited for a frame (2)")
     p.add_argument("--port", type=int, default=8000, help="of the page (8000; 0: any)")
     p.add_argument("--gif", type=Path, help="write a ride by a plan instead")
     o = p.parse_args(argv)
     vdm.limit("steps", "1 to 1000", 1, 1000, o)
+    torch.set_num_threads(1)                           # leaves a core to the browser
     model, config = vdm.load(o.checkpoint)
     vdm.need(config.actions == (4, 2) and config.give == "concat" and sum(config.context[1:]) > 0,
              f"{o.checkpoint} cannot be driven: train.py --data drive makes a model that can")
