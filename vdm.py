@@ -171,22 +171,24 @@ def first_frames(batch, frames, odds):
 # 4. Samplers
 # ==================================================================================================
 # A sampler is a function (denoise, x, sigmas, randn) -> clip. x starts as sigmas[0] * noise; randn
-# draws fresh noise. If the guess is right, (x - guess) / sigma is the noise in x.
+# draws fresh noise. If the guess is right, (x - guess) / s is the noise in x. Put back at level t,
+# it makes guess + t * (x - guess) / s, which is keep * x + (1 - keep) * guess with keep = t / s.
 
-def pairs(sigmas):
-    """The pairs of numbers (from, to) of neighbours in sigmas."""
-    return zip(sigmas[:-1].tolist(), sigmas[1:].tolist())
+def descent(sigmas, x):
+    """For each step from s to the next level t: s for every clip of x, (B,), and keep = t / s.
 
-def constant(sigma, x):
-    """One noise level, a number, for every clip of x: (B,)."""
-    return x.new_full((len(x),), float(sigma))
+    sigmas may also be (steps + 1, T), a level per frame (section 13): then s is (B, T). A frame
+    whose level stays has keep 1, at level 0, too: so it stays as it is."""
+    sigmas = sigmas.to(x)[:, None].expand(len(sigmas), len(x), *sigmas.shape[1:])
+    for s, t in zip(sigmas[:-1], sigmas[1:]):
+        yield s, expand(torch.where(s > 0, t / s, 1), x)                   # (B, 1 or T, 1, 1, 1)
 
 @torch.no_grad()
 def sample_ddim(denoise, x, sigmas, randn=None):
     """DDIM (eq. 12, eta 0), Euler's method: the guess, and its noise back at the next level."""
-    for s, t in pairs(sigmas):
-        guess = denoise(x, constant(s, x))
-        x = guess + t * (x - guess) / s
+    for s, keep in descent(sigmas, x):
+        guess = denoise(x, s)
+        x = keep * x + (1 - keep) * guess
     return x
 
 @torch.no_grad()
@@ -196,19 +198,16 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     The last two guesses tell the slope in log(sigma): ahead = guess + slope * h / 2. So the error
     falls with the square of the step, at one evaluation a step. eta = 1 is the SDE form: noise s
     shrinks to t * (t / s), and fresh noise fills it up to t. That mends faults of earlier steps."""
-    last = h_last = None
-    for s, t in pairs(sigmas):
-        guess = denoise(x, constant(s, x))
-        if t == 0:
-            return guess
-        h = math.log(s / t)                                           # the step in log(sigma)
-        ahead = guess
-        if last is not None:
-            ahead = guess + h / (2 * h_last) * (guess - last)
-        keep = (t / s) ** (1 + eta)
-        x = keep * x + (1 - keep) * ahead
+    last = h_last = x.new_zeros(1)
+    for s, keep in descent(sigmas, x):
+        guess = denoise(x, s)
+        h = -keep.log()                                               # the step in log(sigma)
+        part = (h / (2 * h_last)).nan_to_num(0, 0, 0)     # 0 at a first step (h_last 0), and at the
+        ahead = guess + part * (guess - last)             # last (h infinite): the guess as it is
+        share = keep ** (1 + eta)
+        x = share * x + (1 - share) * ahead
         if eta > 0:
-            x = x + t * math.sqrt(1 - (t / s) ** (2 * eta)) * randn(x)
+            x = x + expand(s, x) * keep * (1 - keep ** (2 * eta)).sqrt() * randn(x)
         last = guess
         h_last = h
     return x
@@ -511,7 +510,8 @@ def generate(denoise, shape, sigmas, sampler=sample_dpmpp_2m, noise=None, seed=0
     clip_noise, by default of clips 0 ... B - 1 of this seed."""
     if noise is None:
         noise = clip_noise(seed, range(shape[0]), sigmas.device)
-    x = sigmas[0].item() * noise(*shape[1:])
+    x = noise(*shape[1:])
+    x = expand(sigmas[:1], x) * x
     return sampler(partial(denoise, **conditions), x, sigmas, lambda x: noise(*x.shape[1:]))
 
 def given_frames(context, mask, start):
@@ -690,20 +690,25 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
         return inverse_sigma(sigma)
     raise ValueError(f"weighting is {weighting!r}, expected eps, v, x0, edm, min_snr or inverse")
 
+def constant(sigma, x):
+    """One noise level, a number, for every clip of x: (B,)."""
+    return x.new_full((len(x),), float(sigma))
+
 @torch.no_grad()
 def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
     """Ancestral sampling (DDPM, algorithm 2): the mean of q(next | x, clean), plus fresh noise.
 
     The noise has the variance of that distribution for gamma = 0, that of the forward step for 1,
     and one between them for others (VDM: 0.1)."""
-    for s, t in pairs(sigmas):
-        guess = denoise(x, constant(s, x))
-        keep = (t / s) ** 2
-        x = guess + keep * (x - guess)
-        if t > 0:
-            low = (1 - keep) * t ** 2
-            high = (1 - keep) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)     # (1 + t^2) beta, as in z
-            x = x + math.sqrt(low ** (1 - gamma) * high ** gamma) * randn(x)
+    for s, keep in descent(sigmas, x):
+        guess = denoise(x, s)
+        s = expand(s, x)
+        t = keep * s
+        share = keep ** 2
+        low = (1 - share) * t ** 2
+        high = (1 - share) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)        # (1 + t^2) beta, as in z
+        fresh = torch.where(t > 0, low ** (1 - gamma) * high ** gamma, 0).sqrt()
+        x = share * x + (1 - share) * guess + fresh * randn(x)
     return x
 
 @torch.no_grad()
@@ -711,7 +716,7 @@ def sample_heun(denoise, x, sigmas, randn=None):
     """Heun's method (EDM, algorithm 1): an Euler step, again with the mean slope of both ends.
 
     The error falls with the square of the step, for two evaluations a step."""
-    for s, t in pairs(sigmas):
+    for s, t in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
         guess = denoise(x, constant(s, x))
         if t == 0:
             return guess
@@ -1607,8 +1612,8 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
     inversion: the network is asked at x, scaled to level s. More iterations bring the round trip
     closer, but x may leave the noise that the model knows: x.std() should be about sigmas[0]. The
     step from noise level 0, where they would not end, has one."""
-    for t, s in pairs(sigmas.flip(0)):
-        y = x * math.sqrt((1 + s ** 2) / (1 + t ** 2))
+    for t, s in zip(sigmas.flip(0)[:-1].tolist(), sigmas.flip(0)[1:].tolist()):
+        y = x * ((1 + s ** 2) / (1 + t ** 2)) ** 0.5
         for _ in range(iterations if t > 0 else 1):
             y = x + (s - t) * (y - denoise(y, constant(s, y))) / s
         x = y
