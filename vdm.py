@@ -1419,6 +1419,55 @@ class PerFrame(Denoiser):
         estimate = super().forward(torch.where(given, context, x), sigma, **conditions)
         return torch.where(given, context, estimate)
 
+def lagged(sigmas, frames, lag):
+    """A matrix of noise levels for a sampler, (steps + lag * (frames - 1) + 1, frames).
+
+    Each frame walks down sigmas (steps + 1,), `lag` steps behind the one before. With lag 0 all go
+    together, with lag = steps one by one, and between in a pyramid (diffusion forcing)."""
+    steps = len(sigmas) - 1
+    made = torch.arange(steps + lag * (frames - 1) + 1)[:, None] - lag * torch.arange(frames)
+    return sigmas[made.clamp(0, steps)]
+
+def stream(denoise, length, shape, sigmas, lag, context=None, seed=0, clips=None,
+           tell=lambda start: {}, sampler=sample_dpmpp_2m):
+    """Yield a video of any length, frame by frame (B, 1, C, H, W): a pyramid that moves along.
+
+    A window, of shape (B, T, C, H, W), holds frames that are done, and then some on their way, each
+    `lag` steps behind the one before. Once its last frame has set out it moves on by one. denoise
+    sees frames that are done at level 0, as a PerFrame sees given ones. lag is steps / (T - 1) or
+    more, so that one is always in sight. With lag = steps and T - 1 frames of context this is
+    rollout with overlap T - 1.
+
+    Arguments are those of rollout, but tell(start) returns the conditions of a window that begins
+    at frame start. ValueError for a lag, or a context, of which no window can be made."""
+    B, T, *chw = shape
+    steps = len(sigmas) - 1
+    if not steps <= lag * (T - 1) <= steps * (T - 1):
+        raise ValueError(f"lag is {lag}, expected {math.ceil(steps / max(T - 1, 1))} to {steps}: "
+                         f"{steps} steps, in windows of {T} frames")
+    noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
+    given = (torch.zeros(B, 0, *chw) if context is None else context).to(sigmas.device)
+    n = given.shape[1]
+    if n >= T:
+        raise ValueError(f"context has {n} frames, a window of {T} has room for {T - 1}")
+    if n > 0:
+        yield given
+    x = torch.cat([given, sigmas[0] * noise(T - n, *chw)], dim=1)
+    made = lag * (n - torch.arange(T))            # steps that each frame has made; below 0 it waits
+    made[:n] = steps
+    start = 0                                                           # the window's first frame
+    for frame in range(n, length):
+        while made[frame - start] < steps:
+            rows = (made + torch.arange(lag + 1)[:, None]).clamp(0, steps)            # (lag + 1, T)
+            told = partial(denoise, **tell(start))
+            x = sampler(told, x, sigmas[rows], lambda x: noise(*x.shape[1:]))
+            made = made + lag
+            if made[-1] > 0:
+                x = torch.cat([x[:, 1:], sigmas[0] * noise(1, *chw)], dim=1)
+                made = torch.cat([made[1:], made.new_zeros(1)])
+                start += 1
+        yield x[:, [frame - start]]
+
 # ==================================================================================================
 # 14. Adapters and editing
 # ==================================================================================================
