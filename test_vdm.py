@@ -53,6 +53,7 @@ sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
 import benchmark
 import claims
+import self_forcing
 
 torch.set_num_threads(1)
 cases = pytest.mark.parametrize
@@ -4026,7 +4027,8 @@ def checkpoint_e(path, **fields):
 @cases("fields, flags", [
     ({}, "--skip-guidance 1 --sampler ddim --steps 3 --sigma-min 0.1 --overlap 2"),
     (dict(give="hint"), "--given 2"), (dict(give="hint", task="image"), "--given 1"),
-    (dict(give="previous", context=(0.5, 0.5)), ""), (dict(give="per_frame"), "--lengths 8 12")])
+    (dict(give="previous", context=(0.5, 0.5)), ""), (dict(give="per_frame"), "--lengths 8 12"),
+    (dict(give="per_frame", independent=1.0), "--lag 1 --lengths 8 9")])
 def test_benchmark(tmp_path, capsys, fields, flags):
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "3", "--seeds", "5", *flags.split()])
@@ -4074,6 +4076,20 @@ def test_table_of_claims(tmp_path, monkeypatch):
     ("error", (1.1, 2.9, 3.1), "unclear"), ("pass", (2, 3, 4), "better")])
 def test_verdicts(key, values, verdict):
     assert claims.verdict(key, values, (1, 2, 3)) == verdict
+
+def test_self_forcing(capsys):
+    """A perfect model draws the true frames; noise has a level of at most 0.2. The table has a row
+    per way."""
+    clips = torch.rand(3, 12, 3, 4, 4)
+    perfect = lambda x, sigma, context, mask: clips[:, :8]
+    noisy = self_forcing.last_eight("noise", perfect, clips) - clips[:, 4:]
+    assert 0 < noisy.flatten(1).std(1).max() < 0.25
+    for way in ("plain", "own"):
+        agree(self_forcing.last_eight(way, perfect, clips), clips[:, 4:])
+    self_forcing.main(fast=True)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0].strip() for row in rows[2:]] == ["before", "plain 0", "noise 0", "own 0"]
+    assert {len(row) for row in rows} == {1 + 1 + len(self_forcing.LAWS)}
 
 # ---- the weights that come along -----------------------------------------------------------------
 
