@@ -30,7 +30,7 @@ import train
 import vdm
 
 LAWS = "shape", "color", "size", "path", "speed", "moving"
-FOUR = (torch.arange(8) < 4).float()                                    # a mask (8,): four are given
+FOUR = (torch.arange(8) < 4).float()                                   # a mask (8,): four are given
 
 def last_eight(way, model, clips):
     """The last 8 of 12 true frames, of which the first 4 become what this way gives."""
