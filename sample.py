@@ -6,6 +6,7 @@ sample.py: generate videos from a checkpoint, which holds all settings of its mo
     python sample.py --context clip.mp4 --length 16     go on from a clip, or from a picture
     python sample.py --actions LLSSRRXX                 left, straight, right, stop (--data drive)
     python sample.py --context clip.mp4 --interpolate 2 2      new frames between those of a clip
+    python sample.py out/key --then out/fill out/up --interpolate 4      then enlarge them
 
     python sample.py svd.safetensors --context latent.npy --clip clip.npy --fps 7
                                                         published weights of SVD or Vista
@@ -57,13 +58,19 @@ def follow_clip(job, clips, shape, given):
                                 sampler=job.sampler, **told(job))
 
 def follow_hint(job, clips, shape, given):
-    """Animate a given picture (SVD), or enlarge a given clip (Video LDM's up-sampler)."""
+    """Animate a given picture (SVD), or enlarge a given clip, by windows (Video LDM)."""
     noise = vdm.clip_noise(job.seed, clips, job.device)
     hint = dict(image=vdm.image_hint, upsample=vdm.hint)[job.config.task]
-    everywhere = torch.ones(shape[:2], device=job.device)
-    hints = hint(given, everywhere, job.level, noise(*given.shape[1:]))
-    window = vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **hints, **told(job))
-    yield window[:, :job.length]
+    start = 0
+    for some in given.tensor_split(math.ceil(given.shape[1] / shape[1]), dim=1):    # nearly equal
+        if job.config.task == "upsample":
+            shape = some.shape
+        everywhere = torch.ones(shape[:2], device=job.device)
+        hints = hint(some, everywhere, job.level, noise(*some.shape[1:]))
+        hints |= {name: x[:, :shape[1]] for name, x in told(job, start).items()}
+        window = vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **hints)
+        yield window[:, :job.length]
+        start += shape[1]
 
 def published(job, picture):
     """Return what SVD and Vista are told of a picture (B, 1, 4, H, W)."""
@@ -88,6 +95,10 @@ def choose(job):
     """Return the way to sample, and the numbers of frames that can be given, e.g. [1, 2, 3, 4]."""
     config = job.config
     T = config.frames
+    if job.then and (not job.context or config.task not in ("any", "ends")):
+        job.interpolate = []                                  # another of the checkpoints does it
+    need(job.made is None or job.interpolate or config.task == "upsample", f"--then {job.checkpoint}"
+         " is not of --task upsample nor, with --interpolate, of any or ends")
     if job.interpolate:
         limit("interpolate", f"2 to {T - 1}, in windows of {T} frames", 2, T - 1, job)
         ends = config.task == "ends" and job.interpolate == [T - 1]
@@ -101,8 +112,10 @@ def choose(job):
         need(job.reconstruction is None, "--reconstruction is for models of other kinds")
     if config.give == "svd":
         return animate, [1]
-    if job.context and config.task in ("image", "upsample"):
-        return follow_hint, [dict(image=1, upsample=T)[config.task]]
+    if job.context and config.task == "upsample":
+        return follow_hint, range(1, MANY)
+    if job.context and config.task == "image":
+        return follow_hint, [1]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
     return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
 
@@ -117,26 +130,27 @@ def plan(job):
         usual = max(known[:T], default=1)
     job.overlap = job.overlap or usual
     job.given = read_context(job)
-    n = len(job.given)
+    n = job.given.shape[1]
     some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
     need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
          f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
+    enlarges = job.way is follow_hint and job.config.task == "upsample"
     lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1}
-    length = lengths.get(job.way, T)
+    length = n if enlarges else lengths.get(job.way, T)
     job.told = read_told(job)
     by_actions = job.actions is not None and job.config.give != "vista"
     if by_actions:
         need(job.way in (roll_out, follow_hint), "--actions goes neither with --interpolate nor "
              "with SVD or a model of --give previous")
-        length = job.told["action"].shape[1] - T
-    if job.interpolate or by_actions:
-        limit("length", f"{length}, by --actions or --interpolate", length, length, job)
+        length = n if enlarges else job.told["action"].shape[1] - T
+    if job.interpolate or by_actions or enlarges:
+        limit("length", f"{length}, by --actions, --interpolate or the clip", length, length, job)
     job.length = job.length or length
     if job.way not in (follow_hint, animate):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
-    need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
-         f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
-         f"model was {some}: try --reconstruction 2")
+    need(job.length <= T or enlarges or (job.overlap in known and job.way is not follow_hint),
+         f"--length is {job.length}, so a window would go on from {job.overlap} frames (--overlap),"
+         f" but the model was {some}: try --reconstruction 2")
 
 def told(job, start=0):
     """Return label and actions of the window that begins at frame `start`, the same for all."""
@@ -184,6 +198,8 @@ def parse(argv):
     add("checkpoint", nargs="?", help="a last.pt, or the folder of a run")
     add("--n", type=int, help="number of videos (16; of SVD and Vista 1)")
     add("--length", type=int, help="frames of each, given ones among them (default: a window)")
+    add("--then", nargs="+", default=[], metavar="CKPT", help="checkpoints that go on from the "
+        "videos of the first: of --task any by --interpolate, of --task upsample by enlarging")
     add("--context", help="a clip or picture whose last frames every video starts from")
     add("--context-frames", type=int, help="how many of them (default: --overlap)")
     add("--interpolate", type=int, nargs="+", default=[], metavar="F", help="make F times as many")
@@ -212,6 +228,7 @@ def parse(argv):
     limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
+    job.made = None                                           # videos to go on from, after --then
     job.folder = job.out.with_suffix("")
     need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
          f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
@@ -228,7 +245,7 @@ def open_model(job):
     if path.is_dir():
         path = path / "last.pt"
     model, config = vdm.load(path)
-    if config.give in PUBLISHED and job.context:                 # their networks know any size
+    if config.give in PUBLISHED and job.context and job.made is None:       # their networks know any size
         shape = read_array(job.context).shape
         need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
         config.size = tuple(shape[2:])
@@ -244,6 +261,8 @@ def open_model(job):
     if config.give in PUBLISHED:                         # of the picture, before it was encoded
         config.hint_noise = 1.0
         job.hint_noise = job.hint_noise or 0.0
+    if job.then and not config.hint_noise:                   # it is meant for another checkpoint
+        job.hint_noise = None
     limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
     if job.hint_noise is None:
         job.hint_noise = config.hint_noise / 2
@@ -290,26 +309,38 @@ def read_told(job):
     return told
 
 def read_context(job):
-    """Read the last frames of --context as the model knows frames, (n, C, H, W)."""
+    """Return the frames to start from as the model knows frames: the last of --context, (1, n, C,
+    H, W), or, after --then, those of every video so far, (N, n, C, H, W)."""
     if job.context is None:
-        return torch.empty(0)
-    stride = 1 if job.interpolate else job.config.stride
-    usual = MANY if job.interpolate else job.overlap
-    shrink = dict(upsample=4).get(job.config.task, 1)
+        return torch.empty(1, 0)
+    whole = job.interpolate or job.config.task == "upsample"
+    stride = 1 if whole else job.config.stride
+    usual = MANY if whole else job.overlap
+    size, channels = vdm.pixels(job.config)
     if job.latents:
-        clip = read_array(job.context, (job.config.channels, *job.config.size))
+        size, channels = job.config.size, job.config.channels
+    shrink = dict(upsample=job.config.enlarge).get(job.config.task, 1)
+    small = [n // shrink for n in size]
+    if job.made is not None:
+        clip = job.made
+        need(clip.shape[2:] == (channels, *small), f"--then {job.checkpoint} goes on from frames of "
+             f"{(channels, *small)}, but was given {tuple(clip.shape[2:])}")
+    elif job.latents:
+        clip = read_array(job.context, (channels, *size))[None]
         need(clip.isfinite().all(), f"{job.context} has numbers that are not finite")
         need(job.config.give not in PUBLISHED or clip.std() < 2.5, f"{job.context} has standard "
              f"deviation {clip.std():.2g}, expected about 1: multiply latents by 0.18215")
     else:
-        size, channels = vdm.pixels(job.config)
-        clip = vdm.read_video(job.context, [n // shrink for n in size], channels)
-        clip = F.interpolate(clip, scale_factor=shrink, mode="bilinear")
-    clip = clip[(len(clip) - 1) % stride::stride].to(job.device)
-    limit("context_frames", f"at most {len(clip)}, as --context has", 1, len(clip), job)
-    clip = clip[-(job.context_frames or usual):]
+        clip = vdm.read_video(job.context, small, channels)[None]
+    if shrink > 1:
+        large = F.interpolate(clip.flatten(0, 1), scale_factor=shrink, mode="bilinear")
+        clip = large.unflatten(0, clip.shape[:2])
+    clip = clip[:, (clip.shape[1] - 1) % stride::stride].to(job.device)
+    n = clip.shape[1]
+    limit("context_frames", f"at most {n}, as --context has", 1, n, job)
+    clip = clip[:, -(job.context_frames or usual):]
     if job.autoencoder:
-        return job.autoencoder.encode(clip[None])[0]
+        return job.autoencoder.encode(clip)
     return clip
 
 def record(job):
@@ -321,7 +352,9 @@ def record(job):
         for first in range(0, job.n, job.batch):
             clips = range(first, min(first + job.batch, job.n))
             shape = (len(clips), job.config.frames, job.config.channels, *job.config.size)
-            given = job.given.expand(len(clips), *job.given.shape) if job.context else None
+            given = None
+            if job.context:
+                given = job.given.expand(job.n, *job.given.shape[1:])[clips.start:clips.stop]
             pieces = job.way(job, clips, shape, given)
             if job.autoencoder:
                 pieces = job.autoencoder.stream(pieces)
@@ -330,6 +363,7 @@ def record(job):
                 made[-1].append(piece.cpu())
                 bar.update(len(clips) * piece.shape[1])
     except KeyboardInterrupt:
+        job.then = []
         print("\nstopped by Ctrl-C")
         made = made[:-1] or made
     need(made and made[0], "there was no frame yet: nothing is written")
@@ -351,8 +385,8 @@ def write(job, videos):
     strip = vdm.film_strip(videos[:8, ::-(-len(grid) // 32)])              # more is too wide to see
     vdm.write_video(job.out.with_suffix(".png"), strip[None], scale=2)
 
-def main(argv=None):
-    job = parse(argv)
+def make(job):
+    """Make the videos of one checkpoint."""
     model = open_model(job)
     job.device = vdm.pick_device(job.device)
     dtype = vdm.pick_dtype(job.dtype, job.device)
@@ -370,6 +404,27 @@ def main(argv=None):
     if job.actions is not None and len(videos) > 1:
         spread = videos.clamp(-1, 1).var(0).mean().item()
         print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
+    return videos
+
+# Every checkpoint of a cascade has its own device, sampler, noise and frames. Of the flags, these
+# are for the first.
+FIRST = dict(length=None, context_frames=None, overlap=None, guidance=[], reconstruction=None,
+             actions=None, label=None, clip=None)
+
+def main(argv=None):
+    flags = parse(argv)
+    job = argparse.Namespace(**vars(flags))
+    videos = make(job)
+    for k, path in enumerate(flags.then):
+        if not job.then:                                                       # Ctrl-C
+            break
+        job = argparse.Namespace(**vars(flags) | FIRST)
+        job.checkpoint = path
+        job.context = "the videos so far"
+        job.made = videos
+        job.n = len(videos)
+        job.seed = flags.seed + (k + 1) * MANY ** 2                   # noise of its own
+        videos = make(job)
     write(job, videos)
     print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
 

@@ -1642,7 +1642,8 @@ class MovingShapes:
     A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
     RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
     shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself."""
+    so each has one colour channel to itself. With a stride, clips are every stride-th frame: all
+    that is said per frame grows with it."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1661,11 +1662,13 @@ class MovingShapes:
     HURRY = 0.017                # one window's speed against the clip's
     TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
-    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
+    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0, stride=1):
         self.frames = frames
         self.size = tuple(size)
         self.objects = objects
         self.seed = seed
+        self.SPEED = tuple(stride * speed for speed in self.SPEED)
+        self.HURRY = stride * self.HURRY
         self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
         self.labels = 18
         if objects == 2:
@@ -2244,7 +2247,7 @@ class Config:
     frames: int = 8                 # frames per clip
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
-    stride: int = 1                 # take every stride-th frame of a file
+    stride: int = 1                 # take every stride-th frame of a file, or of shapes
     fps: float = 8.0                # frames per second of the videos written
     factor: int = 0                 # pixels to a latent along each side (0: no latents)
     width: int = 16                 # channels of the first level
@@ -2268,6 +2271,8 @@ class Config:
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
     task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
+    enlarge: int = 4                # task upsample: how many times as large as what is given
+    crop: int = 0                   # train on random crops with sides of this length (0: on all)
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
     images: float = 0.08            # share of clips trained as loose frames, temporal=0
@@ -2699,10 +2704,10 @@ MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
         "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every",
+        "sampling_steps overlap marks encode micro save_every sample_every keep_every enlarge",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
-        "spatial_lr skip_guidance",
+        "spatial_lr skip_guidance crop",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema",
     ("0.1 to 1000", 0.1, 1000): "fps",
@@ -2724,8 +2729,11 @@ def check(options, config):
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
          f"--task {config.task} needs --give hint")
-    need(config.task != "upsample" or not (config.factor or np.mod(config.size, 4).any()),
-         "--task upsample needs pixels, and --size in multiples of 4")
+    need(config.task != "upsample" or not np.mod([*config.size, config.crop], config.enlarge).any(),
+         f"--task upsample needs --size and --crop in multiples of --enlarge, {config.enlarge}")
+    multiple = config.patch * 2 ** (len(config.mults) - 1)
+    need(config.crop <= min(config.size) and config.crop % multiple == 0, f"--crop is "
+         f"{config.crop}, expected a multiple of {multiple} that is no more than --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
