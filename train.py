@@ -78,7 +78,7 @@ def draw(step, config, seed):
     So --resume needs no generator's state, and many processes learn what one alone would."""
     torch.manual_seed(1_000_003 * seed + step)
     clips = config.batch
-    size = seen_size(config)
+    size = config.crop or config.size
     shape = (clips, config.frames + config.stills, config.channels, *size)
     u = vdm.stratified(clips)                                                                 # (B,)
     if config.independent:
@@ -94,8 +94,9 @@ def draw(step, config, seed):
         drawn["level"] = config.hint_noise * torch.rand(clips)
         drawn["unit"] = torch.randn(clips, config.frames, *shape[2:])
     if config.crop:
-        places = [torch.randint(n - config.crop + 1, (clips,)) for n in config.size]
-        drawn["corner"] = torch.stack(places, dim=1)                                       # (B, 2)
+        rooms = np.subtract(config.size, config.crop)
+        corners = [torch.randint(room + 1, (clips,)) for room in rooms]
+        drawn["corner"] = torch.stack(corners, dim=1)                                      # (B, 2)
     if config.give in PUBLISHED:                               # the picture is withheld on its own
         drawn["shown"] = (torch.rand(clips) >= config.drop).float()
     if config.actions:                                         # (B, 1, A): 0, or NaN if not told
@@ -103,15 +104,10 @@ def draw(step, config, seed):
         drawn["withheld"] = vdm.drop_modes(zeros, config.actions, config.drop)
     return drawn
 
-def seen_size(config):
-    """Return height and width of what a step sees: crops, or whole frames."""
-    if config.crop:
-        return config.crop, config.crop
-    return config.size
-
-def cut(clips, corner, n):
-    """Cut n x n pixels out of every clip (B, T, C, H, W), all frames at its corner, (B, 2)."""
-    return torch.stack([clip[..., y:y + n, x:x + n] for clip, (y, x) in zip(clips, corner)])
+def cut(clips, corner, size):
+    """Cut (h, w) = size out of every clip (B, T, C, H, W), all frames at its corner, (B, 2)."""
+    h, w = size
+    return torch.stack([clip[..., y:y + h, x:x + w] for clip, (y, x) in zip(clips, corner)])
 
 def conditions(batch, drawn, config):
     """Return what the denoiser is told: given frames, and label and action unless withheld."""
@@ -491,7 +487,8 @@ def open_data(options, config, autoencoder):
             world = partial(world, stride=config.stride)
         data = world(frames, size, seed=options.seed)
         held_out = world(frames, size, seed=options.seed + 1)
-        print(f"data    {type(data).__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+        print(f"data    {WORLDS[options.data].__name__}: made in code, {frames} frames of "
+              f"{size[0]}x{size[1]}")
     else:
         folder = vdm.VideoFolder
         if config.factor and autoencoder is None:
@@ -557,8 +554,9 @@ def parse(argv):
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in vars(options).items() if name in comments}
-    if len(options.given.get("size", "no")) == 1:                                    # square frames
-        options.given["size"] *= 2
+    for name in ("size", "crop"):
+        if len(options.given.get(name, "no")) == 1:                                  # square frames
+            options.given[name] *= 2
     name = options.preset
     usual = {}
     if options.data != "shapes":
@@ -654,7 +652,8 @@ def encode(data, options, n, autoencoder, config):
     part.mkdir(parents=True, exist_ok=True)
     np.save(part / "video.npy", items["video"])
     if data.actions:
-        np.save(part / "video.actions.npy", items["action"])
+        times = items["video"].shape[1] // items["action"].shape[1]
+        np.save(part / "video.actions.npy", items["action"].repeat(1, times, 1))
     return part.rename(folder)
 
 def find_autoencoder(options, config, state):
@@ -805,7 +804,7 @@ def estimate(model, config):
     for block in blocks(model):
         block.register_forward_pre_hook(mark)
         block.register_forward_hook(mark)
-    clip = torch.zeros(1, config.frames, config.channels, *seen_size(config))
+    clip = torch.zeros(1, config.frames, config.channels, *(config.crop or config.size))
     given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
     if config.give == "previous":
         given = dict(previous=clip)

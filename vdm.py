@@ -2272,7 +2272,7 @@ class Config:
     task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
     enlarge: int = 4                # task upsample: how many times as large as what is given
-    crop: int = 0                   # train on random crops with sides of this length (0: on all)
+    crop: tuple = ()                # train on random crops of this size (default: whole frames)
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
     images: float = 0.08            # share of clips trained as loose frames, temporal=0
@@ -2704,10 +2704,11 @@ MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
         "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every enlarge",
+        "sampling_steps overlap marks encode micro save_every sample_every keep_every enlarge "
+        "crop",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
-        "spatial_lr skip_guidance crop",
+        "spatial_lr skip_guidance",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema",
     ("0.1 to 1000", 0.1, 1000): "fps",
@@ -2729,11 +2730,12 @@ def check(options, config):
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
          f"--task {config.task} needs --give hint")
-    need(config.task != "upsample" or not np.mod([*config.size, config.crop], config.enlarge).any(),
+    need(config.task != "upsample" or not np.mod(config.size + config.crop, config.enlarge).any(),
          f"--task upsample needs --size and --crop in multiples of --enlarge, {config.enlarge}")
     multiple = config.patch * 2 ** (len(config.mults) - 1)
-    need(config.crop <= min(config.size) and config.crop % multiple == 0, f"--crop is "
-         f"{config.crop}, expected a multiple of {multiple} that is no more than --size")
+    fits = [n <= whole and n % multiple == 0 for n, whole in zip(config.crop, config.size)]
+    need(len(config.crop) in (0, 2) and all(fits), f"--crop is {config.crop}, expected multiples of"
+         f" {multiple}, up to --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
