@@ -144,7 +144,7 @@ def plan(job):
     by_actions = job.actions is not None and job.config.give != "vista"
     if by_actions:
         need(job.way in (roll_out, follow_hint), "--actions goes neither with --interpolate nor "
-             "with SVD or a model of --task upsample or --give previous")
+             "with SVD or a model of --give previous or --task upsample")
         length = job.told["action"].shape[1] - T
     if by_actions or job.way in (interpolate, enlarge):
         limit("length", f"{length}, by --actions, --interpolate or --context", length, length, job)
@@ -391,7 +391,7 @@ def write(job, videos):
     vdm.write_video(job.out.with_suffix(".png"), strip[None], scale=2)
 
 def make(job):
-    """Make the videos of one checkpoint."""
+    """Return the videos of one checkpoint, (n, T, C, H, W)."""
     job.device = vdm.pick_device(job.device)
     dtype = vdm.pick_dtype(job.dtype, job.device)
     if job.autoencoder:
@@ -410,7 +410,7 @@ def make(job):
         print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
     return videos
 
-# Flags for the first checkpoint alone. The next ones have videos to go on from.
+# Flags for the first checkpoint alone: each of the next ones goes on from the videos before.
 FIRST = dict(length=None, context_frames=None, overlap=None, guidance=[], reconstruction=None,
              actions=None, label=None, clip=None, context="the videos so far")
 
@@ -423,12 +423,11 @@ def main(argv=None):
             vars(job).update(FIRST)
             job.seed += k * MANY ** 2
         job.model = open_model(job)
+        flags.n = job.n
         jobs.append(job)
     videos = None
     for job in jobs:
         job.made = videos
-        if job.stage > 0:
-            job.n = len(videos)
         videos = make(job)
         if job.stopped:
             break
