@@ -3034,6 +3034,14 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
             equal = torch.equal(x.nan_to_num(9), drawn[name].nan_to_num(9))
             assert equal == ((step, seed) == (3, 0))
 
+def test_stride_of_the_toy_world():
+    """Key frames: every third frame of the clips that a world without a stride has."""
+    options, config = small(stride=3)
+    data, held_out, _ = train.open_data(options, config, None)
+    for world, seed in ((data, 0), (held_out, 1)):
+        whole = vdm.MovingShapes(10, (16, 16), seed=seed)
+        assert torch.equal(world[5]["video"], whole[5]["video"][::3])
+
 def test_crops_are_from_everywhere():
     _, config = small(size=(12, 16), crop=(8, 4), batch=2000)
     drawn = train.draw(0, config, 0)
