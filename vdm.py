@@ -1651,8 +1651,8 @@ class MovingShapes:
     A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
     RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
     shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself. With a stride, clips are every stride-th frame: all
-    that is said per frame grows with it."""
+    so each has one colour channel to itself. With a stride a clip is every stride-th frame of the
+    same clip, and SPEED is so many times as high."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1677,7 +1677,6 @@ class MovingShapes:
         self.objects = objects
         self.seed = seed
         self.SPEED = tuple(stride * speed for speed in self.SPEED)
-        self.HURRY = stride * self.HURRY
         self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
         self.labels = 18
         if objects == 2:
