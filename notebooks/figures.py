@@ -68,6 +68,55 @@ def denoising():
               va="center", color=RED)
     axes.text(3.6, 2.25, "estimated noise\n(x - guess) / s", ha="center", va="center", color=GREY)
 
+# ---- lesson 07 -----------------------------------------------------------------------------------
+
+@drawing
+def action_embedding():
+    """How the action of one frame enters the network."""
+    axes = canvas(10.5, 3.9)
+    rows = (("told", 3.0, "1 0 0 0   -0.7 -0.7", "1 1 1 1   1 1"),
+            ("motion withheld", 2.0, "1 0 0 0   nan nan", "1 1 1 1   0 0"),
+            ("nothing told", 1.0, "nan nan nan nan   nan nan", "0 0 0 0   0 0"))
+    for name, y, action, told in rows:
+        axes.text(0.15, y, name, va="center", color=GREY)
+        axes.text(2.9, y, action.replace("nan", "?"), ha="center", va="center", family="monospace")
+        axes.text(4.9, y, told, ha="center", va="center", family="monospace", color=GREY)
+    axes.text(2.9, 3.5, "action[t]\n(? is NaN, goes in as 0)", ha="center", va="center")
+    axes.text(4.9, 3.5, "told?", ha="center", va="center", color=GREY)
+    box(axes, 6.8, 2.0, "linear, no bias\n0 at first", 1.5, 0.9, RED)
+    axes.plot(8.35, 2.0, "o", color="black", markersize=18, markerfacecolor="white")
+    axes.text(8.35, 1.98, "+", ha="center", va="center")
+    box(axes, 8.35, 0.55, "embedded sigma", 1.8, 0.6, GREY)
+    box(axes, 9.6, 3.3, "gain and shift\nof frame t,\nin every block", 1.6, 1.0)
+    for y in (3.0, 2.0, 1.0):
+        arrow(axes, (5.7, y), (6.05, 2.0 + 0.25 * (y - 2)), GREY)
+    arrow(axes, (7.55, 2.0), (8.18, 2.0), RED)
+    arrow(axes, (8.35, 0.85), (8.35, 1.82), GREY)
+    arrow(axes, (8.52, 2.1), (9.5, 2.78))
+
+@drawing
+def ride():
+    """How a model of four frames drives on: three are given, one is new."""
+    axes = canvas(9, 3.4)
+    side = 0.62
+    for row, (y, first) in enumerate(((2.3, 0), (1.3, 1), (0.3, 2))):
+        axes.text(0.2, y + side / 2, f"window {row + 1}", va="center")
+        for k in range(first, first + 4):
+            x = 1.6 + 0.9 * k
+            new = k == first + 3
+            axes.add_patch(Rectangle((x, y), side, side, facecolor="white" if new else BLUE,
+                                     edgecolor=BLUE, linewidth=2))
+            axes.text(x + side / 2, y + side / 2, k, ha="center", va="center",
+                      color="black" if new else "white")
+        if row < 2:
+            x = 1.6 + 0.9 * (first + 3) + side / 2
+            arrow(axes, (x, y - 0.02), (x, y - 1 + side + 0.04), GREY)
+    for k, key in enumerate("XXXSSL"):
+        axes.text(1.6 + 0.9 * k + side / 2, 3.15, key, ha="center", va="center", color=RED)
+    axes.text(0.2, 3.15, "command", va="center", color=RED)
+    axes.text(7.2, 3.15, "leads to the frame\nbelow it", va="center", color=RED)
+    axes.text(7.2, 1.6, "blue: given\nwhite: generated", va="center", color=BLUE)
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "figures")
     folder.mkdir(parents=True, exist_ok=True)
