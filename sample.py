@@ -17,7 +17,9 @@ SVD and Vista they are the latents of their autoencoder times 0.18215: divide, t
 
 import argparse
 import dataclasses
+import itertools
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -207,17 +209,15 @@ def parse(argv):
     add("--batch", type=int, help="videos made at a time (as --n); fewer take less memory")
     add("--device", default="auto", help="auto (a GPU if there is one), or a name torch knows")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
-    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
+    add("--raw", action="store_true", help="the last weights instead of their average (see EMA)")
+    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each; "
+        "if there are older ones, a number is added: samples-2.mp4 and so on")
     job = p.parse_args(argv)
     limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
-    job.folder = job.out.with_suffix("")
-    need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
-         f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
-    path = Path(job.context or "").absolute()
-    need(job.folder.absolute() not in (path.with_suffix(""), path.parent),
-         f"{job.context} might be overwritten by what is written to {job.out}: name another --out")
+    need(job.out.suffix in (".mp4", ".gif"),
+         f"--out is {job.out}, expected a name that ends in .mp4 or .gif")
     return job
 
 def open_model(job):
@@ -227,7 +227,7 @@ def open_model(job):
     path = Path(job.checkpoint or newest)
     if path.is_dir():
         path = path / "last.pt"
-    model, config = vdm.load(path)
+    model, config = vdm.load(path, job.raw)
     if config.give in PUBLISHED and job.context:                 # their networks know any size
         shape = read_array(job.context).shape
         need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
@@ -250,7 +250,8 @@ def open_model(job):
     if job.reconstruction is not None or config.independent:       # then any frames may be given
         config = dataclasses.replace(config, task="any", give="concat")
     job.config = config
-    print(f"model   {path}")
+    which = ", its last weights" if job.raw else ""
+    print(f"model   {path}{which}")
     return model
 
 def read_array(path, shape=None):
@@ -305,16 +306,29 @@ def read_context(job):
         size, channels = vdm.pixels(job.config)
         clip = vdm.read_video(job.context, [n // shrink for n in size], channels)
         clip = F.interpolate(clip, scale_factor=shrink, mode="bilinear")
-    clip = clip[(len(clip) - 1) % stride::stride].to(job.device)
+    total = len(clip)
+    clip = clip[(total - 1) % stride::stride].to(job.device)
     limit("context_frames", f"at most {len(clip)}, as --context has", 1, len(clip), job)
     clip = clip[-(job.context_frames or usual):]
+    apart = f", {stride} apart" if stride > 1 else ""
+    print(f"context {total} frames, of which the last {len(clip)}{apart} are used")
     if job.autoencoder:
         return job.autoencoder.encode(clip[None])[0]
     return clip
 
+def fresh(out):
+    """Return out or, if there are videos of this name, out-2, out-3 ..., and make its folder."""
+    path = out
+    for number in itertools.count(2):
+        if not any(path.with_suffix(suffix).exists() for suffix in (".mp4", ".gif", ".png")):
+            with suppress(FileExistsError):
+                path.with_suffix("").mkdir(parents=True)         # of two programs one succeeds
+                return path
+        path = out.with_stem(f"{out.stem}-{number}")
+
 def record(job):
-    """Make all videos (n, T, C, H, W). After Ctrl-C these are the ones that are complete or, of
-    the first, the frames that are."""
+    """Make all videos (n, T, C, H, W), and write each once it is complete. After a signal these are
+    the ones that are complete or, of the first, the frames that are."""
     made = []                                                    # the pieces of each batch
     bar = tqdm(total=job.n * job.length, unit="frame", **vdm.BAR)
     try:
@@ -329,21 +343,27 @@ def record(job):
             for piece in pieces:
                 made[-1].append(piece.cpu())
                 bar.update(len(clips) * piece.shape[1])
+            write_each(job, clips, torch.cat(made[-1], 1))
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C")
-        made = made[:-1] or made
-    need(made and made[0], "there was no frame yet: nothing is written")
+        if len(made) > 1:                                     # what is complete is written already
+            made.pop()
+        elif made and made[0]:
+            write_each(job, clips, torch.cat(made[0], 1))
+        else:
+            job.folder.rmdir()
+            raise ValueError("there was no frame yet: nothing is written") from None
     return torch.cat([torch.cat(pieces, 1) for pieces in made])
 
-def write(job, videos):
-    """Write every video into the folder; all of them as a grid, the first ones as a film strip."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if job.latents:
-        for i, video in enumerate(videos):
+def write_each(job, clips, videos):
+    """Write the videos of these numbers into the folder."""
+    for i, video in zip(clips, videos):
+        if job.latents:
             np.save(job.folder / f"{i:03d}.npy", video)
-        return
-    for i, video in enumerate(videos):
-        vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+        else:
+            vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+
+def write_all(job, videos):
+    """Write all videos as a grid, the first ones as a film strip."""
     grid = vdm.grid(videos)
     vdm.write_video(job.out, grid, job.config.fps)
     if len(grid) <= 64:                                                  # more make a huge file
@@ -365,13 +385,19 @@ def main(argv=None):
     job.sigmas = sigmas.to(job.device)
     print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
           f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
-    with vdm.autocast(job.device, dtype):
-        videos = record(job)
+    job.out = fresh(job.out)
+    job.folder = job.out.with_suffix("")
+    with vdm.stop_signals("stopping: videos that are complete are kept") as stops:
+        job.denoise = vdm.stoppable(job.denoise, stops)
+        with vdm.autocast(job.device, dtype):
+            videos = record(job)
+        if not job.latents:
+            write_all(job, videos)
     if job.actions is not None and len(videos) > 1:
         spread = videos.clamp(-1, 1).var(0).mean().item()
         print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
-    write(job, videos)
-    print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
+    many = f"{len(videos)} of {job.n}" if len(videos) < job.n else job.n
+    print(f"files   {many} videos of {videos.shape[1]} frames in {job.folder}/")
 
 if __name__ == "__main__":
-    vdm.run_program(main)
+    vdm.run_program(main, "make fewer videos at a time (--batch 1)")

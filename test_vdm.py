@@ -2787,20 +2787,98 @@ def sigint():
     yield
     signal.signal(signal.SIGINT, before)
 
-def test_ctrl_c(tmp_path, monkeypatch, capsys, sigint):
-    """Once: the step at work is saved. Twice: nothing is. Under nohup, where it is ignored: no."""
+def test_ctrl_c(tmp_path, monkeypatch, capfd, sigint):
+    """However often it comes in a step, that step is saved, and the first answer comes at once; so
+    with a terminal that is closed. Under nohup, where it is ignored, nothing happens."""
     flags = "--steps 3 --save-every 3"
-    stopped(monkeypatch, 1, signal.SIGINT)
-    assert run(tmp_path / "once", flags)["step"] == 2
-    assert "stopped after step 2, all saved" in capsys.readouterr().out
-    stopped(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "twice", flags)
-    assert not (tmp_path / "twice/last.pt").exists()
+    for k, numbers in enumerate(([signal.SIGINT], [signal.SIGINT] * 3, [signal.SIGHUP])):
+        stopped(monkeypatch, 1, *numbers)
+        assert run(tmp_path / str(k), flags)["step"] == 2
+        said = capfd.readouterr()
+        assert "stopped after step 2, all saved" in said.out
+        assert said.err.count("stopping: this step is finished and saved first") == len(numbers)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopped(monkeypatch, 1, signal.SIGINT)
     assert run(tmp_path / "nohup", flags)["step"] == 3
+
+def test_a_signal_ends_samples_early(tmp_path, monkeypatch, capfd, sigint):
+    """Those on the way: sampling stops at its next noise level, and the step before it is saved."""
+    generate = vdm.generate
+    asked = []
+
+    def interrupted(denoise, *args, **options):
+        def ask(x, sigma, **conditions):
+            asked.append(sigma)
+            signal.raise_signal(signal.SIGINT)
+            return denoise(x, sigma, **conditions)
+        return generate(ask, *args, **options)
+
+    monkeypatch.setattr(vdm, "generate", interrupted)
+    assert run(tmp_path / "run", "--steps 9 --sample-every 4 --sampling-steps 20")["step"] == 4
+    assert len(asked) == 1 and not (tmp_path / "run/samples").exists()
+
+def test_checkpoints_and_samples_by_the_clock(tmp_path, monkeypatch):
+    """Of steps of 100 seconds the first that ends after ten minutes is saved. There are samples
+    after a minute, and whenever the time has doubled. The weights are those of a quick run."""
+    flags = "--steps 20 --save-every 99"
+    common = SMALL_c.replace("--sample-every 99", "")
+    whole = run(tmp_path / "whole", flags, common)
+    assert len(list((tmp_path / "whole/samples").glob("*.png"))) == 4 + 1   # each fifth, the last
+    now = [0.0]
+    draw = train.draw
+    save = vdm.save
+    saved = []
+
+    def slow(*args):
+        now[0] += 100
+        return draw(*args)
+
+    def kept(path, **state):
+        saved.append(state["step"])
+        save(path, **state)
+
+    clock = lambda: now[0]
+    monkeypatch.setattr(train, "draw", slow)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
+    monkeypatch.setattr(vdm, "save", kept)
+    assert same_c(whole, run(tmp_path / "slow", flags, common))
+    assert saved == [7, 14, 20]
+    names = sorted(path.stem for path in (tmp_path / "slow/samples").glob("*.png"))
+    assert names == ["final", *(f"step_{n:06d}" for n in (1, 3, 4, 8, 12, 16))]
+
+def test_samples_that_cannot_be_written_are_a_warning(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/samples").touch()
+    assert run(tmp_path / "run", "--steps 3 --sample-every 2")["step"] == 3
+    said = capsys.readouterr().out
+    assert said.count("warning: could not write") == 2 and "2 clips of 4 frames" in said
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused. A kill of the first frees the folder, though its worker lives."""
+    options = SimpleNamespace(out=tmp_path / "a/run", dry_run=False)
+    receiver, sender = os.pipe()
+    first = os.fork()
+    if not first:
+        with train.alone(options):
+            worker = os.fork()
+            if worker:
+                os.write(sender, str(worker).encode())
+            signal.pause()
+    worker = int(os.read(receiver, 99))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another run is writing to .*a/run: wait"):
+            run(options.out, "--steps 1")
+    assert (options.out / "log.csv").exists()
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    with pytest.raises(ValueError, match="--ema"):
+        run(options.out, "--steps 1 --ema 2")
+    assert os.listdir(options.out) == []                        # log.csv had nothing in it
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(ValueError, match="--ema"):
+        run(tmp_path / "b/c", "--ema 2")
+    assert os.listdir(tmp_path) == ["a"]
 
 def test_sigterm_on_the_command_line(tmp_path):
     """To all processes, the one that reads ahead too, as a terminal or a queue sends it."""
@@ -2808,7 +2886,8 @@ def test_sigterm_on_the_command_line(tmp_path):
     process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
-    while not (tmp_path / "run/log.csv").exists() and process.poll() is None:
+    log = tmp_path / "run/log.csv"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     said = process.communicate()[0]
@@ -3745,8 +3824,10 @@ def test_reward_d(here, capsys):
 
 @cases("batch, length, windows, kept", [(1, 4, 2, (2, 4)), (3, 6, 1, (3, 4)), (2, 6, 3, (2, 6)),
                                         (3, 6, 0, None)])
-def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capsys, batch, length, windows, kept):
+def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capfd, sigint, batch, length, windows,
+                                    kept):
     """The videos that are complete or, if none is, the frames that there are of the first ones."""
+    number = {1: signal.SIGINT, 2: signal.SIGHUP, 3: signal.SIGTERM}[batch]
     flags = f"--n 3 --length {length} --batch {batch}"
     left = iter(range(windows))
     generate = vdm.generate
@@ -3754,17 +3835,60 @@ def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capsys, batch, length, wi
 
     def interrupted(*args, **options):
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
+            signal.raise_signal(number)
         return generate(*args, **options)
 
     monkeypatch.setattr(vdm, "generate", interrupted)
     if kept is None:
         with pytest.raises(ValueError, match="there was no frame yet"):
             run_d(flags)
+        assert not Path("a").exists()
         return
     made = run_d(flags)
     assert np.array_equal(made, whole[:kept[0], :kept[1]]) and len(os.listdir("a")) == kept[0]
-    assert "stopped by Ctrl-C" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert said.err.count("stopping: videos that are complete are kept") == 2
+    assert f"{kept[0]} of 3 videos" in said.out or kept[0] == 3
+
+def test_what_is_complete_is_written_at_once(here, monkeypatch):
+    """A crash in the second batch leaves the videos of the first."""
+    whole = run_d("--n 2 --batch 1", out="b.mp4")
+    generate = vdm.generate
+    calls = []
+
+    def crash(*args, **options):
+        calls.append(args)
+        assert len(calls) < 2, "a crash"
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vdm, "generate", crash)
+    with pytest.raises(AssertionError, match="a crash"):
+        run_d("--n 2 --batch 1")
+    assert os.listdir("a") == ["000.mp4"]
+    assert Path("a/000.mp4").read_bytes() == Path("b/000.mp4").read_bytes()
+
+def test_older_videos_stay(here):
+    """Videos, or files and folders of that name, whatever is in them. They may be given, too."""
+    (here / "file").touch()
+    (here / "folder").mkdir()
+    made = run_d("--n 1")
+    before = {path: path.read_bytes() for path in here.glob("**/*") if path.is_file()}
+    run_d("--n 1 --seed 1 --context a/000.mp4")
+    for name in ("a", "file", "folder"):
+        sample.main(f"last.pt --device cpu --dtype fp32 --n 1 --out {name}.mp4".split())
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert {"a-2.mp4", "a-3.png", "file-2.mp4", "folder-2.gif"} < set(os.listdir())
+    assert near(strips("a-3.png"), made) and not near(strips("a-2.png"), made)
+
+def test_last_weights(here):
+    """--raw: those that training left, not their average."""
+    state = torch.load(checkpoint_d("last.pt"), weights_only=True)
+    run_d("--n 1", out="average.mp4")
+    vdm.save("last.pt", **state | dict(model=state["ema"], ema={k: 0 * w for k, w in
+                                                               state["ema"].items()}))
+    assert near(run_d("--n 1 --raw", out="last.mp4"), strips("average.png"))
+    assert not near(run_d("--n 1", out="zero.mp4"), strips("average.png"))
 
 def test_latents_with_their_autoencoder(here):
     """What is given is encoded, what comes is decoded; the same as decoding a roll-out at once."""
@@ -3859,11 +3983,8 @@ WRONG = [        # fields of Config, flags, words that must be said
     (DRIVE, "--actions clip.npy", r"clip.npy holds \(6, 16, 16, 3\), but the model knows"),
     ({}, "--context nothing.mp4", "nothing.mp4"),
     (dict(images=0.0), "--skip-guidance 2", "--skip-guidance .* --images"),
-    ({}, "--context a/x.npy", "x.npy might be overwritten"),
-    ({}, "--context a.png", "a.png might be overwritten .* another --out"),
-    ({}, "--out last.mp4 --context last.gif", "overwritten"),
-    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"),
-    ({}, "--out folder.mp4", "--out is folder.mp4"), ({}, "--out taken.mp4", "and a folder taken"),
+    ({}, "--context a/x.npy", "a/x.npy"),
+    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"), ({}, "--raw", "these weights"),
     ({}, "--device quantum", "--device quantum"), ({}, "--n 0", "--n is 0, expected 1"),
     ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
     ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"),
@@ -3874,12 +3995,10 @@ WRONG = [        # fields of Config, flags, words that must be said
 def test_errors_are_one_sentence(here, fields, flags, words):
     """They name the flag, what was expected, and come before anything is written."""
     checkpoint_d("last.pt", **fields)
-    (here / "folder.mp4").mkdir()
-    (here / "taken").touch()
     before = sorted(os.listdir())
     with pytest.raises(ValueError, match=words) as error:
         sample.main(["last.pt", "--device", "cpu", "--out", "a.mp4", *flags.split(" ")])
-    assert "\n" not in str(error.value) and sorted(set(os.listdir()) - {"a"}) == before
+    assert "\n" not in str(error.value) and sorted(os.listdir()) == before
 
 def test_a_mistake_has_no_traceback(here):
     """Exit 1 with the sentence alone; the command line in the docstring is the one that runs."""

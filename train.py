@@ -21,11 +21,12 @@ import inspect
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -224,15 +225,16 @@ def make_optimizers(config, model):
 
 # ---- samples -------------------------------------------------------------------------------------
 
-def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
-    """Generate n clips (n, T, C, H, W), 16 at a time, and decode them if there is an autoencoder.
+def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, batch=16, stops=(),
+           **told):
+    """Generate n clips (n, T, C, H, W), a batch at a time, and decode them by an autoencoder.
 
     Clip i depends on (seed, i) alone and on what it is told: label (n,), action (n, T, A)."""
     sigmas, sampler = sampling(config)
-    denoise = vdm.skip_guided_by(config, denoiser)
+    denoise = vdm.stoppable(vdm.skip_guided_by(config, denoiser), stops)
     clips = []
-    for i in range(0, n, 16):
-        shape = (min(16, n - i), config.frames, config.channels, *config.size)
+    for i in range(0, n, batch):
+        shape = (min(batch, n - i), config.frames, config.channels, *config.size)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         here = {name: x[i:i + shape[0]].to(device) for name, x in told.items()}
         with autocast(device, dtype):
@@ -242,15 +244,24 @@ def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told)
         clips.append(clip.cpu())
     return torch.cat(clips)
 
-def write_samples(path, clips, config):
-    """Write clips as film strip and GIF or, where latents have no decoder here, as .npy."""
-    if clips.shape[3:] != pixels(config)[0]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path.with_suffix(".npy"), clips.numpy())
-        return [path.with_suffix(".npy")]
-    strip = vdm.film_strip(clips[:8])[None]
-    return [vdm.write_video(path.with_suffix(".png"), strip, scale=2),
-            vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
+def write_samples(options, name, clips, config):
+    """Write clips as film strip and GIF or, where latents have no decoder here, as .npy.
+
+    That they cannot be written is no reason to end a run."""
+    if options.rank:
+        return []
+    path = options.out / "samples" / name
+    try:
+        if clips.shape[3:] != pixels(config)[0]:
+            with vdm.replacing(path.with_suffix(".npy")) as part:
+                np.save(part, clips.numpy())
+            return [path.with_suffix(".npy")]
+        strip = vdm.film_strip(clips[:8])[None]
+        return [vdm.write_video(path.with_suffix(".png"), strip, scale=2),
+                vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
+    except (OSError, ValueError) as e:                                    # ValueError is of NaN
+        print(f"\nwarning: {e}; the run goes on")
+        return []
 
 def report(world, videos, action=None):
     """Return the marks of a toy world as text, with those of as many of its own clips."""
@@ -267,6 +278,42 @@ def report(world, videos, action=None):
 
 def main(argv=None):
     options, config = parse(argv)
+    with alone(options):
+        run(options, config)
+
+@contextmanager
+def alone(options):
+    """Keep other runs out of the folder, by a lock on log.csv, which ends with the process.
+
+    Of torchrun's processes the first has it. Windows and some network disks know no such lock: a
+    second run is not noticed there. If nothing is logged, nothing stays."""
+    if options.dry_run or int(os.environ.get("RANK", 0)):
+        yield
+        return
+    new = [folder for folder in (options.out, *options.out.parents) if not folder.exists()]
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "log.csv"
+    with open(log, "a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.register_at_fork(after_in_child=file.close)    # workers outlive a killed process
+        except BlockingIOError as e:
+            raise ValueError(f"another run is writing to {options.out}: wait for it, stop it,"
+                             " or name another --out") from e
+        except (ImportError, OSError):
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if log.stat().st_size == 0:
+                    log.unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+def run(options, config):
+    """Make ready what a run consists of, train, and finish."""
     state, config = resume(options, config)
     check(options, config)
     if options.dry_run:
@@ -286,7 +333,8 @@ def main(argv=None):
     told = told_to_samples(held_out, options.marks, config)
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
-                      dtype=options.dtype, autoencoder=autoencoder, **told)
+                      dtype=options.dtype, autoencoder=autoencoder,
+                      batch=options.micro or 16, **told)
     if train(options, config, data, learner, store, picture, state):
         finish(options, config, held_out, picture)
 
@@ -335,7 +383,6 @@ def make_learner(options, config, state):
 
 def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
-    options.out.mkdir(parents=True, exist_ok=True)
     start = state["step"]
     seconds = state["seconds"]
     save_every = options.save_every or options.keep_every or max(1, config.steps // 10)
@@ -343,34 +390,51 @@ def train(options, config, data, learner, store, picture, state):
     trim(options.out / "log.csv", start)
     batches = read_batches(data, config, options, start)
     records = []
+    saved = time.monotonic()
+    look = max(60, 2 * seconds)            # at so many seconds of training there are samples, too
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps,
                disable=options.rank > 0, **BAR)
-    with stop_signals() as stops:
+    with vdm.stop_signals("stopping: this step is finished and saved first") as stops:
         for step in bar:
             began = time.perf_counter()
             records.append(train_step(step, config, options, batches, *learner))
             seconds += time.perf_counter() - began
             done = step + 1
-            stop = gather(torch.tensor([len(stops)], device=options.device)).any()
-            saving = stop or done % save_every == 0 or done == config.steps
+            last = done == config.steps
+            stop, early, late = agree(options, stops, seconds > look and not options.sample_every,
+                                      time.monotonic() - saved > 600)
+            if (early or done % sample_every == 0) and not (last or stop):
+                began = time.monotonic()
+                stop = show(options, config, picture, done, stops)
+                look = 2 * max(seconds, time.monotonic() - began)         # drawing may take longer
+            saving = stop or late or last or done % save_every == 0
             if saving or done % 10 == 0:                         # a resumed log then loses no step
                 bar.set_postfix(loss=f"{records[-1]['loss']:.4f}", refresh=False)
                 log(options, done, seconds, records)
                 records = []
             if saving:
                 store(done, seconds)
-            if done == config.steps:
-                break
-            if stop:
+                saved = time.monotonic()
+            if stop and not last:
                 bar.close()
                 print(f"stopped after step {done}, all saved: --resume goes on")
                 return False
-            if done % sample_every == 0:
-                clips = picture(min(6, options.marks))                # always from the same noise
-                if options.rank == 0:
-                    write_samples(options.out / f"samples/step_{done:06d}", clips, config)
     print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
     return True
+
+def agree(options, *wishes):
+    """Return of each wish whether any process has it."""
+    mine = torch.tensor([[bool(wish) for wish in wishes]], device=options.device)
+    return gather(mine).any(0).tolist()
+
+def show(options, config, picture, step, stops):
+    """Write samples of a few clips, always from the same noise. Return whether a signal came."""
+    try:
+        clips = picture(min(6, options.marks), stops=() if dist.is_initialized() else stops)
+    except KeyboardInterrupt:
+        return True
+    write_samples(options, f"step_{step:06d}", clips, config)
+    return False
 
 def read_batches(data, config, options, start):
     """Yield all parts of batches from step `start` on, read ahead by workers if there are any."""
@@ -381,26 +445,8 @@ def read_batches(data, config, options, start):
 
 def deaf(worker):
     """Let a worker leave signals to the process it reads for, which saves and then ends it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-@contextmanager
-def stop_signals():
-    """Yield a list to which SIGTERM and Ctrl-C are added. A second Ctrl-C stops at once."""
-    stops = []
-
-    def ask(number, frame):
-        if number == signal.SIGINT and number in stops:
-            raise KeyboardInterrupt
-        stops.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)
-              if signal.getsignal(number) != signal.SIG_IGN}               # as it is under nohup
-    try:
-        yield stops
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in vdm.STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 def log(options, step, seconds, records):
     """Append a row to log.csv: means over the steps since the last, and errors by noise level."""
@@ -441,13 +487,13 @@ def finish(options, config, held_out, picture):
     clips = picture(options.marks, seed=1)                  # by all, as a sharded model needs all
     if options.rank:
         return
-    files = write_samples(options.out / "samples/final", clips, config)
+    files = write_samples(options, "final", clips, config)
     if options.data in WORLDS:
         print(report(held_out, clips, picture.keywords.get("action")))
     last = options.out / "last.pt"
     print("files  ", *files, last, options.out / "log.csv", sep="\n        ")
     more = ["--context LATENT.npy --clip TOKEN.npy"] if config.give in PUBLISHED else []
-    print("next    python sample.py", last, *more)
+    print("next    python sample.py", shlex.quote(str(options.out)), *more)
 
 # ---- data ----------------------------------------------------------------------------------------
 
@@ -460,7 +506,8 @@ def open_data(options, config, autoencoder):
     if options.data in WORLDS:
         need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
-        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: expected 3")
+        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: name grey "
+             "videos by --data; for --preset mnist download mnist_test_seq.npy of Moving MNIST")
         world = WORLDS[options.data]
         data = world(frames, size, seed=options.seed)
         held_out = world(frames, size, seed=options.seed + 1)
@@ -471,6 +518,9 @@ def open_data(options, config, autoencoder):
             folder = Latents
             size = config.size
             channels = config.channels
+            need(any(file.suffix == ".npy" for file in vdm.find_files(Path(options.data))),
+                 f"{options.data} has no latents (.npy), which this run needs: for videos name an "
+                 "autoencoder, too (--latents CKPT, made by notebooks/autoencoder.py)")
         data = held_out = folder(options.data, frames, size, config.stride, channels,
                                  options.seed, progress=not options.local, cache=True)
         print(data.report)
@@ -817,6 +867,7 @@ def dry_run(config):
         print(f"memory     {size / 2 ** 20:12,.2f} MiB {name}")
 
 if __name__ == "__main__":
-    vdm.run_program(main)
+    vdm.run_program(main, "handle fewer clips at a time (--micro 1) or in a step (a smaller "
+                    "--batch); --dry-run prints what a run needs")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1629,12 +1629,15 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
 
@@ -1989,8 +1992,12 @@ def open_clips(path):
         return clips_of_array(path), FPS
     if suffix in VIDEOS:
         # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
-        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-        said = subprocess.run(command, input=b"", capture_output=True).stderr.decode("latin1")
+        try:
+            command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split()]
+            done = subprocess.run([*command, path.absolute()], input=b"", capture_output=True)
+        except (RuntimeError, FileNotFoundError) as e:
+            raise ImportError(f"ffmpeg is missing, which reads {path}") from e
+        said = done.stderr.decode("latin1")
         if said:
             raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
         frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
@@ -2039,8 +2046,11 @@ def replacing(path, mark="part"):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:                   # RuntimeError is torch's, of a full disk
-        raise OSError(f"could not write {path} ({e}); what was there is untouched") from e
+    except (OSError, RuntimeError) as e:                # RuntimeError is torch's, of an OSError
+        codes = [getattr(error, "errno", 0) for error in (e, e.__context__)]
+        full = errno.ENOSPC in codes or shutil.disk_usage(path.parent).free < 1e6
+        reason = "the disk is full" if full else e
+        raise OSError(f"could not write {path} ({reason}); what was there is untouched") from e
     finally:
         if part.exists():
             part.unlink()
@@ -2157,6 +2167,9 @@ class VideoFolder:
         speeds = []
         skipped = []
         files = find_files(root)
+        if not files:
+            kinds = " ".join(sorted(VIDEOS | PICTURES | {".gif", ".webp", ".npy", ".npz"}))
+            raise ValueError(f"{root} is an empty folder, expected files of these types: {kinds}")
         for file in tqdm(files, "decoding", disable=not progress):
             try:
                 speeds.append(self.add(file))
@@ -2195,14 +2208,17 @@ class VideoFolder:
         key = hashlib.sha256(key).hexdigest()[:32]
         try:
             path, = self.cache.glob(f"{key}-*.npy")
+            fps = float(path.stem.partition("-")[2])
             n = len(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError):                              # missing, or cut short
+        except (OSError, ValueError, EOFError):                              # missing, or damaged
+            for path in self.cache.glob(f"{key}-*.npy"):
+                path.unlink()
             clips, fps = decode(file, self.size, self.channels)
             n = len(clips)
             path = self.cache / f"{key}-{fps}.npy"
             with replacing(path, os.getpid()) as part:
                 np.save(part, clips)
-        return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
+        return [StoredClip(path, k) for k in range(n)], fps
 
     def read_actions(self, path, clips):
         """The actions (T, A) of each clip, or None for each if there is no such file."""
@@ -2457,9 +2473,10 @@ def with_weights(model, weights, path):
         raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
     return model.eval().requires_grad_(False)
 
-def load(path):
+def load(path, raw=False):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config).
 
+    raw takes the last weights instead, which last.pt of a run has, too.
     A .safetensors or .ckpt file holds published weights, for the preset svd or vista."""
     if Path(path).suffix in (".safetensors", ".ckpt"):
         denoiser, found = read_published(path)
@@ -2472,7 +2489,10 @@ def load(path):
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
-    return with_weights(build(config), state.get("ema", {}), path), config
+    weights = state.get("model" if raw else "ema")
+    if weights is None:
+        raise ValueError(f"{path} does not hold these weights; last.pt of a run holds both kinds")
+    return with_weights(build(config), weights, path), config
 
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model of its latents -> (Autoencoder, Config).
@@ -2781,17 +2801,56 @@ def autocast(device, dtype):
     """Return a context in which networks compute in a dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-def run_program(main):
-    """Run a program, and end it with one sentence if it fails by what its user can change."""
+STOPS = {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+
+@contextmanager
+def stop_signals(said):
+    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are added, and say so.
+
+    They end nothing, however often they come: whoever asks for the list stops where nothing is
+    lost. A signal that is ignored, as under nohup, stays ignored."""
+    stops = []
+
+    def note(number, frame):
+        stops.append(number)
+        with suppress(OSError):                                      # of a terminal that is gone
+            os.write(2, f"\n{said} (Ctrl-\\ ends at once)\n".encode())    # print may be at work
+
+    before = {number: signal.signal(number, note) for number in STOPS
+              if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def stoppable(denoise, stops):
+    """Return denoise, which raises KeyboardInterrupt as soon as stops holds a signal."""
+    def ask(x, sigma, **conditions):
+        if stops:
+            raise KeyboardInterrupt
+        return denoise(x, sigma, **conditions)
+    return ask
+
+def run_program(main, memory):
+    """Run a program, and end it with one sentence if it fails by what its user can change.
+
+    memory says what to do if there is too little."""
     try:
         main()
-    except torch.OutOfMemoryError:
-        sys.exit("error: the memory of the GPU is full: sample.py takes less with a smaller "
-                 "--batch, train.py with --micro 1, --checkpoint-activations or --shard")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; if a run has saved a checkpoint, train.py --resume goes on from it")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit("\nstopped")
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        sentence = str(e)
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", sentence):
+            sentence = f"the memory is full: {memory}"
+        elif isinstance(e, RuntimeError):
+            raise
+        elif isinstance(e, ImportError):
+            sentence += ": pip install -r requirements.txt"
+        elif getattr(e, "errno", 0) == errno.ENOSPC:
+            sentence = "the disk is full"
+        sys.exit(f"error: {sentence}")
 
 if __name__ == "__main__":
     demo()
