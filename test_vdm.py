@@ -1664,6 +1664,29 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, module, n
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pt"]
 
+def test_a_full_disk_is_called_that(tmp_path):
+    """Although torch hides the cause behind a position in its archive."""
+    (tmp_path / ".part.a.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="could not write .*a.pt .the disk is full."):
+        vdm.save(tmp_path / "a.pt", x=torch.zeros(10 ** 5))
+    assert os.listdir(tmp_path) == []
+
+def full():
+    with open("/dev/full", "w") as file:
+        file.write("a row")
+
+@cases("main, words", [
+    (lambda: torch.empty(10 ** 15), "the memory is full: buy more"),
+    (lambda: np.zeros(10 ** 17), "the memory is full: buy more"),
+    (lambda: vdm.need(False, "no"), "no"), (full, "the disk is full"),
+    (lambda: __import__("no_such"), "No module named 'no_such': pip install -r requirements.txt")])
+def test_what_users_can_mend_is_one_sentence(main, words):
+    with pytest.raises(SystemExit) as stop:
+        vdm.run_program(main, "buy more")
+    assert stop.value.code == f"error: {words}"
+    with pytest.raises(RuntimeError, match="singular"):                 # what they cannot is a bug
+        vdm.run_program(lambda: torch.linalg.inv(torch.zeros(2, 2)), "buy more")
+
 @cases("changes, words", [
     *[({name: "all"}, f"{name} is 'all', expected one of ") for name in vdm.CHOICES],
     (dict(attention=("none",)), "each of the 2 levels"), (dict(head_dim=7), "head_dim is 7"),
@@ -2499,21 +2522,24 @@ def test_files_are_decoded_once(videos, monkeypatch):
     assert sum((clip[0:1] == 4).all() for clip in data.clips) == 2
 
 def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
-    """A lost or shortened file in the cache is made anew."""
+    """A lost or shortened file in the cache is made anew, and one whose name is garbled."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     cached(monkeypatch, videos)
     kept = sorted((videos / ".vdm_cache").iterdir())
     assert len(kept) == 3 and not [path for path in kept if path.name[0] == "."]   # temporary
     for path in kept:
         data = path.read_bytes()
-        for rest in (None, 0, len(data) - 1):
+        for rest in (None, 0, len(data) - 1, "garbled"):
             path.unlink()
-            if rest is not None:
+            if rest == "garbled":
+                path.with_stem(path.stem.partition("-")[0] + "-x").write_bytes(data)
+            elif rest is not None:
                 path.write_bytes(data[:rest])
             again, names = cached(monkeypatch, videos)
             assert len(names) == 2
             assert same(again, plain)
             assert path.read_bytes() == data
+    assert sorted((videos / ".vdm_cache").iterdir()) == kept
 
 def test_without_room_for_a_cache(videos, monkeypatch):
     """Clips stay in memory where nothing can be written; a full disk is an error that says so."""
@@ -2848,11 +2874,13 @@ def test_checkpoints_and_samples_by_the_clock(tmp_path, monkeypatch):
     assert names == ["final", *(f"step_{n:06d}" for n in (1, 3, 4, 8, 12, 16))]
 
 def test_samples_that_cannot_be_written_are_a_warning(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/samples").touch()
-    assert run(tmp_path / "run", "--steps 3 --sample-every 2")["step"] == 3
+    out = tmp_path / "Ann's run"                                  # the shell needs quotes for it
+    out.mkdir()
+    (out / "samples").touch()
+    train.main([*SMALL_c.split(), "--steps", "3", "--sample-every", "2", "--out", str(out)])
     said = capsys.readouterr().out
     assert said.count("warning: could not write") == 2 and "2 clips of 4 frames" in said
+    assert shlex.split(said.splitlines()[-1]) == ["next", "python", "sample.py", str(out)]
 
 def test_two_runs_in_one_folder(tmp_path):
     """The second is refused. A kill of the first frees the folder, though its worker lives."""
@@ -3314,6 +3342,7 @@ REFUSED = [
     ("--labels 3", "--labels is 3 and --actions (), but the data has 18"),
     ("--actions 4 2", "but the data has 18 labels and actions ()"),
     ("--data drive --channels 1", "toy worlds are in colour"),
+    ("--preset mnist", "download mnist_test_seq.npy"),
     ("--data no/such", "no/such does not exist"), ("--device quantum", "is not to be had here"),
     ("--preset latent", "this run needs latents"), ("--latents no.pt", "no checkpoint no.pt"),
     ("--init no.pt", "no checkpoint no.pt"), ("--train temporal", "needs --init"),
@@ -3338,18 +3367,34 @@ def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path, trained):
 
 def test_a_folder_of_ones_own(tmp_path, capsys):
     """Grey stays one channel, files play at their own speed, and numbers beside a clip are told."""
+    data = tmp_path / "data"
+    data.mkdir()
     for k in range(3):
-        np.save(tmp_path / f"clip{k}.npy", np.full((9, 20, 30, 1), 40 * k, np.uint8))
-        np.save(tmp_path / f"clip{k}.actions.npy", np.random.default_rng(k).normal(size=(9, 3)))
-    (tmp_path / "notes.txt").write_text("no video")
-    state = run(tmp_path / "run", f"--steps 3 --data {tmp_path} --channels 1 --stride 2")
+        np.save(data / f"clip{k}.npy", np.full((9, 20, 30, 1), 40 * k, np.uint8))
+        np.save(data / f"clip{k}.actions.npy", np.random.default_rng(k).normal(size=(9, 3)))
+    (data / "notes.txt").write_text("no video")
+    state = run(tmp_path / "run", f"--steps 3 --data {data} --channels 1 --stride 2")
     said = capsys.readouterr().out
     assert "4 files" in said and "3 clips used, 1 skipped" in said and "notes.txt" in said
     config = vdm.Config(**state["config"])
     assert (config.fps, config.actions, config.channels) == (4.0, (3,), 1)
     assert state["model"]["net.conditions.action.linear.weight"].abs().max() > 0
     with pytest.raises(ValueError, match=r"--actions \(2, 2\), but the data has .* actions \(3,\)"):
-        run(tmp_path / "other", f"--data {tmp_path} --channels 1 --actions 2 2")
+        run(tmp_path / "other", f"--data {data} --channels 1 --actions 2 2")
+
+def test_data_that_is_of_no_use_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    with pytest.raises(ValueError, match=r"data is an empty folder, expected .*\.gif .*\.mp4 .*\.npz"):
+        run(tmp_path / "run", f"--data {data}")
+    clip = vdm.MovingShapes(4, (16, 16))[0]["video"]
+    vdm.write_video(data / "a.mp4", clip)
+    with pytest.raises(ValueError, match="has no latents .* for videos name an autoencoder"):
+        run(tmp_path / "run", f"--preset latent --data {data}")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/program")
+    with pytest.raises(ImportError, match="ffmpeg is missing, which reads .*a.mp4"):
+        run(tmp_path / "run", f"--data {data}")
+    assert os.listdir(tmp_path) == ["data"]
 
 # ---- latents -------------------------------------------------------------------------------------
 
