@@ -245,21 +245,51 @@ def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, batch=1
     return torch.cat(clips)
 
 def write_samples(options, name, clips, config):
-    """Write clips as film strip and GIF or, where latents have no decoder here, as .npy.
-
-    That they cannot be written is no reason to end a run."""
-    if options.rank:
-        return []
+    """Write clips as film strip and GIF or, where latents have no decoder here, as .npy."""
     path = options.out / "samples" / name
+    if clips.shape[3:] != pixels(config)[0]:
+        with vdm.replacing(path.with_suffix(".npy")) as part:
+            np.save(part, clips.numpy())
+        return [path.with_suffix(".npy")]
+    strip = vdm.film_strip(clips[:8])[None]
+    return [vdm.write_video(path.with_suffix(".png"), strip, scale=2),
+            vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
+
+def draw_errors(options):
+    """Draw the squared errors in log.csv over the steps, a line for each range of noise levels."""
+    from PIL import Image, ImageDraw
+    log = options.out / "log.csv"
+    table = np.genfromtxt(log, delimiter=",", names=True, deletechars="", ndmin=1)
+    last = table["step"][-1]
+    image = Image.new("RGB", (600, 330), "white")
+    pen = ImageDraw.Draw(image)
+
+    def place(step, error):
+        return 50 + 430 * step / last, 20 - 70 * np.log10(np.clip(error, 1e-4, 1))
+
+    for tick in (1.0, 0.1, 0.01, 0.001, 0.0001):
+        pen.line([place(0, tick), place(last, tick)], "lightgrey")
+        pen.text((5, place(0, tick)[1] - 6), f"{tick:g}", "black")
+    for step in (0, last / 2, last):
+        pen.text((place(step, 1)[0] - 6, 310), f"{step:.0f}", "black")
+    colors = ("navy", "royalblue", "seagreen", "orange", "orangered", "darkred")
+    for k, color in enumerate(colors):
+        low, high = SIGMA_EDGES[k:k + 2]
+        pen.text((490, 20 + 15 * k), f"sigma {low} to {high}", color)
+        parts = np.array_split(table, min(len(table), 60))                  # means are less noisy
+        errors = [(rows["step"].mean(), rows[f"error_sigma_{low}_{high}"]) for rows in parts]
+        pen.line([place(step, np.nanmean(error)) for step, error in errors
+                  if np.isfinite(error).any()], color, width=2)
+    path = options.out / "samples/errors.png"
+    with vdm.replacing(path) as part:
+        image.save(part)
+    return [path]
+
+def try_to_write(write, *arguments):
+    """Return the files that write(*arguments) writes. That it fails is no reason to end a run."""
     try:
-        if clips.shape[3:] != pixels(config)[0]:
-            with vdm.replacing(path.with_suffix(".npy")) as part:
-                np.save(part, clips.numpy())
-            return [path.with_suffix(".npy")]
-        strip = vdm.film_strip(clips[:8])[None]
-        return [vdm.write_video(path.with_suffix(".png"), strip, scale=2),
-                vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
-    except (OSError, ValueError) as e:                                    # ValueError is of NaN
+        return write(*arguments)
+    except (OSError, ValueError) as e:                                      # ValueError is of NaN
         print(f"\nwarning: {e}; the run goes on")
         return []
 
@@ -433,7 +463,8 @@ def show(options, config, picture, step, stops):
         clips = picture(min(6, options.marks), stops=() if dist.is_initialized() else stops)
     except KeyboardInterrupt:
         return True
-    write_samples(options, f"step_{step:06d}", clips, config)
+    if options.rank == 0:
+        try_to_write(write_samples, options, f"step_{step:06d}", clips, config)
     return False
 
 def read_batches(data, config, options, start):
@@ -487,7 +518,8 @@ def finish(options, config, held_out, picture):
     clips = picture(options.marks, seed=1)                  # by all, as a sharded model needs all
     if options.rank:
         return
-    files = write_samples(options, "final", clips, config)
+    files = try_to_write(write_samples, options, "final", clips, config)
+    files += try_to_write(draw_errors, options)
     if options.data in WORLDS:
         print(report(held_out, clips, picture.keywords.get("action")))
     last = options.out / "last.pt"
