@@ -2721,6 +2721,25 @@ def test_what_a_run_leaves(trained):
     assert Image.open(trained / "samples/final.png").size == (2 * (4 * 17 + 1), 2 * (2 * 17 + 1))
     assert [read(trained / f"step_{k:06d}.pt")["step"] for k in (1, 5, 12)] == [1, 5, 12]
 
+def test_the_picture_of_errors(tmp_path):
+    """A line per noise level, at the height of its error; a level without a clip has a gap, not 0."""
+    options = SimpleNamespace(out=tmp_path)
+    want = [0.5, 0.2, 0.05, 0.02, 0.005, 0.002]
+    for step in range(10, 1010, 10):
+        records = [dict(loss=1.0, gradient_norm=1.0, lr_share=1.0, sigma=torch.tensor(sigma),
+                        error=torch.tensor(want)[-len(sigma):])
+                   for sigma in ([0.05, 0.2, 0.5, 2, 5, 20], [0.2, 0.5, 2, 5, 20])][step % 20 // 10:]
+        options.rank = 0
+        train.log(options, step, 1.0, records)
+    path, = train.draw_errors(options)
+    picture = np.asarray(Image.open(path)).astype(int)[:, 50:480]                     # the axes
+    lines = picture[:, 200:400].transpose(1, 0, 2)
+    inks = [(0, 0, 128), (65, 105, 225), (46, 139, 87), (255, 165, 0), (255, 69, 0), (139, 0, 0)]
+    for error, ink in zip(want, inks):
+        heights = np.nonzero((lines == ink).all(-1))[1]
+        decades = np.log10(1 / error)                                # 70 pixels each, from 1 down
+        assert len(heights) >= 200 and np.abs(heights - 20 - 70 * decades).max() <= 1.5, ink
+
 def test_averaged_weights_by_hand(trained):
     """The share that update n keeps is (1 + n) / (10 + n), which is below 0.995 here."""
     average = read_fresh(read(trained / "last.pt"))
@@ -2879,7 +2898,7 @@ def test_samples_that_cannot_be_written_are_a_warning(tmp_path, capsys):
     (out / "samples").touch()
     train.main([*SMALL_c.split(), "--steps", "3", "--sample-every", "2", "--out", str(out)])
     said = capsys.readouterr().out
-    assert said.count("warning: could not write") == 2 and "2 clips of 4 frames" in said
+    assert said.count("warning: could not write") == 3 and "2 clips of 4 frames" in said
     assert shlex.split(said.splitlines()[-1]) == ["next", "python", "sample.py", str(out)]
 
 def test_two_runs_in_one_folder(tmp_path):
@@ -3301,7 +3320,7 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
     body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Config")
     lines = source.splitlines()
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        train.parse(["--help-all"])
     said = re.sub(r"\s+", "", capsys.readouterr().out)       # lines are broken, also at hyphens
     flags, want = [], {}
     for node in body.body:
@@ -3319,6 +3338,23 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
     assert train.parse(["--preset", "ucf101", *flags])[1] == vdm.Config(**want)
     config = train.parse("--batch 3 --preset ucf101 --size 24".split())[1]
     assert config == dataclasses.replace(vdm.PRESETS["ucf101"], batch=3, size=(24, 24))
+
+def test_help_is_short_and_has_the_defaults_of_the_preset(capsys):
+    """A line has the value that a run of this preset has; the table agrees with the networks."""
+    for name in ("tiny", "latent", "mnist"):
+        with pytest.raises(SystemExit):
+            train.parse(["--preset", name, "--help"])
+        said = capsys.readouterr().out
+        assert 15 <= len(set(re.findall(r"^  (--\w[\w-]*)", said, re.M))) <= 21
+        config = vdm.PRESETS[name]
+        said = " ".join(said.split())
+        for field in ("frames", "steps", "width"):
+            assert re.search(rf"--{field} [^()]*\({getattr(config, field)}\)", said), field
+        assert f"({config.size[0]} {config.size[1]})" in said and "--clip-norm" not in said
+        with torch.device("meta"):
+            total = sum(p.numel() for p in vdm.build(config).parameters())
+        assert re.search(rf"{name} [^|]*? {config.frames} x \d+ x \d+ +{total / 1e6:.1f} M", said)
+    assert train.ABOUT.keys() == vdm.PRESETS.keys()
 
 REFUSED = [
     ("--prest tiny", "unrecognized arguments: --prest"), ("--preset huge", "choice: 'huge'"),
@@ -3385,7 +3421,7 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
 def test_data_that_is_of_no_use_is_refused_in_one_sentence(tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
-    with pytest.raises(ValueError, match=r"data is an empty folder, expected .*\.gif .*\.mp4 .*\.npz"):
+    with pytest.raises(ValueError, match="data is an empty folder, expected .*.gif .*.mp4 .*.npz"):
         run(tmp_path / "run", f"--data {data}")
     clip = vdm.MovingShapes(4, (16, 16))[0]["video"]
     vdm.write_video(data / "a.mp4", clip)

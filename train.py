@@ -7,6 +7,7 @@ train.py: train a video diffusion model.
     python train.py --preset tiny --resume             go on where a run was stopped
     python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
     python train.py --preset ucf101 --dry-run          what a run would need
+    python train.py --preset latent --help-all         all flags, with the defaults of a preset
     python train.py --preset vista --init svd.safetensors --data latents/     from published weights
     torchrun --nproc_per_node 8 train.py ...           many GPUs share every step's clips
 
@@ -350,6 +351,9 @@ def run(options, config):
         return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
+    time = ABOUT[options.preset][-1]
+    if options.device.type == "cpu" and "GPU" in time:
+        print(f"note    preset {options.preset} is meant for a {time}")
     if config.frames == 2 and options.device.type == "cpu":
         options.dtype = torch.float32              # PyTorch 2.13: Conv3d's gradient in bf16 is NaN
     join(options, config)
@@ -574,13 +578,44 @@ def open_data(options, config, autoencoder):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
+# of each preset: what it is, its parameters, and how long a run takes
+ABOUT = dict(
+    tiny=("shapes that bounce", "1.7 M", "40 minutes on a core"),
+    latent=("the same, as latents", "1.6 M", "about as long"),
+    mnist=("Moving MNIST", "10.8 M", "GPU (47 hours on two cores)"),
+    ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "473 M", "GPU"),
+    rds=("Video LDM", "736 M", "GPU"), svd=("SVD, published", "1,474 M", "GPU"),
+    vista=("Vista, published", "1,537 M", "GPU"))
+
+def table_of_presets():
+    lines = ["preset  what it is             frames x pixels  parameters  time"]
+    for name, config in vdm.PRESETS.items():
+        what, parameters, time = ABOUT[name]
+        size = "{} x {} x {}".format(config.frames, *pixels(config)[0])
+        lines.append(f"{name:7} {what:22} {size:>15} {parameters:>11}  {time}")
+    return "\n".join(lines)
+
+# what --help shows; --help-all shows all
+FIRST = ("preset data out resume steps batch frames size channels stride task width lr seed device "
+         "init latents sample_every micro dry_run help_all").split()
+
 def parse(argv):
     """Read flags into (options, Config). The comment beside each field of Config is its help."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
-    add = p.add_argument
+    look = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
+    p = Parser(description=__doc__, formatter_class=look, usage="train.py [--FLAG VALUE ...]",
+               allow_abbrev=False, epilog=table_of_presets())
+    words = sys.argv[1:] if argv is None else argv
+
+    def add(flag, help, **kind):
+        if flag[2:].replace("-", "_") not in FIRST and "--help-all" not in words:
+            help = argparse.SUPPRESS
+        if "action" not in kind and "choices" not in kind:
+            kind["metavar"] = "X"
+        p.add_argument(flag, help=help, **kind)
+
     add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
-    add("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder")
+    add("--help-all", action="help", help="list all flags, with the defaults of this preset")
+    add("--data", default="shapes", help="a toy world (shapes, drive), or a file or folder of videos")
     add("--out", type=Path, help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
@@ -589,8 +624,10 @@ def parse(argv):
     add("--seed", type=int, default=0, help="fixes weights, data and noise")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
-    add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
-    add("--sample-every", type=int, help="steps between pictures (default: a fifth of the run)")
+    add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run); "
+        "they are never more than ten minutes apart")
+    add("--sample-every", type=int, help="steps between samples (default: a fifth of the run, "
+        "and also after 1, 2, 4 ... minutes)")
     add("--keep-every", type=int, help="keep those of every so many steps: step_000500.pt ...")
     add("--marks", type=int, default=64, help="clips generated and marked at the end")
     add("--workers", type=int, default=0, help="processes that read clips ahead")
@@ -599,13 +636,16 @@ def parse(argv):
     add("--checkpoint-activations", action="store_true", help="less memory for a third more work")
     add("--shard", action="store_true", help="torchrun: divide the model among processes (FSDP2)")
     add("--compile", action="store_true", help="compile the network; needs a C++ compiler")
+    named = re.search("--preset[ =](\\w+)", " ".join(words))
+    preset = vdm.PRESETS.get(named and named[1], vdm.Config())
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
     for f in dataclasses.fields(vdm.Config):
         kind = dict(type=f.type)
         if f.type is tuple:
             kind = dict(nargs="+", type=type((*f.default, 0)[0]))       # of an empty one, int
+        default = " ".join(map(str, np.atleast_1d(getattr(preset, f.name))))
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-            help=f"{comments[f.name]} ({f.default})", **kind)
+            help=f"{comments[f.name]} ({default})", **kind)
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in vars(options).items() if name in comments}

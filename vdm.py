@@ -2289,9 +2289,9 @@ class Config:
     schedule: str = "lognormal"     # linear, scaled_linear, cosine, sigmoid, uniform, lognormal
     mean: float = 1.5               # lognormal: mean of log(sigma)
     std: float = 1.2                # lognormal: standard deviation of log(sigma)
-    offset: float = 0.0             # strength of offset noise
+    offset: float = 0.0             # strength of noise that all pixels of a frame share (section 9)
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
-    task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
+    task: str = "predict"           # given frames: predict (the first), ends, any, image or upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
@@ -2300,7 +2300,7 @@ class Config:
     # how it is trained
     loss: str = "change"            # plain, change (plus the change between frames), or vista
     weighting: str = "inverse"      # weight: inverse, min_snr, or that of a kind (loss_weight)
-    steps: int = 2000               # optimiser steps
+    steps: int = 2000               # steps of training
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -2309,7 +2309,7 @@ class Config:
     weight_decay: float = 0.01      # AdamW's
     clip_norm: float = 1.0          # largest norm of the gradient
     ema: float = 0.995              # decay of the averaged weights
-    train: tuple = ("all",)         # all, or some of spatial, temporal, conditions, lora, adapters
+    train: tuple = ("all",)         # what learns: all, or some of spatial, temporal, conditions, lora
     spatial_lr: float = 1.0         # learning rate of spatial layers, as a share (Vista: 0.1)
     # how it is sampled
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
@@ -2711,7 +2711,7 @@ BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)           
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
     def error(self, message):
-        sys.exit(f"error: {message} (--help lists all flags)")
+        sys.exit(f"error: {message} (see --help)")
 
 def need(met, sentence):
     """Refuse, by this sentence, what does not meet a condition."""
