@@ -615,7 +615,7 @@ def parse(argv):
 
     add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
     add("--help-all", action="help", help="list all flags, with the defaults of this preset")
-    add("--data", default="shapes", help="a toy world (shapes, drive), or a file or folder of videos")
+    add("--data", default="shapes", help="toy world (shapes or drive), or file or folder of videos")
     add("--out", type=Path, help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")

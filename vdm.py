@@ -2315,7 +2315,7 @@ class Config:
     std: float = 1.2                # lognormal: standard deviation of log(sigma)
     offset: float = 0.0             # strength of noise that all pixels of a frame share (section 9)
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
-    task: str = "predict"           # given frames: predict (the first), ends, any, image or upsample
+    task: str = "predict"           # given frames: predict (the first), ends, any, image, upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
@@ -2333,7 +2333,7 @@ class Config:
     weight_decay: float = 0.01      # AdamW's
     clip_norm: float = 1.0          # largest norm of the gradient
     ema: float = 0.995              # decay of the averaged weights
-    train: tuple = ("all",)         # what learns: all, or some of spatial, temporal, conditions, lora
+    train: tuple = ("all",)         # all, or some of spatial, temporal, conditions, lora, adapters
     spatial_lr: float = 1.0         # learning rate of spatial layers, as a share (Vista: 0.1)
     # how it is sampled
     sampler: str = "dpmpp_2m_sde"   # ddpm, ddim, heun, dpmpp_2m or dpmpp_2m_sde
