@@ -3404,6 +3404,14 @@ def test_help_is_short_and_has_the_defaults_of_the_preset(capsys):
         assert re.search(rf"{name} [^|]*? {config.frames} x \d+ x \d+ +{total / 1e6:.1f} M", said)
     assert train.ABOUT.keys() == vdm.PRESETS.keys()
 
+def test_a_preset_for_a_gpu_says_so_first(tmp_path, capsys):
+    """mnist, here at toy size."""
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/a.npy", np.zeros((9, 16, 16), np.uint8))
+    flags = SMALL_c + f"--channels 1 --steps 1 --preset mnist --data {tmp_path}/data"
+    run(tmp_path / "run", "", flags)
+    assert capsys.readouterr().out.startswith("note    preset mnist is meant for a GPU (47 hours on")
+
 REFUSED = [
     ("--prest tiny", "unrecognized arguments: --prest"), ("--preset huge", "choice: 'huge'"),
     ("--kind z", "kind is 'z', expected one of eps, v, flow, x0, edm"),

@@ -261,6 +261,7 @@ def draw_errors(options):
     from PIL import Image, ImageDraw
     log = options.out / "log.csv"
     table = np.genfromtxt(log, delimiter=",", names=True, deletechars="", ndmin=1)
+    parts = np.array_split(table, min(len(table), 60))                      # means are less noisy
     last = table["step"][-1]
     image = Image.new("RGB", (600, 330), "white")
     pen = ImageDraw.Draw(image)
@@ -268,16 +269,13 @@ def draw_errors(options):
     def place(step, error):
         return 50 + 430 * step / last, 20 - 70 * np.log10(np.clip(error, 1e-4, 1))
 
-    for tick in (1.0, 0.1, 0.01, 0.001, 0.0001):
-        pen.line([place(0, tick), place(last, tick)], "lightgrey")
-        pen.text((5, place(0, tick)[1] - 6), f"{tick:g}", "black")
-    for step in (0, last / 2, last):
-        pen.text((place(step, 1)[0] - 6, 310), f"{step:.0f}", "black")
+    for k in range(5):
+        pen.line([place(0, 0.1 ** k), place(last, 0.1 ** k)], "lightgrey")
+        pen.text((5, 14 + 70 * k), f"{0.1 ** k:g}", "black")
+        pen.text((44 + 430 * k / 4, 310), f"{last * k / 4:.0f}", "black")
     colors = ("navy", "royalblue", "seagreen", "orange", "orangered", "darkred")
-    for k, color in enumerate(colors):
-        low, high = SIGMA_EDGES[k:k + 2]
+    for k, (color, low, high) in enumerate(zip(colors, SIGMA_EDGES, SIGMA_EDGES[1:])):
         pen.text((490, 20 + 15 * k), f"sigma {low} to {high}", color)
-        parts = np.array_split(table, min(len(table), 60))                  # means are less noisy
         errors = [(rows["step"].mean(), rows[f"error_sigma_{low}_{high}"]) for rows in parts]
         pen.line([place(step, np.nanmean(error)) for step, error in errors
                   if np.isfinite(error).any()], color, width=2)
@@ -316,9 +314,9 @@ def main(argv=None):
 def alone(options):
     """Keep other runs out of the folder, by a lock on log.csv, which ends with the process.
 
-    Of torchrun's processes the first has it. Windows and some network disks know no such lock: a
-    second run is not noticed there. If nothing is logged, nothing stays."""
-    if options.dry_run or int(os.environ.get("RANK", 0)):
+    Windows and some network disks know no such lock: a second run is not noticed there. If nothing
+    is logged, nothing stays."""
+    if options.dry_run or int(os.environ.get("RANK", 0)):     # the first of torchrun's has the lock
         yield
         return
     new = [folder for folder in (options.out, *options.out.parents) if not folder.exists()]
@@ -351,9 +349,8 @@ def run(options, config):
         return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
-    time = ABOUT[options.preset][-1]
-    if options.device.type == "cpu" and "GPU" in time:
-        print(f"note    preset {options.preset} is meant for a {time}")
+    if options.device.type == "cpu" and "GPU" in ABOUT[options.preset][-1]:
+        print(f"note    preset {options.preset} is meant for a {ABOUT[options.preset][-1]}")
     if config.frames == 2 and options.device.type == "cpu":
         options.dtype = torch.float32              # PyTorch 2.13: Conv3d's gradient in bf16 is NaN
     join(options, config)
@@ -589,9 +586,8 @@ ABOUT = dict(
 
 def table_of_presets():
     lines = ["preset  what it is             frames x pixels  parameters  time"]
-    for name, config in vdm.PRESETS.items():
-        what, parameters, time = ABOUT[name]
-        size = "{} x {} x {}".format(config.frames, *pixels(config)[0])
+    for name, (what, parameters, time) in ABOUT.items():
+        size = "{} x {} x {}".format(vdm.PRESETS[name].frames, *pixels(vdm.PRESETS[name])[0])
         lines.append(f"{name:7} {what:22} {size:>15} {parameters:>11}  {time}")
     return "\n".join(lines)
 
