@@ -54,6 +54,7 @@ import ablation
 import adapters
 import benchmark
 import claims
+import self_forcing
 
 torch.set_num_threads(1)
 cases = pytest.mark.parametrize
@@ -843,12 +844,143 @@ def test_rollout_in_whole_clips():
     assert torch.equal(roll(9, previous=count(4)), count(9))
     assert seen[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
+# ---- a noise level per frame ---------------------------------------------------------------------
+
+def test_lagged():
+    """By hand. With lag u frame t has clip(S + u t - m, 0, S) steps to go after m (diffusion
+    forcing's pyramid; S is 3 here)."""
+    sigmas = torch.tensor([9.0, 3.0, 1.0, 0.0])
+    assert vdm.lagged(sigmas, 2, 0).tolist() == [[9, 9], [3, 3], [1, 1], [0, 0]]
+    assert vdm.lagged(sigmas, 3, 1).tolist() == [[9, 9, 9], [3, 9, 9], [1, 3, 9], [0, 1, 3],
+                                                 [0, 0, 1], [0, 0, 0]]
+    assert vdm.lagged(sigmas, 2, 3).tolist() == [[9, 9], [3, 9], [1, 9], [0, 9], [0, 3], [0, 1],
+                                                 [0, 0]]
+
+def kalman(C):
+    """A denoiser of clips (B, T, 1, 1, 1) that are Normal(0, C), each frame with noise of its own:
+    the mean of clean given x is C (C + diag(sigma^2))^-1 x."""
+    def denoise(x, sigma):
+        levels = sigma.reshape(len(x), -1).expand(x.shape[:2])
+        gain = C @ torch.linalg.inv(C + torch.diag(levels[0] ** 2))
+        return torch.einsum("ts,bschw->btchw", gain, x)
+
+    return denoise
+
+def units(n):
+    """A source of noise: of n draws each is 1 in a sample (of n) of its own. So the covariance of
+    what a linear sampler draws is that of these samples, added up, without any chance."""
+    rows = iter(torch.eye(n))
+    return lambda k, *_: torch.stack([next(rows) for _ in range(k)], 1).view(n, k, 1, 1, 1)
+
+def covariance(clips):
+    flat = clips.flatten(1)
+    return flat.T @ flat
+
+@cases("share", [0, 0.25, 1])
+@cases("name, low, high", [("ddim", 1.9, 2.1), ("ddpm", 1.5, 2.1), ("dpmpp_2m", 3.5, 7),
+                           ("dpmpp_2m_sde", 3.5, 6)])
+def test_levels_per_frame_draw_the_right_covariance(name, low, high, share, double):
+    """Together, in a pyramid and one by one: of a Gaussian process of four frames, the error falls
+    with the step, or with its square."""
+    mix = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.3, 0, 0], [0.5, 0.5, 0.4, 0], [-0.2, 0.8, 0.1, 1]])
+    C = mix @ mix.T
+    errors = []
+    for n in (24, 48):
+        levels = vdm.lagged(karras(n, 0.005, 40), 4, int(share * n))
+        noise = units(4 * len(levels) if name.startswith("ddpm") or "sde" in name else 4)
+        clips = vdm.SAMPLERS[name](kalman(C), levels[0, 0] * noise(4), levels, lambda x: noise(4))
+        errors.append((covariance(clips) - C).abs().max().item())
+    assert low < errors[0] / errors[1] < high
+    assert errors[1] < 0.35
+
+@cases("name", set(vdm.SAMPLERS) - {"heun"})
+def test_all_together_is_the_plain_sampler(name):
+    """Bit for bit. And what waits, at the highest level or at 0, is not touched."""
+    denoiser = tiny("per_frame")
+    sigmas = vdm.karras_sigmas(5)
+    draw = partial(vdm.generate, denoiser, (2, 3, 1, 4, 4), sampler=vdm.SAMPLERS[name])
+    assert torch.equal(draw(vdm.lagged(sigmas, 3, 0)), draw(sigmas))
+    x = 60 * torch.randn(2, 3, 1, 4, 4)
+    levels = torch.tensor([[0.0, 60, 60], [0, 20, 60], [0, 5, 60]])
+    got = vdm.SAMPLERS[name](lambda x, sigma: denoiser(x, sigma + 1), x, levels)
+    assert torch.equal(got[:, ::2], x[:, ::2])
+    assert (got != x)[:, 1].all() and got.isfinite().all()
+
+@cases("lag", [16, 22, 48])
+def test_stream_of_a_markov_chain(lag, monkeypatch, double):
+    """Each frame is 0.8 times the one before, plus noise. If a window sees one frame that is done,
+    it needs no other. So ten frames, from windows of four, have the covariance of the chain. (A low
+    sigma_max would cost each frame a share of its mean, as it starts from noise alone.)"""
+    C = 0.8 ** (torch.arange(10)[:, None] - torch.arange(10)).abs()
+    errors = []
+    for n in (1, 2):
+        monkeypatch.setattr(vdm, "clip_noise", lambda *_: units(20))
+        sigmas = karras(48 * n, 0.005, 1000)
+        video = rolled(kalman(C[:4, :4]), 10, (20, 4, 1, 1, 1), sigmas, lag * n, roll=vdm.stream)
+        errors.append((covariance(video) - C).abs().max().item())
+    assert errors[1] < 0.01 and 3.5 < errors[0] / errors[1] < 6
+
+@cases("name", ["ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_one_by_one_is_a_rollout_of_single_frames(name, monkeypatch):
+    """Bit for bit, from the same noise: lag = steps, and an overlap of all frames but one."""
+    def last_alike(*_):
+        """Noise whose last frame depends on the number of the call, not on how many it draws."""
+        calls = iter(range(1000))
+        def noise(n, *chw):
+            g = torch.Generator().manual_seed(next(calls))
+            return torch.randn(2, n, *chw, generator=g).flip(1) if n == 1 else torch.cat(
+                [torch.randn(2, n - 1, *chw), torch.randn(2, 1, *chw, generator=g)], 1)
+        return noise
+
+    monkeypatch.setattr(vdm, "clip_noise", last_alike)
+    start = torch.randn(2, 3, 1, 4, 4)
+    options = dict(context=start, sampler=vdm.SAMPLERS[name])
+    draw = partial(rolled, tiny("per_frame"), 7, (2, 4, 1, 4, 4), vdm.karras_sigmas(4))
+    want = draw(3, **options)
+    assert torch.equal(draw(4, roll=vdm.stream, **options), want)
+    assert torch.equal(want[:, :3], start) and (want[:, 3:] != 0).all()
+
+@cases("given", [0, 1, 3])
+@cases("lag", [2, 3, 6])
+def test_stream_is_a_pyramid_that_moves(lag, given):
+    """Frame t has made clip(row - lag (t - given), 0, 6) steps; the window moves on just before a
+    frame behind it sets out. It takes `lag` estimates a frame, and no memory for what is let go."""
+    sigmas = vdm.karras_sigmas(6)
+    seen = []
+    starts = []
+    alive = []
+
+    def denoise(x, sigma, start):
+        seen.append(sigma[0].tolist())
+        starts.append(start)
+        return x[:, :1].detach() * 0 + torch.full_like(x, 0.5)
+
+    context = torch.randn(2, given, 1, 2, 2)
+    endless = vdm.stream(denoise, 10 ** 9, (2, 4, 1, 2, 2), sigmas, lag, context,
+                         tell=lambda start: dict(start=start))
+    if given:
+        assert torch.equal(next(endless), context)
+    for frame in range(given, given + 20):
+        piece = next(endless)
+        assert piece.shape == (2, 1, 1, 2, 2) and (piece == 0.5).all()
+        alive.append(weakref.ref(piece))
+        assert len(seen) == lag * (frame - given + math.ceil(6 / lag))
+        assert sum(piece() is not None for piece in alive) <= 2
+    for row, (levels, start) in enumerate(zip(seen, starts)):
+        assert start == max(0, given + row // lag - 3)
+        for t, level in enumerate(levels, start):
+            made = 6 if t < given else min(max(row - lag * (t - given), 0), 6)
+            assert level == sigmas[made].item()
+
 REFUSED_CALLS = {                       # a word of the sentence: the call
     "context and mask belong together": lambda x: tiny()(x, torch.ones(2), x),
     "2 numbers": lambda x: vdm.guided(tiny(), [1.0, 2.0])(x, torch.ones(2)),
     "overlap is 0": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 0)],
     "overlap is 3": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 3)],
     "context has 3 frames": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 2, x)],
+    "lag is 1, expected 2 to 4": lambda x: [*vdm.stream(tiny(), 9, x.shape, torch.ones(5), 1)],
+    "lag is 5, expected 2 to 4": lambda x: [*vdm.stream(tiny(), 9, x.shape, torch.ones(5), 5)],
+    "a window of 3 has room": lambda x: [*vdm.stream(tiny(), 9, x.shape, torch.ones(5), 2, x)],
     "task is 'image'": lambda x: vdm.draw_mask(1, 5, (1, 1), "image"),
     "kind is 'z'": lambda x: vdm.scalings(torch.ones(1), "z"),
     "weighting is 'z'": lambda x: vdm.loss_weight(torch.ones(1), "z"),
@@ -2240,6 +2372,18 @@ def test_long_clips_and_oblong_ones_pass(frames, size):
     world = vdm.MovingShapes(frames, size, seed=3)
     assert world.check(torch.stack([world[i]["video"] for i in range(12)]))["passed"].all()
 
+@cases("size", SIZES)
+@cases("stride", (2, 4))
+def test_stride(size, stride):
+    """Every stride-th frame of the clips without one. In another order they are no path."""
+    world = vdm.MovingShapes(12, (size, size), seed=2, stride=stride)
+    whole = vdm.MovingShapes(11 * stride + 1, (size, size), seed=2)
+    some = torch.stack([world[i]["video"] for i in range(40)])
+    assert all(torch.equal(some[i], whole[i]["video"][::stride]) for i in range(40))
+    assert world.check(some)["passed"].mean() >= 0.95
+    assert world.check(some[:, [2, 0, 4, 1, 3]])["passed"].mean() < 0.2
+    assert world.check(some[:, :1].expand_as(some))["moving"].mean() == 0
+
 # ---- what does not -------------------------------------------------------------------------------
 
 @cases("size", SIZES)
@@ -2914,7 +3058,7 @@ def test_checkpoints_and_samples_by_the_clock(tmp_path, monkeypatch):
     flags = "--steps 20 --save-every 99"
     common = SMALL_c.replace("--sample-every 99", "")
     whole = run(tmp_path / "whole", flags, common)
-    assert len(list((tmp_path / "whole/samples").glob("*.png"))) == 4 + 1   # each fifth, the last
+    assert len(list((tmp_path / "whole/samples").glob("step_*.png"))) == 4           # each fifth
     now = [0.0]
     draw = train.draw
     save = vdm.save
@@ -2934,8 +3078,8 @@ def test_checkpoints_and_samples_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(vdm, "save", kept)
     assert same_c(whole, run(tmp_path / "slow", flags, common))
     assert saved == [7, 14, 20]
-    names = sorted(path.stem for path in (tmp_path / "slow/samples").glob("*.png"))
-    assert names == ["final", *(f"step_{n:06d}" for n in (1, 3, 4, 8, 12, 16))]
+    names = sorted(path.stem for path in (tmp_path / "slow/samples").glob("step_*.png"))
+    assert names == [f"step_{n:06d}" for n in (1, 3, 4, 8, 12, 16)]
 
 def test_samples_that_cannot_be_written_are_a_warning(tmp_path, capsys):
     out = tmp_path / "Ann's run"                                  # the shell needs quotes for it
@@ -3096,7 +3240,12 @@ def test_what_saves_memory_changes_nothing(tmp_path):
 def by_hand(model, batch, drawn, config):
     """The loss of a step, written out, and the squared errors that the log is made of."""
     T, stills, noise, sigma = config.frames, config.stills, drawn["noise"], drawn["sigma"]
-    clean, mask = batch["video"][:, -T:], drawn["mask"]
+    videos, mask = batch["video"], drawn["mask"]
+    if config.crop:
+        rows, columns = (drawn["corner"][:, k, None] + torch.arange(config.crop[k]) for k in (0, 1))
+        videos = torch.stack([video[..., y[:, None], x] for video, y, x in
+                              zip(videos, rows, columns)])
+    clean = videos[:, -T:]
     B = len(clean)
     told = dict(temporal=drawn["temporal"])
     if config.labels:
@@ -3110,8 +3259,11 @@ def by_hand(model, batch, drawn, config):
         if config.task == "image":                           # the first frame, in place of all
             shown, unit = clean[:, [0] * T], unit[:, [0] * T]
         if config.task == "upsample":
-            low = clean.unflatten(4, (-1, 4)).unflatten(3, (-1, 4)).mean((4, 6))
-            shown = F.interpolate(low.flatten(0, 1), scale_factor=4, mode="bilinear").view_as(clean)
+            k = config.enlarge
+            low = clean.unflatten(4, (-1, k)).unflatten(3, (-1, k)).mean((4, 6))
+            shown = F.interpolate(low.flatten(0, 1), scale_factor=k, mode="bilinear").view_as(clean)
+        if config.factor:                                    # what the blurred clip was encoded to
+            shown = videos[:, :T]
         ones = mask[:, :, None, None, None].expand_as(clean[:, :, :1])
         noisy = shown + level[:, None, None, None, None] * unit
         given = dict(concat=torch.cat([noisy * ones, ones], 2),
@@ -3148,7 +3300,9 @@ STEPS = dict(
     previous=dict(give="previous", context=(0.7, 0.3), loss="plain", kind="eps", weighting="eps"),
     stills=dict(stills=5, loss="plain", context=(1.0,), weighting="v"),
     hint=dict(give="hint", hint_noise=0.5), image=dict(give="hint", hint_noise=0.5, task="image"),
-    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)))
+    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)),
+    crop=dict(give="hint", hint_noise=0.5, task="upsample", enlarge=2, crop=(8, 12)),
+    latents=dict(give="hint", hint_noise=0.5, task="upsample", factor=4, crop=(8, 8)))
 
 @cases("way, micro", [*((way, 4) for way in STEPS), ("labels", 2), ("actions", 1), ("previous", 2)])
 def test_the_gradient_of_a_step(way, micro):
@@ -3157,7 +3311,7 @@ def test_the_gradient_of_a_step(way, micro):
     options.parts = [slice(i, i + micro) for i in range(0, 4, micro)]
     options.seed = 1
     world = vdm.Drive if config.actions else vdm.MovingShapes
-    world = world(8 if config.give == "previous" else 4, (16, 16))
+    world = world(8 if config.give == "previous" or config.factor else 4, (16, 16))
     batch = default_collate([world[i] for i in range(4)])
     drawn, model = train.draw(7, config, 1), random_model(config)
     truth = copy.deepcopy(model)
@@ -3187,6 +3341,22 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
             assert len(x) == 64
             equal = torch.equal(x.nan_to_num(9), drawn[name].nan_to_num(9))
             assert equal == ((step, seed) == (3, 0))
+
+def test_stride_of_the_toy_world():
+    """Key frames: every third frame of the clips that a world without a stride has."""
+    options, config = small(stride=3)
+    data, held_out, _ = train.open_data(options, config, None)
+    for world, seed in ((data, 0), (held_out, 1)):
+        whole = vdm.MovingShapes(10, (16, 16), seed=seed)
+        assert torch.equal(world[5]["video"], whole[5]["video"][::3])
+
+def test_crops_are_from_everywhere():
+    _, config = small(size=(12, 16), crop=(8, 4), batch=2000)
+    drawn = train.draw(0, config, 0)
+    assert drawn["noise"].shape[2:] == (3, 8, 4)
+    y, x = drawn["corner"].T
+    counts = (13 * y + x).bincount(minlength=65)                         # 5 x 13 places
+    assert len(counts) == 65 and (counts - 2000 / 65).abs().max() < 25
 
 def test_odds_of_what_is_drawn():
     """Of 4,000 clips, which are off by 0.008 at one standard deviation."""
@@ -3225,6 +3395,7 @@ WAYS = {                        # flags, and modules that have to learn from the
     "hint": ("--give hint --hint-noise 0.5", "concat augmentation"),
     "image": ("--give hint --task image --hint-noise 0.1", "concat augmentation"),
     "upsample": ("--give hint --task upsample --hint-noise 0.1", "concat augmentation"),
+    "crop": ("--give hint --task upsample --hint-noise 0.1 --crop 8", "concat augmentation"),
     "ends": ("--task ends", "concat"), "any": ("--task any --weighting min_snr", "concat"),
     "previous": ("--give previous --context 0.5 0.5", "concat"),
     "stills": ("--stills 2 --loss plain", "concat"), "vista": ("--loss vista", "concat"),
@@ -3434,7 +3605,10 @@ REFUSED = [
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),
     ("--task image", "--task image needs --give hint"),
-    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "of 4"),
+    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "--enlarge, 4"),
+    ("--crop 12", "--crop is (12, 12), expected multiples of 8, up to --size"),
+    ("--crop 40", "--crop is (40, 40)"), ("--crop 8 8 8", "--crop is (8, 8, 8)"),
+    ("--stride 2 --data drive", "--stride is for files and shapes"),
     ("--stills 2 --give per_frame --independent 0.5", "neither --independent"),
     ("--labels 3", "--labels is 3 and --actions (), but the data has 18"),
     ("--actions 4 2", "but the data has 18 labels and actions ()"),
@@ -3550,6 +3724,38 @@ def test_encoded_once(latent, tmp_path, monkeypatch):
             run(tmp_path / "three", flags + "--encode 4", LATENT)
     run(tmp_path / "four", f"--latents {latent}/ae/last.pt --data drive --steps 1", LATENT)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and not list(tmp_path.glob("*.part"))
+
+def test_an_up_sampler_of_latents(latent, tmp_path, monkeypatch):
+    """It is trained on, and shown at sampling, what the small clip is encoded to once enlarged."""
+    shutil.copytree(latent / "decoder", tmp_path / "decoder")
+    up = "--give hint --task upsample --enlarge 2 --hint-noise 0.1 --context 0.1 0.9 --data drive "
+    run(tmp_path / "up", f"--latents {tmp_path}/decoder/last.pt " + up, LATENT)
+    folder, = tmp_path.glob("latents-*")
+    stored = torch.from_numpy(np.load(folder / "video.npy")).float()
+    told = np.load(folder / "video.actions.npy")
+    ae, _ = vdm.load_autoencoder(latent / "decoder/last.pt")
+
+    def enlarged(small):
+        large = F.interpolate(small.flatten(0, 1), size=(16, 16), mode="bilinear")
+        return ae.encode(large.unflatten(0, small.shape[:2]))
+
+    for i in range(5):
+        item = vdm.Drive(4, (16, 16), seed=0)[i]
+        clip = item["video"][None]
+        small = clip.unflatten(4, (8, 2)).unflatten(3, (8, 2)).mean((4, 6))
+        want = torch.cat([enlarged(small), ae.encode(clip)], dim=1)
+        close(stored[i], want[0], atol=2e-3, rtol=2e-3)
+        assert np.array_equal(told[i, 4:], item["action"])
+    seen, forward = [], vdm.Denoiser.forward
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
+    small = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    np.save(tmp_path / "small.npy", small)
+    sample.main(f"{tmp_path}/up --n 1 --steps 1 --context {tmp_path}/small.npy --hint-noise 0 "
+                f"--device cpu --dtype fp32 --out {tmp_path}/a.mp4".split())
+    close(seen[0]["concat"][:, :, :4], enlarged(vdm.from_uint8(small)[None]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="--task upsample needs pixels, or --latents"):
+        run(tmp_path / "no", f"--data {folder} " + up.removesuffix("--data drive "), LATENT)
 
 def settings(out, flags):
     options, config = train.parse([*LATENT.split(), *flags.split(), "--out", str(out / "x")])
@@ -3792,6 +3998,9 @@ WAYS_d = {         # fields of Config, flags, length, which frames of the videos
     "stride": (dict(stride=3), "--context clip.npy", 4, ("clip.npy", slice(2, 6, 3), slice(2))),
     "per frame": (dict(give="per_frame", context=(1.0,), independent=1.0),
                   "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
+    "lag": (dict(give="per_frame", context=(1.0,), independent=1.0, actions=(4, 2)),
+            "--lag 2 --context clip.npy --actions LLSRX --length 5", 5,
+            ("clip.npy", slice(4, 6), slice(2))),
     "hint": (HINT, "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
     "any hint": (HINT | dict(task="any"), "--length 7 --hint-noise 0.1", 7, None),
     "previous": (PREVIOUS, "--context clip.npy", 8, ("clip.npy", slice(2, 6), slice(4))),
@@ -3809,6 +4018,8 @@ WAYS_d = {         # fields of Config, flags, length, which frames of the videos
              ("clip.npy", slice(6), slice(None, None, 3))),
     "image": (HINT | dict(task="image"), "--context picture.png --length 3", 3, None),
     "upsample": (HINT | dict(task="upsample"), "--context small.npy", 4, None),
+    "upsample long": (HINT | dict(task="upsample", frames=3, labels=2, enlarge=2),
+                      "--context clip.npy --label 1", 6, None),
     "reconstruct": (dict(context=(1.0,)),
                     "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
                     ("clip.npy", slice(3, 6), slice(3))),
@@ -3901,6 +4112,87 @@ def test_hints_are_as_noisy_as_is_said(here, monkeypatch, flags, level, task):
     close(noise.std().item(), level, atol=1e-5, rtol=0.05)
     assert seen[0]["augmentation"].tolist() == pytest.approx([level] * 9)
     assert level == 0 or abs((noise[0] * noise[1]).mean()) < 0.2 * level ** 2
+
+@cases("level", [0.1, 0.8])
+def test_enlarging_against_bayes(level):
+    """Pixels are independent and normal. So of a pixel g that is seen under noise of the level l, a
+    draw has mean g / (1 + l^2), and variance l^2 / (1 + l^2) around the mean given what is seen,
+    g + noise. 11 frames in windows of 4 are all drawn, whatever their windows."""
+    def ask(x, sigma, concat, augmentation):
+        s, l = (v.view(-1, 1, 1, 1, 1) ** 2 for v in (sigma, augmentation))
+        assert (concat[:, :, 3] == 1).all()
+        return (x / s + concat[:, :, :3] / l) / (1 + 1 / s + 1 / l)
+
+    job = SimpleNamespace(config=vdm.Config(**SMALL_d), seed=1, device="cpu", denoise=ask, told={},
+                          level=torch.tensor([level]), sampler=vdm.SAMPLERS["ddpm"], actions=None,
+                          sigmas=vdm.karras_sigmas(60, 0.01, 80.0))
+    given = torch.randn(2, 11, 3, SIDE, SIDE)
+    pieces = list(sample.enlarge(job, range(2), (2, 4, 3, SIDE, SIDE), given))
+    assert [piece.shape[1] for piece in pieces] == [4, 4, 3]
+    noise = torch.cat(pieces, 1) - given / (1 + level ** 2)
+    want = level ** 2 / (1 + level ** 2) ** 2 + level ** 2 / (1 + level ** 2)
+    for frame in noise.unbind(1):                                        # 1536 numbers
+        assert abs(frame.mean()) < 4 * math.sqrt(want / 1536)
+        assert frame.var().item() == pytest.approx(want, rel=0.16)
+    assert abs((noise[0] * noise[1]).mean()) < 4 * want / math.sqrt(noise[0].numel())
+
+def test_a_cascade(here, monkeypatch):
+    """Three checkpoints: 3 key frames, all 5, twice as large. Each stage is given just what the one
+    before has made; key frames stay as they are; a video depends on the seed and its number."""
+    few = dict(size=(8, 8), frames=3, context=(1.0,))
+    checkpoint_d("key.pt", **few)
+    checkpoint_d("fill.pt", **few | dict(task="any", frames=5, context=(0.5, 0.5)))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2, frames=3))
+    made, seeds, told = [], [], []
+    make, noise, forward = sample.make, vdm.clip_noise, vdm.Denoiser.forward
+    monkeypatch.setattr(sample, "make", lambda job: made.append(make(job)) or made[-1])
+    monkeypatch.setattr(vdm, "clip_noise", lambda seed, *args: seeds.append(seed)
+                        or noise(seed, *args))
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: told.append(c) or forward(self, x, sigma, **c))
+
+    def cascade(names, flags="--n 2"):
+        made.clear(), seeds.clear(), told.clear()
+        flags += " --device cpu --dtype fp32 --out a.mp4 --interpolate 2"
+        sample.main(f"{names} {flags}".split())
+        return made[-1]
+
+    large = cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0")
+    key, fill, _ = made
+    assert [x.shape[1:] for x in made] == [(3, 3, 8, 8), (5, 3, 8, 8), (5, 3, 16, 16)]
+    assert len(set(seeds)) == len(seeds) == 4
+    assert torch.equal(fill[:, ::2], key) and not torch.equal(fill[0], fill[1])
+    hints = [c["concat"] for c in told if "augmentation" in c][::2]      # of the first of two steps
+    shown = torch.cat(hints, 1)[:, :, :3]
+    close(shown, F.interpolate(fill.flatten(0, 1), (16, 16), mode="bilinear").view_as(large))
+    assert len(os.listdir("a")) == 2 and strips("a.png").shape == (2, 5, SIDE, SIDE, 3)
+    close(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0 --batch 1"), large,
+          atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0.4"), large,
+                              atol=0.01)
+    clip = cascade("fill.pt up.pt", "--n 1 --context clip.npy --context-frames 2")
+    assert clip.shape == (1, 3, 3, 16, 16)
+    assert torch.equal(made[0][0, ::2], vdm.read_video("clip.npy", (8, 8))[-2:])
+    for names, words in (("key.pt key.pt", "key.pt cannot go on from videos"),
+                         ("up.pt fill.pt", r"fill.pt goes on from frames of \(3, 8, 8\)"),
+                         ("key.pt up.pt last.pt", "no checkpoint last.pt")):
+        with pytest.raises(ValueError, match=words):
+            cascade(names)
+
+def test_ctrl_c_ends_a_cascade(here, monkeypatch, sigint):
+    """What is there is written, and no checkpoint goes on from it."""
+    checkpoint_d("last.pt", size=(8, 8))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2))
+    generate, left = vdm.generate, iter(range(2))
+
+    def interrupted(*args, **options):
+        if next(left, None) is None:
+            signal.raise_signal(signal.SIGINT)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vdm, "generate", interrupted)
+    sample.main("last.pt up.pt --n 3 --batch 1 --device cpu --out a.mp4".split())
+    assert strips("a.png", 8).shape == (2, 4, 8, 8, 3)
 
 def fake(**flags):
     usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant",
@@ -4086,6 +4378,7 @@ def test_which_checkpoint(here, monkeypatch, capsys):
         assert re.search(f"{name}\n.*1 videos of 4 frames, dpmpp_2m_sde, 1 steps, on cpu in "
                          "(float32|bfloat16)", said)
 
+FREE = dict(give="per_frame", independent=1.0)
 WRONG = [        # fields of Config, flags, words that must be said
     ({}, "--length 1 --context clip.npy", "--length is 1, expected more than the 2"),
     ({}, "--length 2 --context clip.npy", "--length is 2"),
@@ -4111,7 +4404,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
     (PREVIOUS | DRIVE, "--actions LLLLL", "nor with SVD or a model of --give previous"),
-    (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
+    (HINT | dict(task="upsample"), "--context clip.npy --length 5", "--length is 5, expected 6"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
     ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
@@ -4130,7 +4423,10 @@ WRONG = [        # fields of Config, flags, words that must be said
     ({}, "--device quantum", "--device quantum"), ({}, "--n 0", "--n is 0, expected 1"),
     ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
     ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"),
-    ({}, "--steps 0", "steps is 0"),
+    ({}, "--steps 0", "steps is 0"), ({}, "--lag 9", "--lag needs a model of --give per_frame"),
+    (FREE, "--lag 3", "lag is 3, expected 1 to 2: 2 steps"), (FREE, "--lag -1", "--lag is -1"),
+    (FREE, "--lag 2 --sampler heun", "nor with --sampler heun"),
+    (FREE, "--lag 2 --interpolate 2 --context clip.npy", "neither with --interpolate"),
     ({}, "--reconstruction -1 --length 9", "--reconstruction is -1")]
 
 @cases("fields, flags, words", WRONG)
@@ -4173,7 +4469,8 @@ def checkpoint_e(path, **fields):
 @cases("fields, flags", [
     ({}, "--skip-guidance 1 --sampler ddim --steps 3 --sigma-min 0.1 --overlap 2"),
     (dict(give="hint"), "--given 2"), (dict(give="hint", task="image"), "--given 1"),
-    (dict(give="previous", context=(0.5, 0.5)), ""), (dict(give="per_frame"), "--lengths 8 12")])
+    (dict(give="previous", context=(0.5, 0.5)), ""), (dict(give="per_frame"), "--lengths 8 12"),
+    (dict(give="per_frame", independent=1.0), "--lag 1 --lengths 8 9")])
 def test_benchmark(tmp_path, capsys, fields, flags):
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "3", "--seeds", "5", *flags.split()])
@@ -4231,6 +4528,20 @@ def test_table_of_claims(tmp_path, monkeypatch):
     ("error", (1.1, 2.9, 3.1), "unclear"), ("pass", (2, 3, 4), "better")])
 def test_verdicts(key, values, verdict):
     assert claims.verdict(key, values, (1, 2, 3)) == verdict
+
+def test_self_forcing(capsys):
+    """A perfect model draws the true frames; noise has a level of at most 0.2. The table has a row
+    per way."""
+    clips = torch.rand(3, 12, 3, 4, 4)
+    perfect = lambda x, sigma, context, mask: clips[:, :8]
+    noisy = self_forcing.last_eight("noise", perfect, clips) - clips[:, 4:]
+    assert 0 < noisy.flatten(1).std(1).max() < 0.25
+    for way in ("plain", "own"):
+        agree(self_forcing.last_eight(way, perfect, clips), clips[:, 4:])
+    self_forcing.main(fast=True)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0].strip() for row in rows[2:]] == ["before", "plain 0", "noise 0", "own 0"]
+    assert {len(row) for row in rows} == {1 + 1 + len(self_forcing.LAWS)}
 
 # ---- the weights that come along -----------------------------------------------------------------
 
