@@ -3925,7 +3925,8 @@ def test_layout():
     ours = {"README.md", "requirements.txt", "LICENSE", "vdm.py", "train.py", "sample.py",
             "test_vdm.py", "notebooks", ".ci", ".gitignore"}
     made = {".git", "out", "samples", "__pycache__", ".pytest_cache", "demo.gif"}
-    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(("samples.", "samples-"))}
+    videos = ("samples.", "samples-")
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(videos)}
     assert there - made == ours
 
 def test_what_is_to_be_read_is_short():
