@@ -454,9 +454,8 @@ def finish(options, config, held_out, picture):
 def open_data(options, config, autoencoder):
     """Return what to train on, what to hold out, and config with what the data decides."""
     size, channels = pixels(config)
-    frames = config.frames
-    if config.give == "previous":                                  # an item is two clips in a row
-        frames *= 2
+    clips = 2 if config.give == "previous" else 1                  # an item is two clips in a row
+    frames = clips * vdm.clip_frames(config)
     if options.data in WORLDS:
         need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
@@ -469,6 +468,7 @@ def open_data(options, config, autoencoder):
         folder = vdm.VideoFolder
         if config.factor and autoencoder is None:
             folder = Latents
+            frames = clips * config.frames
             size = config.size
             channels = config.channels
         data = held_out = folder(options.data, frames, size, config.stride, channels,
@@ -477,9 +477,11 @@ def open_data(options, config, autoencoder):
         if folder is vdm.VideoFolder:                              # latents do not tell theirs
             config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
     if autoencoder is not None:
+        need(not (config.planes and data.actions), "--data has actions, but planes have no frames "
+             "that could be told them: choose another --preset")
         n = min(options.encode, config.steps * config.batch)
-        data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
-                       config.channels, options.seed)
+        data = Latents(encode(data, options, n, autoencoder), clips * config.frames, config.size,
+                       1, config.channels, options.seed)
     need(config.give != "vista" or "conditions" not in config.train or data.actions, "--train "
          "conditions trains Vista's actions: put clip.actions.npy (T, 19) beside clip.npy")
     if config.give != "svd":                                             # it has no place for them
@@ -627,7 +629,10 @@ def find_autoencoder(options, config, state):
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
     need(autoencoder is not None, f"--latents {path} is no autoencoder, and holds none")
-    config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
+    need(bool(made.planes) == bool(config.planes), f"--latents {path} makes latents of "
+         f"{'planes' if made.planes else 'frames'}: choose another --preset, as planes is one")
+    config = dataclasses.replace(config, channels=made.channels, factor=made.factor,
+                                 planes=made.planes)
     return autoencoder.to(options.device), config
 
 # ---- --resume and --init -------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class Model:
                 first = context[clips.start:clips.stop].to(self.device)
                 if self.autoencoder is not None:
                     first = self.autoencoder.encode(first)
+            pieces = -(-length * config.frames // vdm.clip_frames(config))
             options = dict(seed=seed, clips=clips, sampler=self.sampler)
             if config.give == "previous":
                 roll = partial(vdm.rollout_previous, previous=first, **options)
@@ -78,10 +79,10 @@ class Model:
                 roll = partial(vdm.rollout, overlap=config.overlap, context=first,
                                tell=self.given, **options)
             with train.autocast(self.device, self.dtype):
-                video = torch.cat(list(roll(self.denoise, length, shape, self.sigmas)), dim=1)
+                video = torch.cat(list(roll(self.denoise, pieces, shape, self.sigmas)), dim=1)
             if self.autoencoder is not None:
                 video = self.autoencoder.decode(video)
-            videos.append(video.float().cpu())
+            videos.append(video[:, :length].float().cpu())
         return torch.cat(videos)
 
     def interpolate(self, key_frames, passes, seed):
@@ -205,7 +206,7 @@ def main(argv=None):
         return drive(model, o.n, o.seeds[0])
     if o.interpolate:
         return interpolation(model, o.n, o.interpolate, o.seeds[0])
-    lengths = o.lengths or [config.frames, 4 * config.frames]
+    lengths = o.lengths or [vdm.clip_frames(config), 4 * vdm.clip_frames(config)]
     for i, row in enumerate(mark_model(model, o.n, lengths, o.seeds, o.given)):
         length, name, marks = row
         if i == 0:
