@@ -1849,8 +1849,8 @@ def test_attention_of_planes():
     ours = randomize(vdm.PlaneAttention(32, 4))
     theirs = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     theirs.load_state_dict(dict(
-        in_proj_weight=ours.qkv.weight[:, :, 0, 0], in_proj_bias=ours.qkv.bias,
-        **{"out_proj.weight": ours.out.weight[:, :, 0, 0], "out_proj.bias": ours.out.bias}))
+        in_proj_weight=ours.qkv.weight, in_proj_bias=ours.qkv.bias,
+        **{"out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias}))
     x = torch.randn(2, 1, 32, 3, 5)
     h = ours.norm(x[:, 0]).flatten(2).mT                                               # (2, 15, 32)
     close(ours(x)[:, 0], x[:, 0] + theirs(h, h, h)[0].mT.unflatten(2, (3, 5)))

@@ -1069,15 +1069,16 @@ class PlaneAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = groups_of_planes(dim)
-        self.qkv = conv(dim, 3 * dim, 1)
-        self.out = zero(conv(dim, dim, 1))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, emb=None):
-        qkv = each_frame(self.qkv, each_frame(self.norm, x))                       # (B, 1, 3 C, h, w)
-        q, k, v = rearrange(qkv, "b 1 (n heads d) h w -> n b heads (h w) d", n=3, heads=self.heads)
-        seen = F.scaled_dot_product_attention(q, k, v)                             # (B, heads, L, d)
-        seen = rearrange(seen, "b heads (h w) d -> b 1 (heads d) h w", h=x.shape[3])
-        return x + each_frame(self.out, seen)
+        tokens = rearrange(each_frame(self.norm, x), "b 1 c h w -> b (h w) c")          # (B, L, C)
+        qkv = self.qkv(tokens)
+        q, k, v = rearrange(qkv, "b l (n heads d) -> n b heads l d", n=3, heads=self.heads)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        change = self.out(rearrange(seen, "b heads l d -> b l (heads d)"))
+        return x + rearrange(change, "b (h w) c -> b 1 c h w", h=x.shape[3])
 
 class PlaneBlock(Block):
     """Layers for each plane of x (B, 1, C, 1, L), then attention among all planes (sec. 3.2)."""
