@@ -134,8 +134,6 @@ def plan(job):
         limit("length", f"{length}, by --actions or --interpolate", length, length, job)
     job.length = job.length or length
     job.pieces = math.ceil(job.length / job.unit)
-    need(not job.later_steps or job.way is follow_clip, "--later-steps is for models of --give "
-         "previous, which go on clip by clip")
     if job.way not in (follow_hint, animate):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
     need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
@@ -239,7 +237,6 @@ def open_model(job):
         config.size = tuple(shape[2:])
     job.autoencoder, _ = vdm.load_autoencoder(path)
     job.latents = config.factor > 0 and job.autoencoder is None
-    job.unit = 1 if job.latents else vdm.clip_frames(config) // config.frames
     for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
         if getattr(job, name) is not None:
             setattr(config, name, getattr(job, name))
@@ -362,9 +359,13 @@ def main(argv=None):
     model = open_model(job)
     job.device = vdm.pick_device(job.device)
     dtype = vdm.pick_dtype(job.dtype, job.device)
+    job.unit = 1                                # frames that one frame of the network stands for
     if job.autoencoder:
         job.autoencoder.to(job.device)
+        job.unit = vdm.clip_frames(job.config) // job.config.frames
     plan(job)
+    need(not job.later_steps or job.way is follow_clip, "--later-steps is for models of --give "
+         "previous, which go on clip by clip")
     job.denoise = steered(job, model.to(job.device))
     job.level = torch.tensor([job.hint_noise], device=job.device)                           # (1,)
     sigmas, job.sampler = vdm.sampling(job.config)

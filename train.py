@@ -477,8 +477,6 @@ def open_data(options, config, autoencoder):
         if folder is vdm.VideoFolder:                              # latents do not tell theirs
             config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
     if autoencoder is not None:
-        need(not (config.planes and data.actions), "--data has actions, but planes have no frames "
-             "that could be told them: choose another --preset")
         n = min(options.encode, config.steps * config.batch)
         data = Latents(encode(data, options, n, autoencoder), clips * config.frames, config.size,
                        1, config.channels, options.seed)
@@ -601,6 +599,8 @@ def encode(data, options, n, autoencoder):
 
     It is named after a checksum of the autoencoder and some items, by which the next run finds it.
     Frames are cut in pixels, then encoded, as latents cannot be resized."""
+    need(not (data.actions and isinstance(autoencoder, vdm.TriplaneAutoencoder)), "--data has "
+         "actions, but planes have no frames that could be told them: choose another --preset")
     some = [data[i]["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int)]
     tensors = [*autoencoder.state_dict().values(), *some]
     checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in tensors), n)

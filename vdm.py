@@ -993,7 +993,7 @@ class Projection(nn.Module):
         self.out = conv(dim, latent, 1)
 
     def forward(self, u):
-        token = self.token.expand(len(u), 1, -1, *u.shape[3:])                     # (B, 1, dim, X, Y)
+        token = self.token.expand(len(u), 1, -1, *u.shape[3:])                 # (B, 1, dim, X, Y)
         return self.out(self.layers(torch.cat([token, u], dim=1))[:, 0]).tanh()
 
 class TriplaneAutoencoder(nn.Module):
@@ -1147,8 +1147,9 @@ class PlaneUNet(VideoUNet):
                 res = PlaneResBlock(dim, dim, E, nn.AvgPool2d(2))
                 self.down.append(PlaneBlock(at[level], [res], across(level, dim)))
                 skip_dims.append(dim)
-        middle = [PlaneResBlock(dim, dim, E), PlaneAttention(dim, heads), PlaneResBlock(dim, dim, E)]
-        self.middle = PlaneBlock(at[-1], middle, PlaneAttention(dim, heads))
+        layers = [PlaneResBlock(dim, dim, E) for _ in range(2)]
+        layers.insert(1, PlaneAttention(dim, heads))
+        self.middle = PlaneBlock(at[-1], layers, PlaneAttention(dim, heads))
         self.up = nn.ModuleList()
         for level in reversed(range(len(mults))):
             for i in range(blocks + 1):
@@ -2926,8 +2927,8 @@ def limit(names, expected, low, high, *sources):
 MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
-        "steps batch frames stride size planes channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every",
+        "steps batch frames stride size planes channels width mults blocks patch rank head_dim "
+        "actions sampling_steps overlap marks encode micro save_every sample_every keep_every",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
         "spatial_lr skip_guidance",
@@ -2944,8 +2945,9 @@ def check(options, config):
     odds = config.context
     need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
     need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
-    need(odds[0] > 0 and (len(odds) <= config.frames or config.give == "previous"), f"--context is {odds}, expected odds of 0, 1, "
-         "2 ... given frames, no more numbers than --frames, and the first not 0")
+    most = 2 if config.give == "previous" else config.frames
+    need(odds[0] > 0 and len(odds) <= most, f"--context is {odds}, expected odds of 0, 1, 2 ... "
+         "given frames, no more numbers than --frames, and the first not 0")
     need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
          "--give previous needs two numbers as --context, and --task predict")
     need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
@@ -2956,16 +2958,20 @@ def check(options, config):
          "--task upsample needs pixels, and --size in multiples of 4")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
-    alone = ("labels", "actions", "adapters", "stills", "images", "independent")
-    need(not config.planes or (config.give in ("concat", "previous") and config.patch == 1
-                               and not any(getattr(config, name) for name in alone)),
-         "--planes goes with --give previous or concat and with --patch 1, but neither with "
-         f"{', '.join(alone[:-1])} nor with {alone[-1]}")
-    need(not config.planes or not {"frames", "size"} & getattr(options, "given", {}).keys(),
-         "--planes has three numbers for frames, height and width: leave out --frames and --size")
+    if config.planes:
+        check_planes(options, config)
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
          " which --images above 0 teaches: without, it must be 1")
     check_config(config)
+
+def check_planes(options, config):
+    """Refuse what planes cannot do: they have no frames to be told anything of their own."""
+    alone = ("labels", "actions", "adapters", "stills", "images", "independent")
+    need(config.give in ("concat", "previous") and config.patch == 1
+         and not any(getattr(config, name) for name in alone), "--planes goes with --give previous "
+         f"or concat and with --patch 1, but neither with {', '.join(alone[:-1])} nor {alone[-1]}")
+    need(not {"frames", "size"} & getattr(options, "given", {}).keys(),
+         "--planes has three numbers for frames, height and width: leave out --frames and --size")
 
 def pixels(config):
     """Return size and channels of a run's frames, of which the network may know only latents."""

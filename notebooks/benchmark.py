@@ -200,7 +200,8 @@ def reconstruction(model, n):
     world = vdm.MovingShapes(vdm.clip_frames(model.config), model.size, seed=987_654_321)
     clips = torch.stack([world[i]["video"] for i in range(n)])
     with torch.no_grad():
-        made = torch.cat([model.autoencoder.decode(model.autoencoder.encode(x[None])) for x in clips])
+        latents = [model.autoencoder.encode(clip[None]) for clip in clips]
+        made = torch.cat([model.autoencoder.decode(latent) for latent in latents])
     return 10 * math.log10(4 / (made - clips).square().mean().item())
 
 def costs(paths, n):
@@ -222,9 +223,10 @@ def costs(paths, n):
         psnr = f"{reconstruction(model, n):.1f}" if model.autoencoder else ""
         world = vdm.MovingShapes(frames, model.size, seed=987_654_321)
         passed = world.check(model.draw(n, frames, 1))["passed"].mean()
-        print(f"| {path.parent.name} | {config.frames * config.channels * math.prod(config.size):,} "
-              f"| {psnr} | {weights / 4e6:.2f} M | {work / 1e9:.2f} | {batch:.0f} "
-              f"| {' | '.join(drawn)} | {passed:.0%} |", flush=True)
+        numbers = math.prod((config.frames, config.channels, *config.size))
+        print(f"| {path.parent.name} | {numbers:,} | {psnr} | {weights / 4e6:.2f} M "
+              f"| {work / 1e9:.2f} | {batch:.0f} | {' | '.join(drawn)} | {passed:.0%} |",
+              flush=True)
 
 FIELDS = dict(skip_guidance=float, sampler=str, sampling_steps=int, sigma_min=float, overlap=int)
 
