@@ -667,7 +667,7 @@ def trim(log, step):
 
 ADDED = ("labels", "actions", "adapters")
 MODEL = ("channels", "width", "mults", "blocks", "attention", "head_dim", "patch", "kind",
-         "sigma_data", "give", *ADDED)
+         "sigma_data", "give", "planes", *ADDED)
 
 def start_from(path, config):
     """Build a model with the averaged weights of a checkpoint (--init).
