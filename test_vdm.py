@@ -3382,6 +3382,8 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
             flag, default = "--" + name.replace("_", "-"), getattr(vdm.Config, name)
             assert re.sub(r"\s+", "", comment) in said and flag in said, name
             given = {str: "z", int: "7", float: "0.25", tuple: "3 2"}[type(default)]
+            if name == "planes":
+                given = "3 2 4"
             flags += [flag, *given.split()]
             kind = type((*default, 0)[0]) if isinstance(default, tuple) else type(default)
             want[name] = tuple(map(kind, given.split()))
@@ -3508,6 +3510,20 @@ def test_encoded_once(latent, tmp_path, monkeypatch):
             run(tmp_path / "three", flags + "--encode 4", LATENT)
     run(tmp_path / "four", f"--latents {latent}/ae/last.pt --data drive --steps 1", LATENT)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and not list(tmp_path.glob("*.part"))
+
+@cases("size, most, kept", [((4, 4), 0.5, False), ((1, 16), 0.5, True), ((1, 16), 1.5, False)])
+def test_latents_of_planes_need_no_scale(tmp_path, size, most, kept):
+    """Only planes, a row of numbers in [-1, 1], may have a standard deviation below 0.4."""
+    small = np.zeros((3, 6, 2, *size), np.float32)
+    small[..., 0] = most
+    small[0, 0, 0, 0, 1] = -most
+    assert 0.01 < small.std() < 0.4
+    np.save(tmp_path / "a.npy", small)
+    if kept:
+        assert len(train.Latents(tmp_path, 2, size, 1, 2)) == 3
+    else:
+        with pytest.raises(ValueError, match="multiply it by"):
+            train.Latents(tmp_path, 2, size, 1, 2)
 
 PLANES = ("--preset planes --width 8 --head-dim 4 --mults 1 --attention joint --batch 2 --steps 3 "
           "--sampling-steps 2 --marks 2 --encode 5 --sample-every 99 --device cpu --dtype fp32 ")

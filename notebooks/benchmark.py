@@ -185,15 +185,15 @@ def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
-def draw_once(path, length):
-    """Seconds, and MiB beyond those of the model, for one video of this length (Linux, CPU)."""
+def draw_once(path, length, changes):
+    """Seconds of one core, and MiB beyond those of the model, for a video (Linux alone)."""
     torch.set_num_threads(1)
-    model = Model(path, "cpu", "fp32")
+    model = Model(path, "cpu", "fp32", **changes)
     Path("/proc/self/clear_refs").write_text("5")
     held = memory("VmRSS")
-    start = time.perf_counter()
+    start = time.process_time()
     model.draw(1, length, 0)
-    return time.perf_counter() - start, memory("VmHWM") - held
+    return time.process_time() - start, memory("VmHWM") - held
 
 def reconstruction(model, n):
     """PSNR of n clips that an autoencoder has not seen, encoded and decoded, in dB."""
@@ -204,12 +204,12 @@ def reconstruction(model, n):
         made = torch.cat([model.autoencoder.decode(latent) for latent in latents])
     return 10 * math.log10(4 / (made - clips).square().mean().item())
 
-def costs(paths, n):
+def costs(paths, n, changes):
     """Print what a clip costs each model: PVDM's tables 4 and 5, at the scale of a toy."""
     print("| model | numbers in a clip | PSNR | parameters | GFLOP | clips in 2 GiB | s, MiB for a "
           f"clip | s, MiB for 8 | passed |\n{'|---' * 9}|")
     for path in paths:
-        model = Model(path, "cpu", "fp32")
+        model = Model(path, "cpu", "fp32", **changes)
         config = model.config
         net = copy.deepcopy(model.denoiser).requires_grad_(True)
         weights = sum(p.nbytes for p in net.parameters())
@@ -219,7 +219,7 @@ def costs(paths, n):
         drawn = []
         for length in (frames, 8 * frames):
             with multiprocessing.get_context("spawn").Pool(1) as pool:        # a fresh process
-                drawn.append("%.1f, %.0f" % pool.apply(draw_once, (path, length)))
+                drawn.append("%.1f, %.0f" % pool.apply(draw_once, (path, length, changes)))
         psnr = f"{reconstruction(model, n):.1f}" if model.autoencoder else ""
         world = vdm.MovingShapes(frames, model.size, seed=987_654_321)
         passed = world.check(model.draw(n, frames, 1))["passed"].mean()
@@ -255,7 +255,7 @@ def main(argv=None):
     if (o.run is None) == (o.costs is None):
         raise ValueError("name either --run or --costs")
     if o.costs:
-        return costs([folder / "last.pt" for folder in o.costs], o.n)
+        return costs([folder / "last.pt" for folder in o.costs], o.n, changes)
     path = o.run if o.run.is_file() else o.run / "last.pt"
     model = Model(path, o.device, o.dtype, **changes)
     config = model.config
