@@ -51,6 +51,7 @@ import vdm
 
 sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
+import adapters
 import benchmark
 import claims
 
@@ -1035,102 +1036,146 @@ def test_lora_refuses_what_it_cannot_wrap(layer):
     with pytest.raises(ValueError, match="LoRA cannot wrap"):
         vdm.LoRA(layer)
 
-class Doubles(nn.Module):
-    def forward(self, x, emb=None, temporal=1.0):
-        return 2 * x
-
-@cases("kind, seen", [(vdm.SpatialAdapter, 2), (vdm.FeedForwardAdapter, 1)])
-def test_simdas_adapters_of_space(kind, seen):
-    """By einsum, around a layer that doubles: behind it, or beside it."""
-    x = torch.randn(2, 5, 3, 4, 8)
-    adapter = kind(Doubles(), 8)
-    assert torch.equal(adapter(x), 2 * x)
-    down, _, up = randomize(adapter.branch)
-    h = F.gelu(torch.einsum("rc,bthwc->bthwr", down.weight, seen * x) + down.bias)
-    close(adapter(x), 2 * x + torch.einsum("cr,bthwr->bthwc", up.weight, h) + up.bias)
-
-def test_simdas_adapter_of_time():
-    """By einsum, and a loop over taps, around a layer that doubles; temporal=0 leaves it out."""
-    x = torch.randn(2, 5, 8, 3, 4)
-    adapter = vdm.TemporalAdapter(Doubles(), 8)
-    assert torch.equal(adapter(x, None), 2 * x)
-    down, taps, up = randomize(adapter.branch)
-    bias = lambda layer: layer.bias[:, None, None]
-    h = torch.einsum("rc,btchw->btrhw", down.weight.flatten(1), 2 * x) + bias(down)
-    h = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 1))
-    seen = bias(taps)
-    for tap in range(3):
-        seen = seen + taps.weight[:, 0, tap] * h[:, tap:tap + 5]
-    want = 2 * x + torch.einsum("cr,btrhw->btchw", up.weight.flatten(1), seen) + bias(up)
-    close(adapter(x, None), want)
-    assert torch.equal(adapter(x, None, 0.0), 2 * x)
-
-def shifted(x, t, y, z):
-    """The token that SimDA's code puts at one place of x (T, H, W, ...): of s frames ago."""
+def past(t, y, z):
+    """The frame that SimDA's code puts at one place of frame t: s frames ago, if there is one."""
     s = [[4, 3, 2, 1], [3, 2, 1, 0], [2, 1, 0, 0], [1, 2, 3, 4]][y % 4][z % 4]
-    return x[t - s if t >= s else t, y, z]
+    return t - s if t >= s else t
 
-@cases("code", [False, True])
-def test_shift_attention(code):
-    """Query by query, on a frame that is neither square nor a multiple of 4."""
-    q, k, v = torch.randn(3, 1, 6, 5, 6, 2, 3)                         # (B, T, H, W, heads, d)
-    got = vdm.shift_attention(q, k, v, code)
-    places = list(np.ndindex(5, 6))
+SEEN = {                                    # frames of which frame t sees the token at place (y, z)
+    "simda": lambda t, y, z: (t, past(t, y, z)),
+    "sparse_causal": lambda t, y, z: (0, max(t - 1, 0))}
 
-    def seen(x, t):
-        """Of one frame, (2 H W, heads, d). Paper: its own; code: those of the last."""
-        first = [x[t, y, z] for y, z in places]
-        if code:
-            first = [shifted(x, max(t - 1, 0), y, z) for y, z in places]
-        return torch.stack(first + [shifted(x, t, y, z) for y, z in places])
+def adapted(kind, *more):
+    """A small network with such adapters, random weights in all layers, and its first block."""
+    net = small_net(1, 16, *more)
+    vdm.adapt(net, kind)
+    randomize(net)
+    return net, net.down[0]
 
+@cases("kind", SEEN)
+def test_attention_to_other_frames(kind):
+    """What the layer does in the network is a loop over frames, places and heads; the frame is
+    neither square nor a multiple of 4. SimDA's adapters by einsum and a loop over three taps."""
+    net, block = adapted(kind)
+    caught = []
+    block.time.register_forward_hook(lambda layer, args, out: caught.append((*args, out)))
+    net(torch.randn(1, 6, 1, 12, 20), torch.randn(1, 6))                 # in tiles: 6 x 10 places
+    x, _, got = caught[0]
+    layer = block.time.attention
+    linear = lambda part, h: h @ part.weight.flatten(1).T + (0 if part.bias is None else part.bias)
+    h = block.time.time(x)[0].permute(0, 2, 3, 1)                                     # (T, H, W, C)
+    if kind == "simda":
+        down, taps, up = block.time.over_time
+        low = F.pad(linear(down, h), (0, 0, 0, 0, 0, 0, 1, 1))
+        low = sum(taps.weight[:, 0, i, 0, 0] * low[i:i + 6] for i in range(3)) + taps.bias
+        h = h + linear(up, low)
+    parts = [layer.q[0] if kind == "sparse_causal" else layer.q, layer.k, layer.v]
+    q, k, v = (linear(part, layer.norm(h)).unflatten(-1, (2, 8)) for part in parts)
+    turned = lambda x: torch.stack([vdm.rotate(x[:, y, z, :, None], torch.tensor([[y, z]]))[:, :, 0]
+                                    for y, z in np.ndindex(6, 10)], 2)           # (T, heads, L, d)
+    q, k = turned(q), turned(k)
+    seen = torch.zeros_like(h)
     for t in range(6):
-        keys = seen(k[0], t)
-        values = seen(v[0], t)
-        for y, z, head in np.ndindex(5, 6, 2):
-            p = (keys[:, head] @ q[0, t, y, z, head] / 3 ** 0.5).softmax(0)
-            close(got[0, t, y, z, head], p @ values[:, head])
+        tokens = [(f, y, z) for y, z in np.ndindex(6, 10) for f in SEEN[kind](t, y, z)]
+        for head in range(2):
+            keys = torch.stack([k[f, head, 10 * y + z] for f, y, z in tokens])
+            values = torch.stack([v[f, y, z, head] for f, y, z in tokens])
+            for y, z in np.ndindex(6, 10):
+                p = (keys @ q[t, head, 10 * y + z] / 8 ** 0.5).softmax(0)
+                seen[t, y, z, 8 * head:8 * head + 8] = p @ values
+    change = linear(layer.out, seen)
+    adapter = lambda part, h: linear(part[2], F.gelu(linear(part[0], h)))
+    if kind == "simda":
+        change = change + adapter(block.time.behind, change)
+    h = h + change
+    want = h + layer.feed_forward(h)
+    if kind == "simda":
+        want = want + adapter(block.time.beside, h)
+    close(got[0], want.permute(0, 3, 1, 2))
 
-@cases("kind", ["lora", "simda"])
-def test_adapt_changes_nothing_at_first(kind):
-    """Then every new parameter can; temporal=0 is an image model; LoRA merges into a plain one."""
-    net = randomize(small_net(1, 16))
+@cases("kind", ["lora", *SEEN])
+def test_adapt(kind):
+    """LoRA changes nothing at first, and merges into a plain network; what looks at other frames
+    changes nothing in a still clip. Every new parameter can learn."""
+    net = randomize(small_net(1, 16), gates=kind == "lora")
     x = torch.randn(2, 4, 1, 8, 8)
     level = torch.randn(2, 4)
-    before = net(x, level)
+    still = x[:, :1].expand_as(x), level[:, :1].expand_as(level)
+    plain = copy.deepcopy(net)
     names = set(net.state_dict())
     new = vdm.adapt(net, kind, 2)
-    assert torch.equal(net(x, level), before)
+    close(net(*still), plain(*still))
+    if kind == "lora":
+        assert torch.equal(net(x, level), plain(x, level))
+    else:
+        assert not torch.equal(net(x, level), plain(x, level))
+        assert torch.equal(net(x, level, temporal=0.0), plain(x, level, temporal=0.0))
     for p in new:
-        nn.init.normal_(p, std=0.3)
+        nn.init.normal_(p.requires_grad_(), std=0.3)
     net(x, level).square().sum().backward()
     assert all(p.grad.any() for p in new)
     after = net(x, level).detach()
-    assert differ(after, before)
-    close(net(x, level, temporal=0.0), frame_by_frame(net, x, level, temporal=0.0))
+    assert differ(after, plain(x, level))
+    alone = net(x, level, temporal=0.0)
+    close(alone, frame_by_frame(net, x, level, temporal=0.0))
     if kind == "lora":
         for name, layer in list(net.named_modules()):
             if isinstance(layer, vdm.LoRA):
                 net.set_submodule(name, layer.merge())
         close(net(x, level), after, rtol=1e-3, atol=1e-3)
         assert set(net.state_dict()) == names
+    if kind == "simda":                      # the image model bit for bit, whatever adapters learnt
+        assert torch.equal(alone, plain(x, level, temporal=0.0))
+        mixed = net(x, level, temporal=torch.tensor([0.0, 1.0]))
+        close(mixed, torch.cat([alone[:1], after[1:]]))
 
-@cases("kind, end, n", [(vdm.TemporalAdapter, "res", 7), (vdm.FeedForwardAdapter, "forward", 7),
-                        (vdm.SpatialAdapter, "space_attention.out", 2)])
-def test_where_simda_has_its_adapters(kind, end, n):
-    """Behind convolutions, beside feed-forward layers, behind attention over space."""
+@cases("kind, far", [("simda", 4), ("sparse_causal", 1)])
+def test_who_sees_whom(kind, far):
+    """One layer sees the frames of its paper, two in a network see those of these; none is to come.
+    Other temporal layers are off."""
+    net, block = adapted(kind)
+    for name, p in net.named_parameters():
+        if name.endswith("gate") or "over_time" in name:
+            p.zero_()
+    whole = lambda x: net(x, torch.zeros(1, 7))
+    for model, x, reach in [(block.time, torch.randn(1, 7, 16, 4, 4), far),
+                            (whole, torch.randn(1, 7, 1, 8, 8), 2 * far)]:
+        for t in range(7):
+            changed = x.clone()
+            changed[:, t] += torch.randn(x[:, t].shape)
+            moved = (model(changed) != model(x)).flatten(2).any(2)[0].tolist()
+            always = kind == "sparse_causal" and t == 0
+            assert moved == [0 <= u - t <= reach or always for u in range(7)]
+
+def test_where_and_how_many_adapters():
+    """Where there is attention over space. The published counts, of the 16 such places of Stable
+    Diffusion 1.4; by hand, of the 12 of rds. There SimDA trains about 3 % of the image model."""
     net = vdm.build(vdm.PRESETS["tiny"]).net
     vdm.adapt(net, "simda")
-    found = [name for name, layer in net.named_modules() if type(layer) is kind]
-    assert len(found) == n
-    assert all(name.endswith(end) for name in found)
+    found = [name for name, layer in net.named_modules() if isinstance(layer, vdm.FrameAttention)]
+    assert found == ["down.2.time", "up.2.time"]
+    count = lambda layer: sum(p.numel() for p in layer.parameters())
+    with torch.device("meta"):
+        places = [320] * 5 + [640] * 5 + [1280] * 6
+        assert sum(2 * count(vdm.bottleneck(dim)) for dim in places) == 12_421_600
+        assert sum(count(vdm.temporal_bottleneck(dim)) for dim in places) == 12_434_080
+        net = vdm.build(vdm.PRESETS["rds"]).net
+        part = vdm.part_of(net)
+        image = sum(p.numel() for p in part if part[p] == "spatial")
+        new = sum(p.numel() for p in vdm.adapt(net, "simda"))
+    assert new == 4 * sum(2 * dim ** 2 + 6 * dim for dim in (320, 640, 1280))
+    assert 0.03 < new / (image + new) < 0.035
+    with torch.device("meta"):
+        net = vdm.build(vdm.PRESETS["rds"]).net
+        assert sum(p.numel() for p in vdm.adapt(net, "sparse_causal")) == 4 * 21 * 320 ** 2
 
-@cases("adapters, word", [("", None), ("lora", "lora"), ("simda", "adapters")])
-def test_every_parameter_has_its_part(adapters, word):
+@cases("adapters", ["", "lora", *SEEN])
+def test_every_parameter_has_its_part(adapters):
     """By the names of the layers: part_of goes by their kinds."""
     model = vdm.build(vdm.Config(adapters=adapters, labels=3, actions=(2,)))
     parts = vdm.part_of(model)
-    words = {r"\.branch\.": word, r"\.conditions\.": "conditions",
+    words = {r"\.branch\.": "lora", r"\.(over_time|behind|beside|q\.0)\.": "adapters",
+             r"\.conditions\.": "conditions", r"\.time\.attention\.": "spatial",
              r"\.time|\.concat\.": "temporal", "": "spatial"}
     for name, p in model.named_parameters():
         assert parts.pop(p) == next(words[word] for word in words if re.search(word, name)), name
@@ -1592,7 +1637,8 @@ def checkpoint(path, config=None, **fields):
 
 @cases("fields", [
     {}, dict(give="hint", labels=3), dict(give="replace", actions=(2, 1)), dict(give="per_frame"),
-    dict(give="previous", adapters="simda"), dict(adapters="lora", rank=2)])
+    dict(give="previous", adapters="simda", attention=("factorised", "joint")),
+    dict(adapters="lora", rank=2)])
 def test_save_and_load(tmp_path, fields):
     """The averaged weights, ready to sample from."""
     path = tmp_path / "new" / "a.pt"
@@ -3232,7 +3278,8 @@ WAYS = {                        # flags, and modules that have to learn from the
     "previous": ("--give previous --context 0.5 0.5", "concat"),
     "stills": ("--stills 2 --loss plain", "concat"), "vista": ("--loss vista", "concat"),
     "labels": ("--labels 18", "label"), "actions": ("--data drive --schedule cosine", "action"),
-    "simda": ("--adapters simda --kind eps --weighting eps", "branch")}
+    "simda": ("--adapters simda --kind eps --weighting eps", "over_time behind beside"),
+    "sparse": ("--adapters sparse_causal", "q")}
 
 @cases("way", WAYS)
 def test_every_way_trains(tmp_path, way):
@@ -3243,7 +3290,8 @@ def test_every_way_trains(tmp_path, way):
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run"))
     start = read_fresh(state)
     moved = {name for name, w in state["model"].items() if not torch.equal(w, start[name])}
-    for word in ("gate", "embed.0", "input", "output", "space_attention", *names.split()):
+    space = "time.attention" if "adapters" in flags else "space_attention"
+    for word in ("gate", "embed.0", "input", "output", space, *names.split()):
         assert any(word in name.split(".") or word in name for name in moved), word
     assert all(w.isfinite().all() for w in state["ema"].values())
     assert (tmp_path / "run/samples/final.gif").stat().st_size > 0
@@ -3353,7 +3401,8 @@ def test_init_trains_adapters_alone(trained, tmp_path, capsys):
     first = run(tmp_path / "simda", "--steps 3 " + flags)["model"]
     second = run(tmp_path / "simda", "--steps 4 --resume " + flags)["model"]
     moved = {name for name in first if not torch.equal(first[name], second[name])}
-    assert moved and all("branch" in name or "conditions" in name for name in moved)
+    learnt = ("over_time", "behind", "beside", "conditions")
+    assert moved and all(any(word in name for word in learnt) for name in moved)
     with pytest.raises(ValueError, match="is another model, of another .*adapters"):
         run(tmp_path / "less", f"--init {tmp_path}/lora/last.pt --steps 1")
 
@@ -4205,6 +4254,16 @@ def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path
 def test_flags_of_the_ablation():
     assert [train.check(*train.parse(flags.split())) for flags in ablation.TRAIN]
     assert all(benchmark.parse_changes(train.Parser(), f.split())[1] for f in ablation.DRAW)
+
+def test_table_of_adapters(tmp_path):
+    """Rows of two ways. The number of SimDA's adapters is found by hand, for three places."""
+    small = vdm.Config(frames=4, size=(8, 8), mults=(1,), attention=("factorised",), context=(1.0,),
+                       steps=2, batch=2, sampling_steps=2)
+    adapters.row("image", small, 0, 2, tmp_path)
+    name, trained, share, large, seconds, *marks = adapters.row("SimDA", small, 0, 2, tmp_path)
+    assert [name, trained, large] == ["SimDA", f"{3 * (2 * 16 ** 2 + 6 * 16):,}", "3.1%"]
+    assert float(seconds) > 0 and len(marks) == 10 and (tmp_path / "SimDA-0.png").exists()
+    assert 0.01 < float(share.rstrip("%")) / 100 < 0.05
 
 def test_table_of_claims(tmp_path, monkeypatch):
     """Of two settings, which take part in all claims."""
