@@ -1051,7 +1051,7 @@ class TriplaneAutoencoder(nn.Module):
         return map(self.decode, pieces)
 
 def groups_of_planes(channels):
-    """PVDM's GroupNorm: 32 groups, or fewer if that divides no narrow layer."""
+    """PVDM's GroupNorm: 32 groups, or in a narrow layer as many as divide it."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 class PlaneResBlock(ResBlock):
@@ -1090,7 +1090,9 @@ class PlaneAttention(nn.Module):
         return x + rearrange(change, "b (h w) c -> b 1 c h w", h=x.shape[3])
 
 class PlaneBlock(Block):
-    """Layers for each plane of x (B, 1, C, 1, L), then attention among all planes (sec. 3.2)."""
+    """Layers for each plane of x (B, 1, C, 1, L), then attention among all planes (sec. 3.2).
+
+    It is a Block, as by that VideoUNet.forward knows which layers are told the noise level."""
 
     def __init__(self, sizes, layers, across=nn.Identity()):
         nn.Module.__init__(self)
@@ -1124,11 +1126,10 @@ class PlaneUNet(VideoUNet):
     multiple of 2^(levels - 1). concat_channels = channels is for a PreviousClip."""
 
     def __init__(self, channels=4, concat_channels=4, width=128, mults=(1, 2, 4, 4), blocks=2,
-                 attention=(*["factorised"] * 3, "joint"), heads=8, sizes=plane_sizes(16, 32, 32),
-                 conditions=None):
+                 attention=(*["factorised"] * 3, "joint"), heads=8, sizes=plane_sizes(16, 32, 32)):
         nn.Module.__init__(self)
-        E = 4 * width
-        self.conditions = nn.ModuleDict(conditions or {})
+        E = 4 * width                                           # of the embedded noise level
+        self.conditions = {}
         self.embed = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.input = EachPlane(conv(channels, width), sizes)
         self.concat = None
