@@ -2396,6 +2396,18 @@ def test_long_clips_and_oblong_ones_pass(frames, size):
     world = vdm.MovingShapes(frames, size, seed=3)
     assert world.check(torch.stack([world[i]["video"] for i in range(12)]))["passed"].all()
 
+@cases("size", SIZES)
+@cases("stride", (2, 4))
+def test_stride(size, stride):
+    """Every stride-th frame of the clips without one. In another order they are no path."""
+    world = vdm.MovingShapes(12, (size, size), seed=2, stride=stride)
+    whole = vdm.MovingShapes(11 * stride + 1, (size, size), seed=2)
+    some = torch.stack([world[i]["video"] for i in range(40)])
+    assert all(torch.equal(some[i], whole[i]["video"][::stride]) for i in range(40))
+    assert world.check(some)["passed"].mean() >= 0.95
+    assert world.check(some[:, [2, 0, 4, 1, 3]])["passed"].mean() < 0.2
+    assert world.check(some[:, :1].expand_as(some))["moving"].mean() == 0
+
 # ---- what does not -------------------------------------------------------------------------------
 
 @cases("size", SIZES)
@@ -3145,7 +3157,12 @@ def test_what_saves_memory_changes_nothing(tmp_path):
 def by_hand(model, batch, drawn, config):
     """The loss of a step, written out, and the squared errors that the log is made of."""
     T, stills, noise, sigma = config.frames, config.stills, drawn["noise"], drawn["sigma"]
-    clean, mask = batch["video"][:, -T:], drawn["mask"]
+    videos, mask = batch["video"], drawn["mask"]
+    if config.crop:
+        rows, columns = (drawn["corner"][:, k, None] + torch.arange(config.crop[k]) for k in (0, 1))
+        videos = torch.stack([video[..., y[:, None], x] for video, y, x in
+                              zip(videos, rows, columns)])
+    clean = videos[:, -T:]
     B = len(clean)
     told = dict(temporal=drawn["temporal"])
     if config.labels:
@@ -3159,8 +3176,11 @@ def by_hand(model, batch, drawn, config):
         if config.task == "image":                           # the first frame, in place of all
             shown, unit = clean[:, [0] * T], unit[:, [0] * T]
         if config.task == "upsample":
-            low = clean.unflatten(4, (-1, 4)).unflatten(3, (-1, 4)).mean((4, 6))
-            shown = F.interpolate(low.flatten(0, 1), scale_factor=4, mode="bilinear").view_as(clean)
+            k = config.enlarge
+            low = clean.unflatten(4, (-1, k)).unflatten(3, (-1, k)).mean((4, 6))
+            shown = F.interpolate(low.flatten(0, 1), scale_factor=k, mode="bilinear").view_as(clean)
+        if config.factor:                                    # what the blurred clip was encoded to
+            shown = videos[:, :T]
         ones = mask[:, :, None, None, None].expand_as(clean[:, :, :1])
         noisy = shown + level[:, None, None, None, None] * unit
         given = dict(concat=torch.cat([noisy * ones, ones], 2),
@@ -3197,7 +3217,9 @@ STEPS = dict(
     previous=dict(give="previous", context=(0.7, 0.3), loss="plain", kind="eps", weighting="eps"),
     stills=dict(stills=5, loss="plain", context=(1.0,), weighting="v"),
     hint=dict(give="hint", hint_noise=0.5), image=dict(give="hint", hint_noise=0.5, task="image"),
-    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)))
+    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)),
+    crop=dict(give="hint", hint_noise=0.5, task="upsample", enlarge=2, crop=(8, 12)),
+    latents=dict(give="hint", hint_noise=0.5, task="upsample", factor=4, crop=(8, 8)))
 
 @cases("way, micro", [*((way, 4) for way in STEPS), ("labels", 2), ("actions", 1), ("previous", 2)])
 def test_the_gradient_of_a_step(way, micro):
@@ -3206,7 +3228,7 @@ def test_the_gradient_of_a_step(way, micro):
     options.parts = [slice(i, i + micro) for i in range(0, 4, micro)]
     options.seed = 1
     world = vdm.Drive if config.actions else vdm.MovingShapes
-    world = world(8 if config.give == "previous" else 4, (16, 16))
+    world = world(8 if config.give == "previous" or config.factor else 4, (16, 16))
     batch = default_collate([world[i] for i in range(4)])
     drawn, model = train.draw(7, config, 1), random_model(config)
     truth = copy.deepcopy(model)
@@ -3236,6 +3258,22 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
             assert len(x) == 64
             equal = torch.equal(x.nan_to_num(9), drawn[name].nan_to_num(9))
             assert equal == ((step, seed) == (3, 0))
+
+def test_stride_of_the_toy_world():
+    """Key frames: every third frame of the clips that a world without a stride has."""
+    options, config = small(stride=3)
+    data, held_out, _ = train.open_data(options, config, None)
+    for world, seed in ((data, 0), (held_out, 1)):
+        whole = vdm.MovingShapes(10, (16, 16), seed=seed)
+        assert torch.equal(world[5]["video"], whole[5]["video"][::3])
+
+def test_crops_are_from_everywhere():
+    _, config = small(size=(12, 16), crop=(8, 4), batch=2000)
+    drawn = train.draw(0, config, 0)
+    assert drawn["noise"].shape[2:] == (3, 8, 4)
+    y, x = drawn["corner"].T
+    counts = (13 * y + x).bincount(minlength=65)                         # 5 x 13 places
+    assert len(counts) == 65 and (counts - 2000 / 65).abs().max() < 25
 
 def test_odds_of_what_is_drawn():
     """Of 4,000 clips, which are off by 0.008 at one standard deviation."""
@@ -3274,6 +3312,7 @@ WAYS = {                        # flags, and modules that have to learn from the
     "hint": ("--give hint --hint-noise 0.5", "concat augmentation"),
     "image": ("--give hint --task image --hint-noise 0.1", "concat augmentation"),
     "upsample": ("--give hint --task upsample --hint-noise 0.1", "concat augmentation"),
+    "crop": ("--give hint --task upsample --hint-noise 0.1 --crop 8", "concat augmentation"),
     "ends": ("--task ends", "concat"), "any": ("--task any --weighting min_snr", "concat"),
     "previous": ("--give previous --context 0.5 0.5", "concat"),
     "stills": ("--stills 2 --loss plain", "concat"), "vista": ("--loss vista", "concat"),
@@ -3460,7 +3499,10 @@ REFUSED = [
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),
     ("--task image", "--task image needs --give hint"),
-    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "of 4"),
+    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "--enlarge, 4"),
+    ("--crop 12", "--crop is (12, 12), expected multiples of 8, up to --size"),
+    ("--crop 40", "--crop is (40, 40)"), ("--crop 8 8 8", "--crop is (8, 8, 8)"),
+    ("--stride 2 --data drive", "--stride is for files and shapes"),
     ("--stills 2 --give per_frame --independent 0.5", "neither --independent"),
     ("--labels 3", "--labels is 3 and --actions (), but the data has 18"),
     ("--actions 4 2", "but the data has 18 labels and actions ()"),
@@ -3630,6 +3672,38 @@ def test_what_planes_cannot(tmp_path, monkeypatch, flags, words):
     with pytest.raises(ValueError) as caught:
         train.main([*PLANES.split(), *flags.split(), "--out", "run"])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+def test_an_up_sampler_of_latents(latent, tmp_path, monkeypatch):
+    """It is trained on, and shown at sampling, what the small clip is encoded to once enlarged."""
+    shutil.copytree(latent / "decoder", tmp_path / "decoder")
+    up = "--give hint --task upsample --enlarge 2 --hint-noise 0.1 --context 0.1 0.9 --data drive "
+    run(tmp_path / "up", f"--latents {tmp_path}/decoder/last.pt " + up, LATENT)
+    folder, = tmp_path.glob("latents-*")
+    stored = torch.from_numpy(np.load(folder / "video.npy")).float()
+    told = np.load(folder / "video.actions.npy")
+    ae, _ = vdm.load_autoencoder(latent / "decoder/last.pt")
+
+    def enlarged(small):
+        large = F.interpolate(small.flatten(0, 1), size=(16, 16), mode="bilinear")
+        return ae.encode(large.unflatten(0, small.shape[:2]))
+
+    for i in range(5):
+        item = vdm.Drive(4, (16, 16), seed=0)[i]
+        clip = item["video"][None]
+        small = clip.unflatten(4, (8, 2)).unflatten(3, (8, 2)).mean((4, 6))
+        want = torch.cat([enlarged(small), ae.encode(clip)], dim=1)
+        close(stored[i], want[0], atol=2e-3, rtol=2e-3)
+        assert np.array_equal(told[i, 4:], item["action"])
+    seen, forward = [], vdm.Denoiser.forward
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
+    small = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    np.save(tmp_path / "small.npy", small)
+    sample.main(f"{tmp_path}/up --n 1 --steps 1 --context {tmp_path}/small.npy --hint-noise 0 "
+                f"--device cpu --dtype fp32 --out {tmp_path}/a.mp4".split())
+    close(seen[0]["concat"][:, :, :4], enlarged(vdm.from_uint8(small)[None]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="--task upsample needs pixels, or --latents"):
+        run(tmp_path / "no", f"--data {folder} " + up.removesuffix("--data drive "), LATENT)
 
 def settings(out, flags):
     options, config = train.parse([*LATENT.split(), *flags.split(), "--out", str(out / "x")])
@@ -3889,6 +3963,8 @@ WAYS_d = {         # fields of Config, flags, length, which frames of the videos
              ("clip.npy", slice(6), slice(None, None, 3))),
     "image": (HINT | dict(task="image"), "--context picture.png --length 3", 3, None),
     "upsample": (HINT | dict(task="upsample"), "--context small.npy", 4, None),
+    "upsample long": (HINT | dict(task="upsample", frames=3, labels=2, enlarge=2),
+                      "--context clip.npy --label 1", 6, None),
     "reconstruct": (dict(context=(1.0,)),
                     "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
                     ("clip.npy", slice(3, 6), slice(3))),
@@ -3981,6 +4057,87 @@ def test_hints_are_as_noisy_as_is_said(here, monkeypatch, flags, level, task):
     close(noise.std().item(), level, atol=1e-5, rtol=0.05)
     assert seen[0]["augmentation"].tolist() == pytest.approx([level] * 9)
     assert level == 0 or abs((noise[0] * noise[1]).mean()) < 0.2 * level ** 2
+
+@cases("level", [0.1, 0.8])
+def test_enlarging_against_bayes(level):
+    """Pixels are independent and normal. So of a pixel g that is seen under noise of the level l, a
+    draw has mean g / (1 + l^2), and variance l^2 / (1 + l^2) around the mean given what is seen,
+    g + noise. 11 frames in windows of 4 are all drawn, whatever their windows."""
+    def ask(x, sigma, concat, augmentation):
+        s, l = (v.view(-1, 1, 1, 1, 1) ** 2 for v in (sigma, augmentation))
+        assert (concat[:, :, 3] == 1).all()
+        return (x / s + concat[:, :, :3] / l) / (1 + 1 / s + 1 / l)
+
+    job = SimpleNamespace(config=vdm.Config(**SMALL_d), seed=1, device="cpu", denoise=ask, told={},
+                          level=torch.tensor([level]), sampler=vdm.SAMPLERS["ddpm"], actions=None,
+                          sigmas=vdm.karras_sigmas(60, 0.01, 80.0))
+    given = torch.randn(2, 11, 3, SIDE, SIDE)
+    pieces = list(sample.enlarge(job, range(2), (2, 4, 3, SIDE, SIDE), given))
+    assert [piece.shape[1] for piece in pieces] == [4, 4, 3]
+    noise = torch.cat(pieces, 1) - given / (1 + level ** 2)
+    want = level ** 2 / (1 + level ** 2) ** 2 + level ** 2 / (1 + level ** 2)
+    for frame in noise.unbind(1):                                        # 1536 numbers
+        assert abs(frame.mean()) < 4 * math.sqrt(want / 1536)
+        assert frame.var().item() == pytest.approx(want, rel=0.16)
+    assert abs((noise[0] * noise[1]).mean()) < 4 * want / math.sqrt(noise[0].numel())
+
+def test_a_cascade(here, monkeypatch):
+    """Three checkpoints: 3 key frames, all 5, twice as large. Each stage is given just what the one
+    before has made; key frames stay as they are; a video depends on the seed and its number."""
+    few = dict(size=(8, 8), frames=3, context=(1.0,))
+    checkpoint_d("key.pt", **few)
+    checkpoint_d("fill.pt", **few | dict(task="any", frames=5, context=(0.5, 0.5)))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2, frames=3))
+    made, seeds, told = [], [], []
+    make, noise, forward = sample.make, vdm.clip_noise, vdm.Denoiser.forward
+    monkeypatch.setattr(sample, "make", lambda job: made.append(make(job)) or made[-1])
+    monkeypatch.setattr(vdm, "clip_noise", lambda seed, *args: seeds.append(seed)
+                        or noise(seed, *args))
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: told.append(c) or forward(self, x, sigma, **c))
+
+    def cascade(names, flags="--n 2"):
+        made.clear(), seeds.clear(), told.clear()
+        flags += " --device cpu --dtype fp32 --out a.mp4 --interpolate 2"
+        sample.main(f"{names} {flags}".split())
+        return made[-1]
+
+    large = cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0")
+    key, fill, _ = made
+    assert [x.shape[1:] for x in made] == [(3, 3, 8, 8), (5, 3, 8, 8), (5, 3, 16, 16)]
+    assert len(set(seeds)) == len(seeds) == 4
+    assert torch.equal(fill[:, ::2], key) and not torch.equal(fill[0], fill[1])
+    hints = [c["concat"] for c in told if "augmentation" in c][::2]      # of the first of two steps
+    shown = torch.cat(hints, 1)[:, :, :3]
+    close(shown, F.interpolate(fill.flatten(0, 1), (16, 16), mode="bilinear").view_as(large))
+    assert len(os.listdir("a")) == 2 and strips("a.png").shape == (2, 5, SIDE, SIDE, 3)
+    close(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0 --batch 1"), large,
+          atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0.4"), large,
+                              atol=0.01)
+    clip = cascade("fill.pt up.pt", "--n 1 --context clip.npy --context-frames 2")
+    assert clip.shape == (1, 3, 3, 16, 16)
+    assert torch.equal(made[0][0, ::2], vdm.read_video("clip.npy", (8, 8))[-2:])
+    for names, words in (("key.pt key.pt", "key.pt cannot go on from videos"),
+                         ("up.pt fill.pt", r"fill.pt goes on from frames of \(3, 8, 8\)"),
+                         ("key.pt up.pt last.pt", "no checkpoint last.pt")):
+        with pytest.raises(ValueError, match=words):
+            cascade(names)
+
+def test_ctrl_c_ends_a_cascade(here, monkeypatch):
+    """What is there is written, and no checkpoint goes on from it."""
+    checkpoint_d("last.pt", size=(8, 8))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2))
+    generate, left = vdm.generate, iter(range(2))
+
+    def interrupted(*args, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vdm, "generate", interrupted)
+    sample.main("last.pt up.pt --n 3 --batch 1 --device cpu --out a.mp4".split())
+    assert strips("a.png", 8).shape == (2, 4, 8, 8, 3)
 
 def fake(**flags):
     usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant",
@@ -4146,7 +4303,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
     (PREVIOUS | DRIVE, "--actions LLLLL", "nor with SVD or a model of --give previous"),
-    (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
+    (HINT | dict(task="upsample"), "--context clip.npy --length 5", "--length is 5, expected 6"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
     ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),

@@ -1882,7 +1882,8 @@ class MovingShapes:
     A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
     RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
     shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself."""
+    so each has one colour channel to itself. With a stride a clip is every stride-th frame of the
+    same clip, and SPEED is so many times as high."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1901,11 +1902,12 @@ class MovingShapes:
     HURRY = 0.017                # one window's speed against the clip's
     TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
-    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
+    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0, stride=1):
         self.frames = frames
         self.size = tuple(size)
         self.objects = objects
         self.seed = seed
+        self.SPEED = tuple(stride * speed for speed in self.SPEED)
         self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
         self.labels = 18
         if objects == 2:
@@ -2484,7 +2486,7 @@ class Config:
     frames: int = 8                 # frames per clip
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
-    stride: int = 1                 # take every stride-th frame of a file
+    stride: int = 1                 # take every stride-th frame of a file, or of shapes
     fps: float = 8.0                # frames per second of the videos written
     factor: int = 0                 # pixels to a latent along each side (0: no latents)
     planes: tuple = ()              # frames, height, width of latents on planes; sets frames, size
@@ -2509,6 +2511,8 @@ class Config:
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
     task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
+    enlarge: int = 4                # task upsample: how many times as large as what is given
+    crop: tuple = ()                # train on random crops of this size (default: whole frames)
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
     images: float = 0.08            # share of clips trained as loose frames, temporal=0
@@ -2963,7 +2967,8 @@ MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
         "steps batch frames stride size planes channels width mults blocks patch rank head_dim "
-        "actions sampling_steps overlap marks encode micro save_every sample_every keep_every",
+        "actions sampling_steps overlap marks encode micro save_every sample_every keep_every "
+        "enlarge crop",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
         "spatial_lr skip_guidance",
@@ -2989,18 +2994,23 @@ def check(options, config):
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
          f"--task {config.task} needs --give hint")
-    need(config.task != "upsample" or not (config.factor or np.mod(config.size, 4).any()),
-         "--task upsample needs pixels, and --size in multiples of 4")
+    need(config.task != "upsample" or not np.mod(config.size + config.crop, config.enlarge).any(),
+         f"--task upsample needs --size and --crop in multiples of --enlarge, {config.enlarge}")
+    multiple = config.patch * 2 ** (len(config.mults) - 1)
+    fits = [n <= whole and n % multiple == 0 for n, whole in zip(config.crop, config.size)]
+    need(len(config.crop) in (0, 2) and all(fits), f"--crop is {config.crop}, expected multiples of"
+         f" {multiple}, up to --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
-    if config.planes:
-        check_planes(options, config)
+    check_planes(options, config)
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
          " which --images above 0 teaches: without, it must be 1")
     check_config(config)
 
 def check_planes(options, config):
     """Refuse what planes cannot do: they have no frames to be told anything of their own."""
+    if not config.planes:
+        return
     alone = ("labels", "actions", "adapters", "stills", "images", "independent")
     need(config.give in ("concat", "previous") and config.patch == 1
          and not any(getattr(config, name) for name in alone), "--planes goes with --give previous "
