@@ -849,6 +849,15 @@ def test_rollout_in_whole_clips():
     assert seen == [[], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert torch.equal(roll(9, previous=count(4)), count(9))
     assert seen[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    seen.clear()                                 # N evaluations of the first clip, M of each other
+    roll(12, sigmas=vdm.karras_sigmas(5), later_sigmas=vdm.karras_sigmas(2))
+    assert [len(given) for given in seen] == 5 * [0] + 2 * [4] + 2 * [4]
+    assert not (seen[5] == seen[7])
+
+def test_clamped_estimate():
+    x = torch.tensor([-3.0, 0.5, 2.0]).view(1, 3, 1, 1, 1)
+    estimate = vdm.clamped(lambda x, sigma, plus: x + plus)(x, 1.0, plus=0.25)
+    assert estimate.flatten().tolist() == [-1, 0.75, 1]
 
 # ---- a noise level per frame ---------------------------------------------------------------------
 
@@ -1936,6 +1945,176 @@ def test_checkpoints_of_autoencoders(tmp_path):
     assert vdm.load(latent)[1] == config
     checkpoint(tmp_path / "pixels.pt")
     assert vdm.load_autoencoder(tmp_path / "pixels.pt")[0] is None
+
+# ---- planes --------------------------------------------------------------------------------------
+
+GRID = (4, 2, 6)                                    # T, H, W, of patches of 2 x 2 pixels
+
+def triplane(*off):
+    """An autoencoder of planes with random weights, without these layers: "t", "hw", all others."""
+    model = randomize(vdm.TriplaneAutoencoder(2, 3, GRID, 2, 16, 1, 1, 8))
+    for turns in (model.encoder, model.decoder):
+        for i, layer in enumerate(turns):
+            if layer.over in off:
+                turns[i] = nn.Identity()
+    return model
+
+def test_planes_in_a_row_and_back():
+    """Place after place: (H, W), then (T, W), then (T, H), each row by row."""
+    sizes = vdm.plane_sizes(*GRID)
+    planes = [torch.randn(5, h, w) for h, w in ((2, 6), (4, 6), (4, 2))]
+    row = vdm.join_planes(planes)
+    assert row.shape == (5, 1, 44)
+    k = 0
+    for plane in planes:
+        for y in range(plane.shape[1]):
+            for x in range(plane.shape[2]):
+                assert torch.equal(row[:, 0, k], plane[:, y, x])
+                k += 1
+    assert all(map(torch.equal, vdm.split_planes(row, sizes), planes))
+
+def test_every_place_is_read_off_three_planes():
+    """By a loop over all places: u(t, h, w) is the sum of what is read from (h, w), (t, w), (t, h).
+    The other way, a plane has what is left when t, h or w is dropped, of each clip in a row."""
+    model = triplane("t", "hw")
+    model.output = nn.Identity()
+    latents = torch.randn(2, 3, 3, 1, 44)
+    u = model.decode(latents)                                                 # (2, 3 T, 16, H, W)
+    T, H, W = GRID
+    for n in range(3):
+        planes = vdm.split_planes(latents[:, n], model.sizes)
+        for t, h, w in np.ndindex(GRID):
+            want = sum(F.linear(plane[:, :, y, x], read.weight[:, :, 0, 0], read.bias)
+                       for plane, read, y, x in zip(planes, model.read, (h, t, t), (w, w, h)))
+            close(u[:, n * T + t, :, h, w], want)
+    mean = SimpleNamespace(forward=lambda u: u.mean(1))                       # drops the axis
+    for project in model.project:
+        project.forward = mean.forward
+    model.input[1] = nn.Conv2d(8, 16, 1).requires_grad_(False)
+    clip = torch.randn(2, 3 * T, 2, 2 * H, 2 * W)
+    u = model.input(clip.flatten(0, 1)).unflatten(0, (2, 3, T))
+    for plane, axis in zip(vdm.split_planes(model.encode(clip), model.sizes), (2, 4, 5)):
+        close(plane, u.mean(axis) if axis == 2 else u.mean(axis).transpose(2, 3))
+
+def test_a_projection_looks_along_one_axis():
+    """A place of a plane depends on all of the axis that is dropped, and on no other place."""
+    project = randomize(vdm.Projection(16, 3, 2, 8))
+    u = torch.randn(1, 5, 16, 3, 4, requires_grad=True)
+    plane = project(u)
+    assert plane.shape == (1, 3, 3, 4) and plane.abs().max() < 1
+    plane[0, :, 0, 2].sum().backward()
+    seen = u.grad.abs().sum((0, 2)) > 0                                             # (5, 3, 4)
+    assert seen[:, 0, 2].all() and seen.sum() == 5
+
+def test_planes_of_a_clip_that_stands_still_are_constant_along_t():
+    """Those of a clip that moves are not, and (H, W) alone tells what stands still."""
+    model = triplane()
+    frame = torch.randn(1, 1, 2, 4, 12)
+    for clip, still in ((frame.expand(1, 4, -1, -1, -1), True),
+                        (torch.randn(1, 4, 2, 4, 12), False)):
+        hw, tw, th = vdm.split_planes(model.encode(clip)[:, 0], model.sizes)
+        for plane in (tw, th):                                                  # (1, 3, T, W or H)
+            assert torch.allclose(plane, plane[:, :, :1].expand_as(plane), atol=1e-5) == still
+        assert hw.std((2, 3)).max() > 0.1
+
+def test_which_plane_tells_what():
+    """Without layers over time, rows of (T, W) and of (T, H) that change places make frames do so.
+    In one alone they do not. Without layers over space, columns of (H, W) and (T, W) do so."""
+    order = torch.tensor([2, 0, 3, 1])
+    latents = torch.randn(1, 1, 3, 1, 44)
+    hw, tw, th = vdm.split_planes(latents, vdm.plane_sizes(*GRID))
+    decode = triplane("t").decode
+    moved = decode(vdm.join_planes([hw, tw[..., order, :], th[..., order, :]]))
+    close(moved, decode(latents)[:, order])
+    half = decode(vdm.join_planes([hw, tw[..., order, :], th]))
+    assert not torch.allclose(half, moved, atol=0.1)
+    order = torch.tensor([1, 5, 0, 4, 2, 3])                                   # of W = 6 patches
+    decode = triplane("hw").decode
+    moved = decode(vdm.join_planes([hw[..., order], tw[..., order], th]))
+    close(moved, decode(latents).unflatten(4, (6, 2))[..., order, :].flatten(4))
+
+@cases("resize", [None, "up", "down"])
+def test_residual_block_of_planes(resize):
+    """Against diffusers', which is built as that of PVDM's code: gain and shift, resized within."""
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    theirs = randomize(resnet.ResnetBlock2D(
+        in_channels=32, out_channels=64, temb_channels=8, groups=32, eps=1e-5,
+        time_embedding_norm="scale_shift", up=resize == "up", down=resize == "down"))
+    layer = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resize, nn.Identity())
+    ours = vdm.PlaneResBlock(32, 64, 8, layer).eval()
+    names = {"conv1.0": "norm1", "conv1.3": "conv1", "emb": "time_emb_proj", "norm2": "norm2",
+             "conv2": "conv2", "skip.1": "conv_shortcut"}
+    weights = theirs.state_dict()
+    ours.load_state_dict({f"{a}.{end}": weights[f"{b}.{end}"] for a, b in names.items()
+                          for end in ("weight", "bias")})
+    x = torch.randn(3, 1, 32, 4, 6)
+    emb = torch.randn(3, 8)
+    close(ours(x, F.silu(emb)[:, None])[:, 0], theirs(x[:, 0], emb))
+
+def test_attention_of_planes():
+    """Against PyTorch's, over all places of a plane."""
+    ours = randomize(vdm.PlaneAttention(32, 4))
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    theirs.load_state_dict(dict(
+        in_proj_weight=ours.qkv.weight, in_proj_bias=ours.qkv.bias,
+        **{"out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias}))
+    x = torch.randn(2, 1, 32, 3, 5)
+    h = ours.norm(x[:, 0]).flatten(2).mT                                               # (2, 15, 32)
+    close(ours(x)[:, 0], x[:, 0] + theirs(h, h, h)[0].mT.unflatten(2, (3, 5)))
+
+def plane_net(**options):
+    return randomize(vdm.PlaneUNet(3, 3, 16, (1, 2), 1, heads=2, sizes=vdm.plane_sizes(4, 2, 6),
+                                   **dict(attention=("joint", "factorised")) | options))
+
+@cases("attention, cut, others", [
+    (("joint", "factorised"), False, True), (("joint", "factorised"), True, False),
+    (("factorised", "none"), True, False)])
+def test_planes_talk_through_attention_among_them_alone(attention, cut, others):
+    """With that cut, a change of one plane changes the estimate of this plane alone."""
+    net = plane_net(attention=attention)
+    for block in net.modules():
+        if cut and isinstance(block, vdm.PlaneBlock):
+            block.across = nn.Identity()
+    x = torch.randn(2, 1, 3, 1, 44)
+    for k in range(3):
+        planes = vdm.split_planes(x, vdm.plane_sizes(*GRID))
+        planes[k] = planes[k] + 1
+        change = net(vdm.join_planes(planes), torch.zeros(2, 1)) - net(x, torch.zeros(2, 1))
+        moved = [plane.abs().max().item() > 1e-3
+                 for plane in vdm.split_planes(change, vdm.plane_sizes(*GRID))]
+        assert moved == [others or i == k for i in range(3)]
+
+def test_all_of_the_network_of_planes_learns():
+    """A fresh one estimates 0; and from the joint loss every parameter gets a gradient, those of
+    the clip before too."""
+    torch.manual_seed(0)
+    fresh = vdm.PlaneUNet(3, 3, 16, (1, 2), 1, ("joint", "factorised"), 2, vdm.plane_sizes(*GRID))
+    z = torch.rand(2, 1, 3, 1, 44)
+    assert not fresh(z, torch.zeros(2, 1)).any()
+    net = plane_net().requires_grad_()
+    denoiser = vdm.PreviousClip(net, "v")
+    loss, error = vdm.joint_loss(denoiser, z, z.flip(0), torch.ones(2), torch.randn_like(z))
+    loss.backward()
+    assert error.shape == (2,)
+    assert [name for name, p in net.named_parameters() if not p.grad.abs().max() > 0] == []
+    close(denoiser(z, 1.0, previous=0 * z), denoiser(z, 1.0))            # zeros are no clip (PVDM)
+
+@cases("flags, total, within, across", [
+    (dict(), 528_273_412, 31.8, 58.3), (dict(width=128, head_dim=16), 132_163_588, 8.0, 14.6)])
+def test_pvdm_has_the_published_size(flags, total, within, across):
+    """To the last parameter, but for the first layer of the noise level, which sees 64 waves."""
+    config = dataclasses.replace(vdm.PRESETS["sky"], **flags)
+    assert (config.frames, config.size) == (1, (1, 2048))
+    with torch.device("meta"):
+        net = vdm.build(config).net
+    def count(modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+    blocks = [block for block in net.modules() if isinstance(block, vdm.PlaneBlock)]
+    assert count([net]) + (config.width - 64) * 4 * config.width == total
+    assert count(block.across for block in blocks) / 1e6 == pytest.approx(across, abs=0.05)
+    assert count(layer for block in blocks for layer in block.layers
+                 if isinstance(layer, vdm.PlaneAttention)) / 1e6 == pytest.approx(within, abs=0.05)
+    assert {layer.heads for layer in net.modules() if isinstance(layer, vdm.PlaneAttention)} == {8}
 
 # ---- Drive ---------------------------------------------------------------------------------------
 
@@ -3429,6 +3608,8 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
             flag, default = "--" + name.replace("_", "-"), getattr(vdm.Config, name)
             assert re.sub(r"\s+", "", comment) in said and flag in said, name
             given = {str: "z", int: "7", float: "0.25", tuple: "3 2"}[type(default)]
+            if name == "planes":
+                given = "3 2 4"
             flags += [flag, *given.split()]
             kind = type((*default, 0)[0]) if isinstance(default, tuple) else type(default)
             want[name] = tuple(map(kind, given.split()))
@@ -3558,6 +3739,77 @@ def test_encoded_once(latent, tmp_path, monkeypatch):
             run(tmp_path / "three", flags + "--encode 4", LATENT)
     run(tmp_path / "four", f"--latents {latent}/ae/last.pt --data drive --steps 1", LATENT)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and not list(tmp_path.glob("*.part"))
+
+@cases("size, most, kept", [((4, 4), 0.5, False), ((1, 16), 0.5, True), ((1, 16), 1.5, False)])
+def test_latents_of_planes_need_no_scale(tmp_path, size, most, kept):
+    """Only planes, a row of numbers in [-1, 1], may have a standard deviation below 0.4."""
+    small = np.zeros((3, 6, 2, *size), np.float32)
+    small[..., 0] = most
+    small[0, 0, 0, 0, 1] = -most
+    assert 0.01 < small.std() < 0.4
+    np.save(tmp_path / "a.npy", small)
+    if kept:
+        assert len(train.Latents(tmp_path, 2, size, 1, 2)) == 3
+    else:
+        with pytest.raises(ValueError, match="multiply it by"):
+            train.Latents(tmp_path, 2, size, 1, 2)
+
+PLANES = ("--preset planes --width 8 --head-dim 4 --mults 1 --attention joint --batch 2 --steps 3 "
+          "--sampling-steps 2 --marks 2 --encode 5 --sample-every 99 --device cpu --dtype fp32 ")
+
+def test_planes_from_the_autoencoder_to_samples(tmp_path, monkeypatch, capsys):
+    """Clips of 4 frames are encoded two in a row. Videos are as long as asked for; the first clips
+    of a longer one, and a given one, are those of their own; the rest is another at other steps."""
+    autoencoder_c([*"--preset planes --planes 4 2 3 --channels 2 --batch 2 --steps 3 --marks 2 "
+                   "--device cpu --dtype fp32".split(), "--out", str(tmp_path / "ae")])
+    assert f"train.py --preset planes --latents {tmp_path}/ae/last.pt" in capsys.readouterr().out
+    state = run(tmp_path / "run", f"--latents {tmp_path}/ae/last.pt", PLANES)
+    assert state["config"]["planes"] == (4, 2, 3) and state["config"]["size"] == (1, 26)
+    assert same_c(state["autoencoder"], read(tmp_path / "ae/last.pt")["ema"])
+    folder, = tmp_path.glob("latents-*")
+    stored = np.load(folder / "video.npy")
+    ae, _ = vdm.load_autoencoder(tmp_path / "ae/last.pt")
+    clip = vdm.MovingShapes(8, (8, 12), seed=0)[0]["video"]
+    by_hand = torch.cat([ae.encode(clip[None, i:i + 4])[0] for i in (0, 4)])     # (2, 2, 1, 26)
+    close(torch.from_numpy(stored[0]).float(), by_hand, atol=2e-3, rtol=2e-3)
+    picture = Image.open(tmp_path / "run/samples/final.png")
+    assert picture.size == (2 * (4 * 13 + 1), 2 * (2 * 9 + 1))
+    monkeypatch.chdir(tmp_path)
+    vdm.write_video("clip.gif", clip)
+    def made(flags):
+        sample.main(["run/last.pt", *f"--n 1 --device cpu --out a.gif {flags}".split()])
+        return np.asarray(Image.open("a.png"))[::2, ::2]           # frames of 12 columns and a line
+    long = made("--length 11")
+    first = made("")
+    fewer = made("--length 11 --later-steps 1")
+    assert long.shape == (10, 11 * 13 + 1, 3) and first.shape == (10, 4 * 13 + 1, 3)
+    assert np.array_equal(long[:, :52], first[:, :52])
+    assert np.array_equal(long[:, :52], fewer[:, :52])
+    assert not np.array_equal(long[:, 53:], fewer[:, 53:])
+    assert made("--context clip.gif").shape == (10, 8 * 13 + 1, 3)
+    for flags, words in (("--context clip.gif --context-frames 3", "a multiple of 4 frames"),
+                         ("--context clip.gif --length 4", "more than the 4 frames given")):
+        with pytest.raises(ValueError, match=words):
+            made(flags)
+    benchmark.main("--run run/last.pt --n 2 --seeds 1 --lengths 4 6".split())
+    assert "| 6 | seed 1 |" in capsys.readouterr().out
+
+@cases("flags, words", [
+    ("--planes 4 4", "expected frames, height and width"), ("--planes 4 3 4 --mults 1 1 "
+     "--attention none none", "that works is --planes 4 4 4"), ("--frames 8", "leave out --frames"),
+    ("--patch 2 --planes 2 2 2", "with --patch 1"), ("--images 0.1", "neither with labels"),
+    ("--give hint --context 1", "with --give previous or concat"), ("--head-dim 16", "is 16"),
+    ("--latents frames.pt", "makes latents of frames"), ("--planes 4 0 4", "--planes is (4, 0, 4)"),
+    ("--latents planes.pt --data drive", "planes have no frames")])
+def test_what_planes_cannot(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("frames", "planes"):
+        config = vdm.PRESETS[dict(frames="latent").get(name, name)]
+        weights = vdm.build_autoencoder(config).state_dict()
+        vdm.save(f"{name}.pt", config=asdict(config), stage="autoencoder", ema=weights)
+    with pytest.raises(ValueError) as caught:
+        train.main([*PLANES.split(), *flags.split(), "--out", "run"])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 def test_an_up_sampler_of_latents(latent, tmp_path, monkeypatch):
     """It is trained on, and shown at sampling, what the small clip is encoded to once enlarged."""
@@ -4197,6 +4449,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
     ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
+    ({}, "--later-steps 2", "for models of --give previous"),
     (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"),
     (dict(labels=3), "--label -1", "--label is -1"), ({}, "--label 0", "one of 0 classes"),
     ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
@@ -4282,6 +4535,16 @@ def test_benchmark_of_commands_and_interpolation(tmp_path, capsys, fields, flags
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "2", *flags.split()])
     assert words in capsys.readouterr().out
+
+def test_benchmark_of_costs(tmp_path, capsys):
+    """Numbers in a clip and parameters, counted here; 2 GiB is room for at least one clip."""
+    checkpoint_e(tmp_path / "a")
+    benchmark.main(["--costs", str(tmp_path / "a"), "--n", "2"])
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    weights = torch.load(tmp_path / "a/last.pt", weights_only=True)["ema"]
+    millions = sum(w.numel() for w in weights.values()) / 1e6
+    assert row[:4] == ["a", f"{8 * 3 * 16 * 16:,}", "", f"{millions:.2f} M"]
+    assert int(row[5]) > 1 and all(float(x) >= 0 for cell in row[6:8] for x in cell.split(","))
 
 def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path):
     checkpoint_e(tmp_path)

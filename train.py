@@ -474,9 +474,8 @@ def finish(options, config, held_out, picture):
 def open_data(options, config, autoencoder):
     """Return what to train on, what to hold out, and config with what the data decides."""
     size, channels = pixels(config)
-    frames = config.frames
-    if config.give == "previous":                                  # an item is two clips in a row
-        frames *= 2
+    clips = 2 if config.give == "previous" else 1                  # an item is two clips in a row
+    frames = clips * vdm.clip_frames(config)
     if options.data in WORLDS:
         need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
@@ -494,6 +493,7 @@ def open_data(options, config, autoencoder):
         if config.factor and autoencoder is None:
             need(config.task != "upsample", "--task upsample needs pixels, or --latents")
             folder = Latents
+            frames = clips * config.frames
             size = config.size
             channels = config.channels
         data = held_out = folder(options.data, frames, size, config.stride, channels,
@@ -503,6 +503,7 @@ def open_data(options, config, autoencoder):
             config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
+        frames = clips * config.frames
         if config.task == "upsample":
             frames *= 2
         data = Latents(encode(data, options, n, autoencoder, config), frames, config.size, 1,
@@ -615,8 +616,9 @@ class Latents(vdm.VideoFolder):
              f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
              f"{', '.join(map(str, shape))}); videos need --latents CKPT")
         std = np.std(x[:64], dtype=np.float64)
-        need(0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
-             f"it by {1 / max(std, 1e-9):.4g}")
+        planes = shape[1] == 1 and np.abs(x[:64]).max() <= 1             # a row that tanh bounds
+        need(planes or 0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: "
+             f"multiply it by {1 / max(std, 1e-9):.4g}")
         return list(x.reshape(-1, *x.shape[-4:])), 8.0
 
     def to_float(self, latents):
@@ -628,6 +630,9 @@ def encode(data, options, n, autoencoder, config):
     It is named after a checksum of the autoencoder and some items, by which the next run finds it.
     Frames are cut or blurred in pixels, then encoded, as latents cannot be resized. For an
     up-sampler the frames of a clip as it is given, blurred, come before the clip's own."""
+    need(not (data.actions and config.planes), "--data has actions, but planes have no frames that "
+         "could be told them: choose another --preset")
+
     def item(i):
         found = data[i]
         if config.task == "upsample":
@@ -665,7 +670,10 @@ def find_autoencoder(options, config, state):
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
     need(autoencoder is not None, f"--latents {path} is no autoencoder, and holds none")
-    config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
+    need(bool(made.planes) == bool(config.planes), f"--latents {path} makes latents of "
+         f"{'planes' if made.planes else 'frames'}: choose another --preset, as planes is one")
+    config = dataclasses.replace(config, channels=made.channels, factor=made.factor,
+                                 planes=made.planes)
     return autoencoder.to(options.device), config
 
 # ---- --resume and --init -------------------------------------------------------------------------
@@ -700,7 +708,7 @@ def trim(log, step):
 
 ADDED = ("labels", "actions", "adapters")
 MODEL = ("channels", "width", "mults", "blocks", "attention", "head_dim", "patch", "kind",
-         "sigma_data", "give", *ADDED)
+         "sigma_data", "give", "planes", *ADDED)
 
 def start_from(path, config):
     """Build a model with the averaged weights of a checkpoint (--init).

@@ -978,6 +978,205 @@ def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
 # ==================================================================================================
 # 11. PVDM
 # ==================================================================================================
+# PVDM says a clip on three planes, u(t, h, w) ~ (H, W) + (T, W) + (T, H), in far fewer numbers than
+# frames take (sec. 3.1). The planes are one row of L = HW + TW + TH places: a clip of one frame of
+# 1 x L, which all of Part I takes as it is. Its network is one of pictures, which the planes share,
+# with attention among all their places (sec. 3.2).
+
+def plane_sizes(frames, height, width):
+    """Height and width of the planes (H, W), (T, W), (T, H) of a grid T x H x W."""
+    return (height, width), (frames, width), (frames, height)
+
+def join_planes(planes):
+    """Planes (..., h, w), side by side in one row: (..., 1, L)."""
+    return torch.cat([plane.flatten(-2) for plane in planes], dim=-1).unsqueeze(-2)
+
+def split_planes(x, sizes):
+    """What join_planes joined: x (..., 1, L) -> planes (..., h, w) of these sizes."""
+    rows = x.squeeze(-2).split([h * w for h, w in sizes], dim=-1)
+    return [row.unflatten(-1, size) for row, size in zip(rows, sizes)]
+
+class Projection(nn.Module):
+    """u (B, N, dim, X, Y) -> a plane (B, latent, X, Y) with values in (-1, 1). At every place of it
+    a summary token looks along the axis N, which is then dropped."""
+
+    def __init__(self, dim, latent, depth, head_dim):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(dim, 1, 1))
+        self.layers = nn.Sequential(*[Attention(dim, head_dim, "t") for _ in range(depth)])
+        self.out = conv(dim, latent, 1)
+
+    def forward(self, u):
+        token = self.token.expand(len(u), 1, -1, *u.shape[3:])                 # (B, 1, dim, X, Y)
+        return self.out(self.layers(torch.cat([token, u], dim=1))[:, 0]).tanh()
+
+class TriplaneAutoencoder(nn.Module):
+    """encode(clip (B, n T, C, H, W)) -> planes (B, n, latent, 1, L), and decode: the latents of n
+    clips in a row, each on three planes (PVDM sec. 3.1).
+
+    grid is T, H / patch, W / patch. Encoder and decoder look over time, then over space, in turns
+    (TimeSformer); theirs have one feed-forward layer for both. Train it on the error of
+    decode(encode(clip)); PVDM adds LPIPS, and at last a GAN."""
+
+    def __init__(self, channels=3, latent=4, grid=(16, 8, 8), patch=4, dim=64, depth=2,
+                 plane_depth=1, head_dim=16):
+        super().__init__()
+        self.grid = grid
+        self.sizes = plane_sizes(*grid)
+        turns = [Attention(dim, head_dim, over) for _ in range(2 * depth) for over in ("t", "hw")]
+        self.encoder = nn.Sequential(*turns[:2 * depth])
+        self.decoder = nn.Sequential(*turns[2 * depth:])
+        self.input = nn.Sequential(nn.PixelUnshuffle(patch), conv(channels * patch ** 2, dim, 1))
+        self.project = nn.ModuleList(
+            [Projection(dim, latent, plane_depth, head_dim) for _ in range(3)])
+        self.read = nn.ModuleList([conv(latent, dim, 1) for _ in range(3)])
+        self.output = nn.Sequential(
+            normalize(dim), conv(dim, channels * patch ** 2, 1), nn.PixelShuffle(patch))
+
+    def encode(self, clip):
+        T, H, W = self.grid
+        patch = self.input[0].downscale_factor
+        if clip.shape[1] % T or clip.shape[3:] != (H * patch, W * patch):
+            raise ValueError(f"a clip is {tuple(clip.shape)}, expected a multiple of {T} frames of "
+                             f"{H * patch} x {W * patch}")
+        u = self.encoder(each_frame(self.input, clip.unflatten(1, (-1, T)).flatten(0, 1)))
+        alongs = (u, u.permute(0, 3, 2, 1, 4), u.permute(0, 4, 2, 1, 3))           # drop t, h, w
+        planes = join_planes([project(x) for project, x in zip(self.project, alongs)])
+        return planes.unflatten(0, (len(clip), -1))                                # (B, n, c, 1, L)
+
+    def decode(self, latents):
+        planes = split_planes(latents.flatten(0, 1), self.sizes)
+        hw, tw, th = (read(plane) for read, plane in zip(self.read, planes))
+        u = hw[:, None] + tw.transpose(1, 2).unsqueeze(3) + th.transpose(1, 2).unsqueeze(4)
+        clip = each_frame(self.output, self.decoder(u))                      # (B n, T, C, H, W)
+        return clip.unflatten(0, latents.shape[:2]).flatten(1, 2)
+
+    def stream(self, pieces):
+        """Decode latents (B, n, c, 1, L) that come piece by piece."""
+        return map(self.decode, pieces)
+
+def groups_of_planes(channels):
+    """PVDM's GroupNorm: 32 groups, or in a narrow layer as many as divide it."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+class PlaneResBlock(ResBlock):
+    """A ResBlock without time. It may resize a plane: resize is applied on both of its ways."""
+
+    def __init__(self, dim_in, dim, dim_emb, resize=nn.Identity()):
+        super().__init__(dim_in, dim, dim_emb)
+        del self.time                                                 # for the method of that name
+        self.conv1 = nn.Sequential(
+            groups_of_planes(dim_in), nn.SiLU(), resize, conv(dim_in, dim))
+        self.norm2 = groups_of_planes(dim)
+        self.skip = nn.Sequential(resize, self.skip)
+        zero(self.conv2)
+
+    @staticmethod
+    def time(x, temporal):
+        return x
+
+class PlaneAttention(nn.Module):
+    """Self-attention among all places of x (B, 1, C, h, w), which may be all planes in a row. There
+    are neither positions, which convolutions tell, nor a feed-forward layer."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = groups_of_planes(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = zero(nn.Linear(dim, dim))
+
+    def forward(self, x, emb=None):
+        tokens = rearrange(each_frame(self.norm, x), "b 1 c h w -> b (h w) c")          # (B, L, C)
+        qkv = self.qkv(tokens)
+        q, k, v = rearrange(qkv, "b l (n heads d) -> n b heads l d", n=3, heads=self.heads)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        change = self.out(rearrange(seen, "b heads l d -> b l (heads d)"))
+        return x + rearrange(change, "b (h w) c -> b 1 c h w", h=x.shape[3])
+
+class PlaneBlock(Block):
+    """Layers for each plane of x (B, 1, C, 1, L), then attention among all planes (sec. 3.2).
+
+    It is a Block, as by that VideoUNet.forward knows which layers are told the noise level."""
+
+    def __init__(self, sizes, layers, across=nn.Identity()):
+        nn.Module.__init__(self)
+        self.sizes = sizes
+        self.layers = nn.ModuleList(layers)
+        self.across = across
+
+    def forward(self, x, emb, temporal=1.0):
+        planes = split_planes(x, self.sizes)                                 # each (B, 1, C, h, w)
+        for layer in self.layers:
+            planes = [layer(plane, emb) for plane in planes]
+        return self.across(join_planes(planes))                              # (B, 1, C, 1, L)
+
+class EachPlane(nn.Module):
+    """A layer of pictures, applied to each plane of x (N, C, 1, L)."""
+
+    def __init__(self, layer, sizes):
+        super().__init__()
+        self.layer = layer
+        self.sizes = sizes
+
+    def forward(self, x):
+        return join_planes([self.layer(plane) for plane in split_planes(x, self.sizes)])
+
+class PlaneUNet(VideoUNet):
+    """PVDM's network of three planes: net(x (B, 1, channels, 1, L), c_noise (B, 1)) -> like x.
+
+    It is a UNet of pictures, and called as a VideoUNet; there is no time for `temporal` to switch
+    off. All planes pass through the same layers. attention[i] is "none", "joint" (among all places
+    of the three planes) or "factorised" (first within each plane). Every side of a plane must be a
+    multiple of 2^(levels - 1). concat_channels = channels is for a PreviousClip."""
+
+    def __init__(self, channels=4, concat_channels=4, width=128, mults=(1, 2, 4, 4), blocks=2,
+                 attention=(*["factorised"] * 3, "joint"), heads=8, sizes=plane_sizes(16, 32, 32)):
+        nn.Module.__init__(self)
+        E = 4 * width                                           # of the embedded noise level
+        self.conditions = {}
+        self.embed = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.input = EachPlane(conv(channels, width), sizes)
+        self.concat = None
+        if concat_channels > 0:
+            self.concat = ConcatInput(EachPlane(conv(concat_channels, width, bias=False), sizes))
+
+        def within(level, dim):
+            return [PlaneAttention(dim, heads)] if attention[level] == "factorised" else []
+
+        def across(level, dim):
+            return nn.Identity() if attention[level] == "none" else PlaneAttention(dim, heads)
+
+        at = [[(h >> i, w >> i) for h, w in sizes] for i in range(len(mults))]          # by level
+        self.down = nn.ModuleList([PlaneBlock(sizes, [])])      # which leaves the input as a skip
+        skip_dims = [width]
+        dim = width
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                res = PlaneResBlock(dim, width * mult, E)
+                dim = width * mult
+                self.down.append(
+                    PlaneBlock(at[level], [res, *within(level, dim)], across(level, dim)))
+                skip_dims.append(dim)
+            if level < len(mults) - 1:
+                res = PlaneResBlock(dim, dim, E, nn.AvgPool2d(2))
+                self.down.append(PlaneBlock(at[level], [res], across(level, dim)))
+                skip_dims.append(dim)
+        layers = [PlaneResBlock(dim, dim, E) for _ in range(2)]
+        layers.insert(1, PlaneAttention(dim, heads))
+        self.middle = PlaneBlock(at[-1], layers, PlaneAttention(dim, heads))
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(mults))):
+            for i in range(blocks + 1):
+                layers = [PlaneResBlock(dim + skip_dims.pop(), width * mults[level], E)]
+                dim = width * mults[level]
+                layers += within(level, dim)
+                if level > 0 and i == blocks:
+                    layers.append(PlaneResBlock(dim, dim, E, nn.Upsample(scale_factor=2)))
+                self.up.append(PlaneBlock(at[level], layers, across(level, dim)))
+        last = zero(conv(dim, channels))
+        self.output = EachPlane(nn.Sequential(groups_of_planes(dim), nn.SiLU(), last), sizes)
+
 # PVDM goes on clip by clip: the whole clip before is given, as further channels (sec. 3.3). Its
 # network needs concat_channels = channels.
 
@@ -997,10 +1196,16 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, loss=diffusio
     free, error = loss(denoiser, clean, sigma, noise, **options)
     return share * continued + (1 - share) * free, error
 
-def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None, **options):
+def clamped(denoise):
+    """A denoise whose estimate stays in [-1, 1], as all planes do (PVDM's sampling)."""
+    return lambda x, sigma, **conditions: denoise(x, sigma, **conditions).clamp(-1, 1)
+
+def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None,
+                     later_sigmas=None, **options):
     """Yield a video of any length, clip by clip, each given the one before (PVDM).
 
-    previous is a whole clip to start from, and comes first. Other arguments as in rollout."""
+    previous is a whole clip to start from, and comes first. later_sigmas are noise levels for all
+    clips that are given one; fewer will do. Other arguments as in rollout."""
     noise = clip_noise(seed, range(shape[0]) if clips is None else clips, sigmas.device)
     done = 0
     if previous is not None:
@@ -1008,6 +1213,8 @@ def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clip
         done = previous.shape[1]
         yield previous
     while done < length:
+        if previous is not None and later_sigmas is not None:
+            sigmas = later_sigmas
         window = generate(denoise, shape, sigmas, noise=noise, previous=previous, **options)
         yield window[:, :length - done]
         previous = window
@@ -2336,6 +2543,7 @@ class Config:
     stride: int = 1                 # take every stride-th frame of a file, or of shapes
     fps: float = 8.0                # frames per second of the videos written
     factor: int = 0                 # pixels to a latent along each side (0: no latents)
+    planes: tuple = ()              # frames, height, width of latents on planes; sets frames, size
     width: int = 16                 # channels of the first level
     mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
     blocks: int = 1                 # blocks per level and way
@@ -2386,6 +2594,13 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at low noise
     overlap: int = 4                # frames that a window of a long video is given
 
+    def __post_init__(self):
+        if self.planes:                              # to the network a clip is one row of places
+            if len(self.planes) != 3:
+                raise ValueError(f"planes are {self.planes}, expected frames, height and width")
+            self.frames = 1
+            self.size = (1, sum(h * w for h, w in plane_sizes(*self.planes)))
+
 # A preset is a set of defaults; any flag after it wins. The comments say what differs from the
 # papers; "unverified" is what neither paper nor code tells.
 
@@ -2400,6 +2615,10 @@ PRESETS = {
     # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=("none", "joint"), steps=1500),
+    # PVDM on a laptop: the toy world, 16 frames of 32 x 32 pixels, on planes of 4 x 320 in all
+    "planes": Config(planes=(16, 8, 8), channels=4, factor=4, width=48, mults=(1, 2), head_dim=12,
+                     attention=("joint", "factorised"), patch=1, give="previous",
+                     context=(0.5, 0.5), images=0.0, loss="plain", skip_guidance=1.0, steps=1500),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
@@ -2411,10 +2630,11 @@ PRESETS = {
                     schedule="cosine", weighting="eps", context=(1.0,), stills=8, steps=60_000,
                     batch=128, lr=3e-4, weight_decay=0.0, sampler="ddpm", sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
-    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs has latents on three
-    # planes and a network without time; ours has latents of frames. Unverified: fps, clip_norm
-    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), kind="eps",
-                 attention=(*["factorised"] * 3, "none"), give="previous", context=(0.8, 0.2),
+    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 16 --sampling-steps 100. All layers
+    # of its network are theirs but the first of the noise level, which sees 64 waves, not width.
+    # Their autoencoder is larger, and learns by LPIPS and a GAN, too. Unverified: fps, clip_norm
+    "sky": paper(planes=(16, 32, 32), width=256, mults=(1, 2, 4, 4), kind="eps", head_dim=32,
+                 attention=(*["factorised"] * 3, "joint"), give="previous", context=(0.8, 0.2),
                  schedule="scaled_linear", weighting="eps", steps=850_000, batch=64, lr=1e-4,
                  sampler="ddpm", sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
     # Video LDM, key frames, 128 x 256 pixels. Theirs trains temporal layers alone, after an image
@@ -2462,19 +2682,23 @@ def check_config(config):
     if len(config.attention) != levels or set(config.attention) - {"none", "factorised", "joint"}:
         raise ValueError(f"attention is {' '.join(map(str, config.attention))}, expected none, "
                          f"factorised or joint for each of the {levels} levels of mults")
+    flag = "planes" if config.planes else "size"
+    sides = getattr(config, flag)
     multiple = config.patch * 2 ** (levels - 1)                 # every level halves the tiled frame
-    near = [max(multiple, round(n / multiple) * multiple) for n in config.size]
-    if near != [*config.size]:
-        raise ValueError(f"size is {config.size}, patch and mults need multiples of {multiple}: "
-                         f"the nearest that works is --size {' '.join(map(str, near))}")
+    near = [max(multiple, round(n / multiple) * multiple) for n in sides]
+    if near != [*sides]:
+        raise ValueError(f"{flag} is {sides}, patch and mults need multiples of {multiple}: "
+                         f"the nearest that works is --{flag} {' '.join(map(str, near))}")
     wide = [config.width * mult for mult, attention in zip(config.mults, config.attention)
             if attention != "none"]
+    if config.planes:                                      # the first level decides how many heads
+        wide = [config.width]
     if any(n % config.head_dim for n in wide) or (wide and config.head_dim % 2):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
 
 def build_network(config):
-    """Config -> VideoUNet or, for give svd and vista, StableUNet, with fresh weights."""
+    """Config -> VideoUNet, for planes PlaneUNet, for give svd and vista StableUNet, all fresh."""
     if config.give in ("svd", "vista"):
         return StableUNet(config.channels, config.channels, config.width, config.mults,
                           config.blocks, config.attention, config.head_dim,
@@ -2490,6 +2714,10 @@ def build_network(config):
         conditions["given"] = LabelEmbedding(1)
     concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
                            previous=config.channels).get(config.give, 0)
+    if config.planes:
+        return PlaneUNet(config.channels, concat_channels, config.width, config.mults,
+                         config.blocks, config.attention, config.width // config.head_dim,
+                         plane_sizes(*config.planes))
     return VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
                      config.attention, config.head_dim, config.patch, conditions=conditions)
 
@@ -2502,7 +2730,9 @@ def build(config):
     return GIVES[config.give](net, config.kind, config.sigma_data)
 
 def build_autoencoder(config):
-    """Config -> Autoencoder with fresh weights, of colour frames."""
+    """Config -> Autoencoder or, for planes, TriplaneAutoencoder, with fresh weights, of colour."""
+    if config.planes:
+        return TriplaneAutoencoder(3, config.channels, config.planes, config.factor)
     return Autoencoder(channels=3, latent=config.channels, factor=config.factor)
 
 def save(path, **state):
@@ -2790,9 +3020,9 @@ def limit(names, expected, low, high, *sources):
 MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
-        "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every enlarge "
-        "crop",
+        "steps batch frames stride size planes channels width mults blocks patch rank head_dim "
+        "actions sampling_steps overlap marks encode micro save_every sample_every keep_every "
+        "enlarge crop",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
         "spatial_lr skip_guidance",
@@ -2809,8 +3039,9 @@ def check(options, config):
     odds = config.context
     need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
     need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
-    need(odds[0] > 0 and len(odds) <= config.frames, f"--context is {odds}, expected odds of 0, 1, "
-         "2 ... given frames, no more numbers than --frames, and the first not 0")
+    most = 2 if config.give == "previous" else config.frames
+    need(odds[0] > 0 and len(odds) <= most, f"--context is {odds}, expected odds of 0, 1, 2 ... "
+         "given frames, no more numbers than --frames, and the first not 0")
     need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
          "--give previous needs two numbers as --context, and --task predict")
     need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
@@ -2825,14 +3056,26 @@ def check(options, config):
          f" {multiple}, up to --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
+    check_planes(options, config)
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
          " which --images above 0 teaches: without, it must be 1")
     check_config(config)
 
+def check_planes(options, config):
+    """Refuse what planes cannot do: they have no frames to be told anything of their own."""
+    if not config.planes:
+        return
+    alone = ("labels", "actions", "adapters", "stills", "images", "independent")
+    need(config.give in ("concat", "previous") and config.patch == 1
+         and not any(getattr(config, name) for name in alone), "--planes goes with --give previous "
+         f"or concat and with --patch 1, but neither with {', '.join(alone[:-1])} nor {alone[-1]}")
+    need(not {"frames", "size"} & getattr(options, "given", {}).keys(),
+         "--planes has three numbers for frames, height and width: leave out --frames and --size")
+
 def pixels(config):
     """Return size and channels of a run's frames, of which the network may know only latents."""
     if config.factor:
-        return tuple(n * config.factor for n in config.size), 3
+        return tuple(n * config.factor for n in config.planes[1:] or config.size), 3
     return tuple(config.size), config.channels
 
 def sampling(config):
@@ -2840,8 +3083,14 @@ def sampling(config):
     sigmas = karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
     return sigmas, SAMPLERS[config.sampler]
 
+def clip_frames(config):
+    """Return the frames of video that a clip of the network stands for."""
+    return config.planes[0] if config.planes else config.frames
+
 def skip_guided_by(config, denoise):
-    """Return denoise with a config's skip guidance, if it has any."""
+    """Return denoise with a config's skip guidance, if it has any; with planes, clamped."""
+    if config.planes:
+        return clamped(denoise)
     if config.skip_guidance == 1:
         return denoise
     return skip_guided(denoise, config.skip_guidance)
