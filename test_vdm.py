@@ -2418,8 +2418,8 @@ def test_mixed_rates_are_listed_and_made_one(tmp_path):
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
-                  "10 fps, 16 to 40 frames each\n", "\n      warning: rates differ, so motion does: 8 "
-                  "fps (5 clips), 10 fps (4 clips), 20 fps (2 clips), 25 fps (1 clips); --data-fps "
+                  "10 fps, 16 to 40 frames each\n", "\n      warning: rates differ, so motion does: "
+                  "8 fps (5 clips), 10 fps (4 clips), 20 fps (2 clips), 25 fps (1 clips); --data-fps "
                   "8 chooses", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
@@ -2922,6 +2922,120 @@ def test_a_run_is_never_overwritten(trained, tmp_path):
         run(tmp_path / "none", "--resume")
     assert (trained / "last.pt").read_bytes() == before and len(rows(trained)) == 12
 
+def copied_run(source, out):
+    """A copy of a run's last checkpoint, for another attempt to go on from it."""
+    out.mkdir()
+    shutil.copy(source / "last.pt", out)
+    return out
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of clips with 10 frames a second, and a run of 2 steps on it by a relative path."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "clips").mkdir()
+    for name in "ab":
+        save(folder / f"clips/{name}.mp4", flat(12), fps=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(Path("run"), "--data clips/ --seed 3 --data-fps 5 --steps 2")
+    return folder
+
+def test_resume_takes_the_data_from_the_checkpoint(own, tmp_path, monkeypatch, capsys):
+    """By no flag, by the path written in other ways, or where the folder was moved to: without a
+    warning, and bit for bit. Worlds are not files, and other settings are other settings."""
+    monkeypatch.chdir(own)
+    shutil.copytree(own / "clips", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved/.vdm_cache")
+    states = []
+    for n, flags in enumerate(("", "--data clips", f"--data {own}/./clips", "--seed 3 --data-fps 5",
+                               f"--data {tmp_path / 'moved'}")):
+        out = copied_run(own / "run", tmp_path / str(n))
+        states.append(run(out, "--steps 3 --resume " + flags, common="--device cpu --dtype fp32 "))
+        said = capsys.readouterr().out
+        assert "warning" not in said and "own data" not in said
+        assert states[n]["seed"] == 3 and states[n]["config"]["fps"] == 5
+    assert all(same_c(states[0] | dict(data=0), state | dict(data=0)) for state in states)
+    assert states[4]["data"] == str(tmp_path / "moved")
+    for flags, words in (("--data shapes", "data is another"), ("--seed 4", "seed is another"),
+                         ("--data-fps 4", "data_fps is another"), ("--data no", "no, the data")):
+        with pytest.raises(ValueError, match=words):
+            train.main(["--resume", "--out", str(own / "run"), "--steps", "9", *flags.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="clips/, the data of this run, is no longer there: name "):
+        train.main(["--resume", "--out", str(own / "run"), "--steps", "9"])
+
+def test_resume_warns_of_changed_files(own, tmp_path, capsys):
+    shutil.copytree(own / "clips", tmp_path / "clips")
+    (tmp_path / "clips/b.mp4").unlink()
+    out = copied_run(own / "run", tmp_path / "run")
+    run(out, f"--steps 3 --resume --data {tmp_path / 'clips'}", common="--device cpu --dtype fp32 ")
+    assert f"warning: the files of {tmp_path / 'clips'} are others than" in capsys.readouterr().out
+
+@cases("flags, name", [("--optimizer adamw", "lr"), ("--optimizer muon", "muon_lr")])
+def test_a_lower_rate_after_a_gradient_that_is_not_finite(tmp_path, monkeypatch, flags, name):
+    """As the message advises. The step after it is as long as the new rate says: half as long."""
+    flags += " --warmup 0 --weight-decay 0 --save-every 2"
+    first = run(tmp_path, flags + " --steps 2")
+    loss_of = train.loss_of
+
+    def broken(*arguments):
+        loss, error = loss_of(*arguments)
+        return loss * math.nan, error
+
+    monkeypatch.setattr(train, "loss_of", broken)
+    with pytest.raises(ValueError, match="gradient is nan at step 3.*lower --lr or --muon-lr"):
+        run(tmp_path, flags + " --steps 4 --resume")
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    rate = first["config"][name]
+    moved = {}
+    for share in (1, 0.5):
+        out = copied_run(tmp_path, tmp_path / str(share))
+        again = run(out, flags + f" --steps 3 --resume --{name.replace('_', '-')} {share * rate}")
+        key = "net.down.0.space_attention.q.weight"
+        moved[share] = again["model"][key] - first["model"][key]
+    agree(moved[0.5], 0.5 * moved[1], rtol=1e-2, atol=1e-7)
+
+def test_fewer_frames_alone(tmp_path, capsys):
+    """What a preset gives of 8 frames shrinks to fit, and that is printed. What fits stays."""
+    few = SMALL_c.replace("--context 0.5 0 0.5 --overlap 2 ", "")
+    config = run(tmp_path / "four", "--steps 1", few)["config"]
+    assert (config["context"], config["overlap"]) == ((0.5, 0.0, 0.5), 2)
+    said = capsys.readouterr().out
+    assert "context (0.5, 0.0, 0.5) instead of (0.5, 0.0, 0.0, 0.0, 0.5), overlap 2 inst" in said
+    vdm.check(None, train.parse("--preset mnist --frames 8".split())[1])
+    for flags, context, overlap in (
+            ("--frames 5", (0.5, 0, 0, 0, 0.5), 4), ("--frames 2", (0.5, 0.5), 1),
+            ("--frames 1", (1.0,), 1), ("--preset mnist --frames 8", (0.5, 0, 0, 0, 0.5), 4),
+            ("--frames 3 --overlap 1", (0.5, 0, 0.5), 1), ("--frames 4 --context 1", (1.0,), 2),
+            ("--preset vista --frames 3", (1 / 15, 2 / 15 + 4 / 15 + 8 / 15), 1)):
+        config = train.parse(flags.split())[1]
+        assert config.context == pytest.approx(context) and config.overlap == overlap, flags
+        vdm.check(None, config)
+
+def test_what_own_data_changes_is_printed(own, tmp_path, capsys):
+    """The rate of the files, and the run's own samples are no data, nor is the data its folder."""
+    run(tmp_path / "a", f"--steps 1 --data {own / 'clips'}")
+    assert "own data: fps 10.0 instead of 8.0\n" in capsys.readouterr().out
+    run(tmp_path / "b", f"--steps 1 --data {own / 'clips'} --fps 9")
+    assert "own data" not in capsys.readouterr().out
+    shutil.copytree(own / "clips", tmp_path / "all/clips")
+    flags = f"--data {tmp_path / 'all'} --save-every 1 --sample-every 1"
+    run(tmp_path / "all/run", flags + " --steps 2")
+    run(tmp_path / "all/run", flags + " --steps 3 --resume")
+    said = capsys.readouterr().out
+    assert said.count("data: 2 files in") == 2 and "warning" not in said
+    with pytest.raises(ValueError, match="the folder of --data"):
+        run(tmp_path / "all", f"--steps 1 --data {tmp_path}/./all/")
+
+def test_digits_are_grey(tmp_path):
+    """The preset digits reads Moving MNIST by its name, and refuses the toy worlds."""
+    np.save(tmp_path / "mnist_test_seq.npy", np.zeros((20, 3, 64, 64), np.uint8))
+    out = run(tmp_path / "run", f"--data {tmp_path} --steps 1 --batch 1 --marks 1 "
+              "--sampling-steps 1", common="--preset digits --device cpu ")
+    assert out["config"]["channels"] == 1 and tuple(out["config"]["size"]) == (32, 32)
+    with pytest.raises(ValueError, match="--channels is 1.* or clips of your own"):
+        train.main(["--preset", "digits", "--out", str(tmp_path / "x")])
+
 def test_training_learns(tmp_path):
     """At sigma 1 to 3 the error falls to 3/4 of that of the best constant, the mean clip."""
     world = vdm.MovingShapes(4, (16, 16))
@@ -3318,7 +3432,7 @@ REFUSED = [
     ("--drop 2", "--drop is 2.0, expected 0 to 1"), ("--ema nan", "--ema is nan"),
     ("--lr inf", "--lr is inf, expected 0 or more"), ("--clip-norm 0", "--clip-norm is 0.0"),
     ("--sigma-min 60", "less than --sigma-max"), ("--context 0 1", "and the first not 0"),
-    ("--frames 4", "no more numbers than --frames"), ("--images 0", "--skip-guidance asks"),
+    ("--frames 4 --context 1 0 0 0 1", "no more numbers"), ("--images 0", "--skip-guidance asks"),
     ("--context nan", "--context is (nan,)"), ("--give previous", "two numbers as --context"),
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),

@@ -2408,7 +2408,9 @@ PRESETS = {
     # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=("none", "joint"), steps=1500),
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set
+    # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
+    "digits": Config(channels=1, batch=8),
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set, at full size
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels. Theirs has three blocks on the way up and two in the middle, no
@@ -2804,7 +2806,7 @@ LIMITS = {
         "spatial_lr skip_guidance",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema",
-    ("0.1 to 1000", 0.1, 1000): "fps",
+    ("0.1 to 1000", 0.1, 1000): "fps data_fps",
     ("-1000 to 1000", -1000, 1000): "mean",
     ("0 to 10^9", 0, 10 ** 9): "seed"}
 
