@@ -64,7 +64,7 @@ close = partial(agree, rtol=1e-4, atol=1e-4)
 
 M = 0.7                                 # the data of the sampler tests: Normal(M, S^2)
 S = 0.5
-KINDS = "eps", "v", "x0", "edm"
+KINDS = "eps", "v", "flow", "x0", "edm"
 GIVES = "concat", "replace", "per_frame"
 
 @pytest.fixture(autouse=True)
@@ -251,10 +251,12 @@ def test_inversion_is_nearly_exact_once_converged(double):
     (partial(vdm.scaled_linear, start=0.00085, end=0.012), {0: 0.0292, 1: 14.61}),
     (vdm.cosine, {0: math.exp(-10), 0.5: 1, 1: math.exp(10)}),
     (vdm.sigmoid, {0.5: 1}),
+    (vdm.uniform, {0.1: 1 / 9, 0.5: 1, 0.9: 9}),
     (partial(vdm.lognormal, mean=1.0, std=1.6), {0.025: 0.118, 0.5: 2.72, 0.975: 62.6})])
 def test_points_of_schedules(schedule, points):
     """DDPM's, PVDM's and Stable Diffusion's ends; for VDM logSNR is 20 at first and -20 at last;
-    cosine and sigmoid are symmetric about logSNR 0; the 95 % interval printed for SVD's."""
+    cosine and sigmoid are symmetric about logSNR 0; t = sigma / (1 + sigma) is u in rectified
+    flow; the 95 % interval printed for SVD's."""
     u = torch.tensor([*points])
     assert schedule(u).tolist() == pytest.approx([*points.values()], rel=4e-3)
 
@@ -311,11 +313,13 @@ def predictions(clean, noise, sigma, sd):
     """What each kind predicts, by its definition: v = alpha noise - sigma_vp clean, and edm is -v
     of the data divided by its standard deviation sd, whose noise level then is sigma / sd."""
     v = lambda clean, sigma: (noise - sigma * clean) / (1 + sigma ** 2).sqrt()
-    return dict(eps=noise, v=v(clean, sigma), x0=clean, edm=-v(clean / sd, sigma / sd))
+    return dict(eps=noise, v=v(clean, sigma), flow=noise - clean, x0=clean,
+                edm=-v(clean / sd, sigma / sd))
 
 @cases("kind", KINDS)
 def test_scalings_turn_the_exact_output_into_the_clip(kind, double):
-    """The exact network output, from the definitions; an input of unit variance (EDM table 1)."""
+    """The exact network output, from the definitions; an input of unit variance (EDM table 1), or,
+    in flow matching, (1 - t) clean + t noise, t = sigma / (1 + sigma)."""
     levels = [0.01, 0.3, 1, 20, 157]
     sigma = torch.tensor(levels)[:, None]
     clean, noise = torch.randn(2, 5, 20_000)
@@ -324,8 +328,26 @@ def test_scalings_turn_the_exact_output_into_the_clip(kind, double):
     skip, out, c_in, c_noise = vdm.scalings(sigma, kind, 0.4)
     x = clean + sigma * noise
     agree(skip * x + out * predictions(clean, noise, sigma, 0.4)[kind], clean)
-    agree((c_in * x).std(1), torch.ones(5), rtol=0.03, atol=0)
+    t = torch.tensor(levels) / (1 + torch.tensor(levels))
+    size = torch.hypot(1 - t, t) if kind == "flow" else torch.ones(5)
+    agree((c_in * x).std(1), size, rtol=0.03, atol=0)
     agree(c_noise[:, 0].numpy(), np.log(levels) / 4)
+
+def test_flow_matching_is_euler_along_the_velocity(double):
+    """sample_ddim of a flow network takes the steps of diffusers' FlowMatchEulerDiscreteScheduler.
+
+    Theirs is z = (1 - t) clean + t noise, and dz / dt is what the network predicts."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle of this test")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[0.98, 0.8, 0.55, 0.3, 0.1])
+    t = scheduler.sigmas.double()                                                # the last is 0
+    net = lambda z, c_noise: torch.tanh(3 * z) + z ** 2 - five(torch.exp(4 * c_noise))
+    x = torch.randn(2, 3, 1, 4, 4) / (1 - t[0])
+    z = x * (1 - t[0])
+    for time, level in zip(scheduler.timesteps, t):
+        sigma = level / (1 - level)
+        z = scheduler.step(net(z, torch.full((2, 3), sigma.log() / 4)), time, z).prev_sample
+    agree(vdm.sample_ddim(vdm.Denoiser(net, "flow"), x, t / (1 - t)), z, rtol=1e-5, atol=1e-5)
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -340,11 +362,12 @@ def test_loss_weight_is_a_unit_weight_on_that_prediction(kind, double):
     agree(vdm.loss_weight(sigma, kind, 0.4) * (wrong - clean) ** 2, (guess - right) ** 2)
     if kind != "edm":                                                  # and cut (Hang et al. 2023)
         snr = 1 / sigma ** 2
-        weight = snr.clamp(max=4) / dict(x0=1, eps=snr, v=snr + 1)[kind]
+        weight = snr.clamp(max=4) / dict(x0=1, eps=snr, v=snr + 1, flow=(1 + 1 / sigma) ** 2)[kind]
         got = vdm.loss_weight(sigma, "min_snr", gamma=4.0) * (wrong - clean) ** 2
         agree(got, weight * (guess - right) ** 2)
 
-@cases("name, want", dict(eps=1e8, v=1e8, edm=1e8, min_snr=5.0, x0=1.0, inverse=1e4).items())
+@cases("name, want", dict(eps=1e8, v=1e8, flow=1e8, edm=1e8, min_snr=5.0, x0=1.0,
+                          inverse=1e4).items())
 def test_weights_of_frames_without_noise_are_finite(name, want):
     """1 / 0 is cut at sigma 1e-4."""
     assert vdm.loss_weight(torch.zeros(1), name).item() == pytest.approx(want, rel=1e-3)
@@ -1884,7 +1907,7 @@ CALLS = dict(                       # of each piece in README's table: called wi
         randomize(vdm.Autoencoder(width=8)), CLIP, torch.ones(2, 4, 4, 2, 2)),
     karras_sigmas=lambda v: v.karras_sigmas(5),
     offset_noise=lambda v: v.offset_noise(CLIP, 0.1),
-    scalings=lambda v: [v.scalings(SIGMA, kind) for kind in ("eps", "v", "x0", "edm")],
+    scalings=lambda v: [v.scalings(SIGMA, kind) for kind in KINDS],
     Denoiser=lambda v: v.Denoiser(lambda x, c_noise, concat: 0.3 * x)(CLIP, SIGMA, **GIVEN),
     diffusion_loss=lambda v: v.diffusion_loss(shrink, CLIP, SIGMA, 1 - CLIP),
     vista_loss=lambda v: v.vista_loss(shrink, CLIP, SIGMA, 1 - CLIP),
@@ -3149,7 +3172,7 @@ def by_hand(model, batch, drawn, config):
         given = dict(concat=torch.cat([noisy * ones, ones], 2),
                      augmentation=torch.where(mask.sum(1) > 0, level, -1))
     def weight(s):
-        return {"inverse": 1 / s, "eps": 1 / s ** 2, "v": 1 / s ** 2 + 1,
+        return {"inverse": 1 / s, "eps": 1 / s ** 2, "v": 1 / s ** 2 + 1, "flow": (1 / s + 1) ** 2,
                 "edm": 1 / s ** 2 + 1 / config.sigma_data ** 2}[config.weighting]
     def term(clip, noise, s, **told):
         if config.loss == "vista":                           # which has tests of its own
@@ -3423,7 +3446,8 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
 
 REFUSED = [
     ("--prest tiny", "unrecognized arguments: --prest"), ("--preset huge", "choice: 'huge'"),
-    ("--kind z", "kind is 'z', expected one of eps, v, x0, edm"), ("--weighting z", "inverse, eps"),
+    ("--kind z", "kind is 'z', expected one of eps, v, flow, x0, edm"),
+    ("--weighting z", "inverse, min_snr, eps"),
     ("--steps many", "invalid int value: 'many'"), ("--size 30", "that works is --size 32 32"),
     ("--size 32 32 32", "expected one or two numbers"), ("--head-dim 10", "head_dim is 10"),
     ("--attention joint", "for each of the 3 levels"), ("--mults 1 0", "--mults is (1, 0)"),

@@ -63,8 +63,7 @@ def lognormal(u, mean=1.5, std=1.2):
 
 def karras_sigmas(n, sigma_min=0.2, sigma_max=60.0, rho=7.0):
     """Noise levels for sampling, (n + 1,): from sigma_max to sigma_min, evenly spaced in
-    sigma^(1 / rho), then 0 (EDM eq. 5). A larger rho puts more of them at low noise. sigma_min 0.2
-    is for small frames of few colours; finer detail needs less (EDM: 0.002)."""
+    sigma^(1 / rho), then 0 (EDM eq. 5). Fine detail needs a smaller sigma_min (EDM: 0.002)."""
     roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n)
     return torch.tensor([*roots ** rho, 0.0], dtype=torch.float32)
 
@@ -76,6 +75,7 @@ def scalings(sigma, kind, sigma_data=0.5):
     says what the network predicts; root is sqrt(1 + sigma^2):
     eps  the noise (DDPM):                                  clean = x - sigma * eps
     v    alpha * noise - sqrt(1 - alpha^2) * clean (VDM):   clean = x / root^2 - sigma / root * v
+    flow noise - clean (flow matching):                     clean = (x - sigma * flow) / (1 + sigma)
     edm  -v, scaled for data of standard deviation sigma_data, which no other kind uses (EDM)
     x0   the clip itself. It has structure, unlike noise: so narrow networks learn it best"""
     c_noise = sigma.clamp(min=1e-4).log() / 4                  # given frames (below) have sigma 0
@@ -89,7 +89,9 @@ def scalings(sigma, kind, sigma_data=0.5):
         return torch.ones_like(sigma), -sigma, 1 / root, c_noise
     if kind == "x0":
         return torch.zeros_like(sigma), torch.ones_like(sigma), 1 / root, c_noise
-    raise ValueError(f"kind is {kind!r}, expected eps, v, x0 or edm")
+    if kind == "flow":
+        return 1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma), c_noise
+    raise ValueError(f"kind is {kind!r}, expected eps, v, flow, x0 or edm")
 
 # ==================================================================================================
 # 2. Denoiser
@@ -275,9 +277,8 @@ class TemporalConv(nn.Module):
         return x + expand(torch.as_tensor(temporal).to(x), x) * self.gate.to(x) * h
 
 class ResBlock(nn.Module):
-    """Two 3 x 3 convolutions on every frame, and a temporal one between them: what moves has to be
-    followed through space and time. emb (B, T, E), the embedded noise level, sets the gain and the
-    shift of each channel."""
+    """Two 3 x 3 convolutions on every frame, and a temporal one between them. emb (B, T, E), the
+    embedded noise level, sets the gain and the shift of each channel."""
     def __init__(self, dim_in, dim, dim_emb):
         super().__init__()
         self.conv1 = nn.Sequential(normalize(dim_in), nn.SiLU(), conv(dim_in, dim))
@@ -448,8 +449,7 @@ class EMA:
     """The moving average of a model's weights, float32. Call update(model) after every step.
 
     The last weights of a run are noisy; their average draws better videos: sample from .model.
-    Early on it forgets faster: update n keeps the share min(decay, (1 + n) / (10 + n)). To resume,
-    restore .model and .updates."""
+    Early on it forgets faster. To resume, restore .model and .updates."""
     def __init__(self, model, decay=0.995):
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
@@ -643,8 +643,14 @@ def sigmoid(u, start=-3.0, end=3.0, logsnr_max=20.0):
     sigma = ((here - first) / (last - here)).sqrt()                    # sqrt((1 - abar) / abar)
     return sigma.clamp(math.exp(-logsnr_max / 2), math.exp(logsnr_max / 2)).float()
 
+def uniform(u):
+    """Noise levels for training: t = sigma / (1 + sigma) is uniform (rectified flow).
+
+    Stable Diffusion 3's t, whose logit is normal, is lognormal of the same mean and std."""
+    return u / (1 - u)
+
 SCHEDULES = dict(linear=linear, scaled_linear=scaled_linear, cosine=cosine, sigmoid=sigmoid,
-                 lognormal=lognormal)
+                 uniform=uniform, lognormal=lognormal)
 
 def offset_noise(noise, strength, per_frame=False):
     """Add one random number per clip and channel to unit noise (B, T, C, H, W).
@@ -672,9 +678,9 @@ def stratified(n):
 def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     """Weight of the squared error of the clean estimate, of the shape of sigma.
 
-    eps, v, x0, edm  the plain squared error of what a network of that kind predicts
-    min_snr          min(1 / sigma^2, gamma): easy noise levels do not drown the rest (Hang 2023)
-    inverse          1 / sigma"""
+    eps, v, flow, x0, edm  the plain squared error of what a network of that kind predicts
+    min_snr                min(1 / sigma^2, gamma): easy levels do not drown the rest (Hang 2023)
+    inverse                1 / sigma"""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
     if weighting == "x0":
         return torch.ones_like(snr)
@@ -682,13 +688,16 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
         return snr
     if weighting == "v":
         return snr + 1
+    if weighting == "flow":
+        return (1 + snr.sqrt()) ** 2
     if weighting == "edm":
         return snr + sigma_data ** -2
     if weighting == "min_snr":
         return snr.clamp(max=gamma)
     if weighting == "inverse":
         return inverse_sigma(sigma)
-    raise ValueError(f"weighting is {weighting!r}, expected eps, v, x0, edm, min_snr or inverse")
+    raise ValueError(f"weighting is {weighting!r}, expected one of "
+                     "eps, v, flow, x0, edm, min_snr, inverse")
 
 @torch.no_grad()
 def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
@@ -2352,7 +2361,7 @@ class Config:
     attention: tuple = ("none", "factorised", "joint")  # of each level: none, factorised or joint
     head_dim: int = 16              # channels per attention head
     patch: int = 2                  # frames are cut into patch x patch tiles first
-    kind: str = "x0"                # what the network predicts: eps, v, x0 or edm
+    kind: str = "x0"                # what the network predicts: eps, v, flow, x0 or edm
     sigma_data: float = 0.5         # standard deviation of the data, for kind and weighting edm
     give: str = "concat"            # concat, hint, replace, per_frame, previous, svd or vista
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
@@ -2360,7 +2369,7 @@ class Config:
     adapters: str = ""              # put lora or simda into the network ("": neither)
     rank: int = 4                   # rank of LoRA
     # what noise it sees, and what it is given
-    schedule: str = "lognormal"     # noise: linear, scaled_linear, cosine, sigmoid, lognormal
+    schedule: str = "lognormal"     # linear, scaled_linear, cosine, sigmoid, uniform, lognormal
     mean: float = 1.5               # lognormal: mean of log(sigma)
     std: float = 1.2                # lognormal: standard deviation of log(sigma)
     offset: float = 0.0             # strength of offset noise
@@ -2373,7 +2382,7 @@ class Config:
     stills: int = 0                 # pictures from other clips trained beside every clip (VDM: 8)
     # how it is trained
     loss: str = "change"            # plain, change (plus the change between frames), or vista
-    weighting: str = "inverse"      # weight of the error: inverse, eps, v, x0, edm or min_snr
+    weighting: str = "inverse"      # weight: inverse, min_snr, or that of a kind (loss_weight)
     steps: int = 2000               # optimiser steps
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
@@ -2455,8 +2464,9 @@ def noise_schedule(config):
 
 GIVES = dict(concat=Denoiser, hint=Denoiser, replace=Replace, per_frame=PerFrame,
              previous=PreviousClip, svd=Denoiser, vista=Replace)
-CHOICES = dict(kind=("eps", "v", "x0", "edm"), schedule=SCHEDULES, sampler=SAMPLERS, give=GIVES,
-               weighting=("inverse", "eps", "v", "x0", "edm", "min_snr"),
+KINDS = ("eps", "v", "flow", "x0", "edm")
+CHOICES = dict(kind=KINDS, schedule=SCHEDULES, sampler=SAMPLERS, give=GIVES,
+               weighting=("inverse", "min_snr", *KINDS),
                task=("predict", "ends", "any", "image", "upsample"),
                loss=("plain", "change", "vista"), optimizer=("adamw", "muon"),
                adapters=("", "lora", "simda"))
