@@ -281,7 +281,10 @@ def main(argv=None):
         dist.barrier()
     if options.note and not options.resume:
         print(f"preset  {options.preset}, but {options.note}, by --frames or --data")
+    asked = config
     data, held_out, config = open_data(options, config, autoencoder)
+    if options.files and config != asked:
+        print(f"own data: {differing(asked, config)}")
     if options.files != state.get("files", options.files):
         print(f"warning: the files of {options.data} are others than this run began with")
     if dist.is_initialized() and not options.local:
@@ -324,15 +327,7 @@ def make_learner(options, config, state):
     model = spread(net, ema, options)
     optimizers = make_optimizers(config, model)
     if options.resume:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        peaks = [group["peak"] for group in groups]
-        whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
-                             optim_state_dict=state["optimizers"], options=WHOLE)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, peak in zip(groups, peaks, strict=True):        # --lr may be another than before
-            group["peak"] = peak
-        whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
-        ema.updates = state["ema_updates"]
+        restore(state, model, ema, optimizers)
     if options.compile:
         net.net.compile()
     total = sum(p.numel() for p in net.parameters())
@@ -341,6 +336,17 @@ def make_learner(options, config, state):
           f"device  {options.device}, {options.dtype} arithmetic, float32 weights\n"
           f"run     {config.steps} steps of {config.batch} clips, to {options.out}/")
     return model, ema, optimizers
+
+def restore(state, model, ema, optimizers):
+    """Load weights, averages and moments of a checkpoint, but no peak rates: --lr may be new."""
+    peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
+    whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
+                         optim_state_dict=state["optimizers"], options=WHOLE)
+    whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
+    ema.updates = state["ema_updates"]
+    for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["peak"] = rate
 
 def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
@@ -465,7 +471,6 @@ def open_data(options, config, autoencoder):
     """Return what to train on, what to hold out, and config with what the data decides."""
     size, channels = pixels(config)
     frames = config.frames
-    asked = config
     options.files = None                                           # a checksum of those there are
     if config.give == "previous":                                  # an item is two clips in a row
         frames *= 2
@@ -479,20 +484,8 @@ def open_data(options, config, autoencoder):
         held_out = world(frames, size, seed=options.seed + 1)
         print(f"data    {world.__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
     else:
-        folder = vdm.VideoFolder
-        if config.factor and autoencoder is None:
-            folder = Latents
-            size = config.size
-            channels = config.channels
-        need(options.out.resolve() != Path(options.data).resolve(), f"--out is {options.out}, the "
-             "folder of --data, where samples would become data: name another")
-        data = held_out = folder(options.data, frames, size, config.stride, channels,
-                                 options.seed, progress=not options.local, cache=True,
-                                 data_fps=options.data_fps, without=options.out)
-        print(data.report)
-        options.files = data.checksum
-        if folder is vdm.VideoFolder:                              # latents do not tell theirs
-            config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+        data, config = open_files(options, config, frames, autoencoder)
+        held_out = data
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
         data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
@@ -505,9 +498,26 @@ def open_data(options, config, autoencoder):
     need(config.labels in (0, data.labels) and (none or sum(config.actions) == sum(data.actions)),
          f"--labels is {config.labels} and --actions {config.actions}, but the data has "
          f"{data.labels} labels and actions {data.actions}")
-    if options.files and config != asked:
-        print(f"own data: {differing(asked, config)}")
     return data, held_out, config
+
+def open_files(options, config, frames, autoencoder):
+    """Return a folder of pixels or latents, and config with the frame rate of pixels."""
+    folder = vdm.VideoFolder
+    size, channels = pixels(config)
+    if config.factor and autoencoder is None:
+        folder = Latents
+        size = config.size
+        channels = config.channels
+    need(options.out.resolve() != Path(options.data).resolve(), f"--out is {options.out}, the "
+         "folder of --data, where samples would become data: name another")
+    data = folder(options.data, frames, size, config.stride, channels, options.seed,
+                  progress=not options.local, cache=True, data_fps=options.data_fps,
+                  without=options.out)
+    print(data.report)
+    options.files = data.checksum
+    if folder is vdm.VideoFolder:                                  # latents do not tell theirs
+        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+    return data, config
 
 def differing(before, after):
     """Return the fields in which two configs differ, as words."""
@@ -522,15 +532,13 @@ def fewer_given(preset, frames):
     """Return odds of given frames, and overlap, where those of a preset do not fit into as few.
 
     They shrink in proportion: where of 8 frames 4 are given, so are 2 of 4 frames."""
-    if len(preset.context) <= frames > preset.overlap:
+    if frames < 1 or len(preset.context) <= frames > preset.overlap:
         return {}
-    counts = [min(max(1, round(n * frames / preset.frames)), frames - 1) if n else 0
-              for n in range(len(preset.context))]
-    odds = [0.0] * (counts[-1] + 1)
-    for n, chance in zip(counts, preset.context):
-        odds[n] += chance
-    overlap = max(1, min(round(preset.overlap * frames / preset.frames), frames - 1))
-    return dict(context=tuple(odds), overlap=overlap)
+    odds = [0.0] * frames
+    for n, chance in enumerate(preset.context):
+        odds[min(math.ceil(n * frames / preset.frames), frames - 1)] += chance
+    overlap = min(math.ceil(preset.overlap * frames / preset.frames), frames - 1)
+    return dict(context=tuple(odds), overlap=max(1, overlap))
 
 def parse(argv):
     """Read flags into (options, Config). The comment beside each field of Config is its help."""

@@ -2251,25 +2251,29 @@ class VideoFolder:
                 skipped.append("skipped " + str(error).replace("\n", "\\n"))
         self.cached.clear()
         self.fps = float(np.median(self.rates or [0])) / stride
-        self.report = (f"data: {len(files)} files in {root} -> {len(self)} clips used, "
-                       f"{len(skipped)} skipped, {size[0]}x{size[1]} crop, {channels} channels, "
-                       f"{self.fps:g} fps")
-        if self.clips:
-            ends = sorted({min(self.lengths), max(self.lengths)})
-            self.report += f", {' to '.join(map(str, ends))} frames each"
-        if self.actions:
-            self.report += f", {sum(x is not None for x in self.moves)} with actions"
-        if len(skipped) > 9:
-            skipped[9:] = [f"skipped {len(skipped) - 9} more"]
-        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
-            counts = Counter(f"{rate:.3g} fps" for rate in self.rates).most_common(6)
-            skipped.append("warning: rates differ, so motion does: "
-                           + ", ".join(f"{rate} ({n} clips)" for rate, n in counts)
-                           + f"; --data-fps {min(self.rates):.3g} chooses frames to have one rate")
-        self.report = "\n      ".join([self.report, *skipped])
-        self.report = self.report.encode(errors="replace").decode()     # names may be any bytes
+        self.report = self.describe(root, len(files), skipped)
         if not self.clips:
             raise ValueError(self.report)
+
+    def describe(self, root, files, skipped):
+        """The report, of a number of files and of the reasons why some were skipped."""
+        report = (f"data: {files} files in {root} -> {len(self)} clips used, {len(skipped)} "
+                  f"skipped, {self.size[0]}x{self.size[1]} crop, {self.channels} channels, "
+                  f"{self.fps:g} fps")
+        if self.clips:
+            ends = sorted({min(self.lengths), max(self.lengths)})
+            report += f", {' to '.join(map(str, ends))} frames each"
+        if self.actions:
+            report += f", {sum(x is not None for x in self.moves)} with actions"
+        lines = [report, *skipped[:9]]
+        if len(skipped) > 9:
+            lines.append(f"skipped {len(skipped) - 9} more")
+        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
+            counts = Counter(f"{rate:.3g} fps" for rate in self.rates).most_common(6)
+            lines.append("warning: rates differ, so motion does: "
+                         + ", ".join(f"{rate} ({n} clips)" for rate, n in counts)
+                         + f"; --data-fps {min(self.rates):.3g} chooses frames to have one rate")
+        return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
 
     def add(self, file):
         """Keep the clips of a file, and their actions."""
