@@ -2429,8 +2429,8 @@ def test_mixed_rates_are_listed_and_made_one(tmp_path):
         save(tmp_path / f"{name}.mp4", flat(n), fps=rate)
     data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
     assert (data.fps, data.rates, data.lengths) == (8, [8] * 3 + [20] * 2, [12] * 5)
-    assert ("warning: rates differ, so motion does: 8 fps (3 clips), 20 fps (2 clips); --data-fps 8"
-            " chooses frames") in data.report
+    assert ("warning: clips have different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses fra"
+            "mes so that they have one") in data.report
     data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True, data_fps=10)
     assert data.rates == [10] * 5 and "warning" not in data.report
     assert brightness(data.clips[4][:]) == [0, 2, 4, 6, 8, 10]
@@ -2441,9 +2441,8 @@ def test_mixed_rates_are_listed_and_made_one(tmp_path):
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
-                  "10 fps, 16 to 40 frames each\n", "\n      warning: rates differ, so motion does"
-                  ": 8 fps (5 clips), 10 fps (4 clips), 20 fps (2 clips), 25 fps (1 clips); --data-"
-                  "fps 8 chooses", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
+                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise

@@ -2269,10 +2269,10 @@ class VideoFolder:
         if len(skipped) > 9:
             lines.append(f"skipped {len(skipped) - 9} more")
         if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
-            counts = Counter(f"{rate:.3g} fps" for rate in self.rates).most_common(6)
-            lines.append("warning: rates differ, so motion does: "
-                         + ", ".join(f"{rate} ({n} clips)" for rate, n in counts)
-                         + f"; --data-fps {min(self.rates):.3g} chooses frames to have one rate")
+            counts = Counter(f"at {rate:.3g} fps" for rate in self.rates).most_common(6)
+            lines.append("warning: clips have different rates, " + ", ".join(
+                f"{n} {rate}" for rate, n in counts) + f": --data-fps {min(self.rates):.3g} chooses"
+                " frames so that they have one")
         return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
 
     def add(self, file):
