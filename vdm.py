@@ -1955,8 +1955,9 @@ def conversion(x):
     if x.ndim in (4, 5) and x.shape[-3] in (1, 3):
         words = ": put the channels last, np.moveaxis(x, -3, -1)"
     if x.dtype != np.uint8 and x.dtype.kind in "biuf" and x.size:
-        low = float(x[:16].min())
-        high = float(x[:16].max())
+        some = x.flat[::x.size // 10 ** 6 + 1]                     # all, unless there are millions
+        low = float(some.min())
+        high = float(some.max())
         cure = "scale to 0 to 255"
         if 0 <= low and high <= 255:
             cure = "round"
@@ -2422,7 +2423,7 @@ PRESETS = {
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=("none", "joint"), steps=1500),
     # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
-    "digits": Config(channels=1, batch=8),
+    "digits": Config(channels=1, batch=8, steps=3000),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set, at full size
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
