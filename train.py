@@ -4,6 +4,7 @@ train.py: train a video diffusion model.
     python train.py --preset tiny                      a toy world: no data, no download, no GPU
     python train.py --preset tiny --data drive         another, whose clips obey commands
     python train.py --preset tiny --data my_videos/    your own videos, GIFs, pictures, arrays
+    python train.py --preset digits --data mnist_test_seq.npy      grey clips of moving digits
     python train.py --preset tiny --resume             go on where a run was stopped
     python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
     python train.py --preset ucf101 --dry-run          what a run would need
