@@ -51,6 +51,7 @@ import vdm
 
 sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
+import adapters
 import benchmark
 import claims
 
@@ -1026,102 +1027,146 @@ def test_lora_refuses_what_it_cannot_wrap(layer):
     with pytest.raises(ValueError, match="LoRA cannot wrap"):
         vdm.LoRA(layer)
 
-class Doubles(nn.Module):
-    def forward(self, x, emb=None, temporal=1.0):
-        return 2 * x
-
-@cases("kind, seen", [(vdm.SpatialAdapter, 2), (vdm.FeedForwardAdapter, 1)])
-def test_simdas_adapters_of_space(kind, seen):
-    """By einsum, around a layer that doubles: behind it, or beside it."""
-    x = torch.randn(2, 5, 3, 4, 8)
-    adapter = kind(Doubles(), 8)
-    assert torch.equal(adapter(x), 2 * x)
-    down, _, up = randomize(adapter.branch)
-    h = F.gelu(torch.einsum("rc,bthwc->bthwr", down.weight, seen * x) + down.bias)
-    close(adapter(x), 2 * x + torch.einsum("cr,bthwr->bthwc", up.weight, h) + up.bias)
-
-def test_simdas_adapter_of_time():
-    """By einsum, and a loop over taps, around a layer that doubles; temporal=0 leaves it out."""
-    x = torch.randn(2, 5, 8, 3, 4)
-    adapter = vdm.TemporalAdapter(Doubles(), 8)
-    assert torch.equal(adapter(x, None), 2 * x)
-    down, taps, up = randomize(adapter.branch)
-    bias = lambda layer: layer.bias[:, None, None]
-    h = torch.einsum("rc,btchw->btrhw", down.weight.flatten(1), 2 * x) + bias(down)
-    h = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 1))
-    seen = bias(taps)
-    for tap in range(3):
-        seen = seen + taps.weight[:, 0, tap] * h[:, tap:tap + 5]
-    want = 2 * x + torch.einsum("cr,btrhw->btchw", up.weight.flatten(1), seen) + bias(up)
-    close(adapter(x, None), want)
-    assert torch.equal(adapter(x, None, 0.0), 2 * x)
-
-def shifted(x, t, y, z):
-    """The token that SimDA's code puts at one place of x (T, H, W, ...): of s frames ago."""
+def past(t, y, z):
+    """The frame that SimDA's code puts at one place of frame t: s frames ago, if there is one."""
     s = [[4, 3, 2, 1], [3, 2, 1, 0], [2, 1, 0, 0], [1, 2, 3, 4]][y % 4][z % 4]
-    return x[t - s if t >= s else t, y, z]
+    return t - s if t >= s else t
 
-@cases("code", [False, True])
-def test_shift_attention(code):
-    """Query by query, on a frame that is neither square nor a multiple of 4."""
-    q, k, v = torch.randn(3, 1, 6, 5, 6, 2, 3)                         # (B, T, H, W, heads, d)
-    got = vdm.shift_attention(q, k, v, code)
-    places = list(np.ndindex(5, 6))
+SEEN = {                                    # frames of which frame t sees the token at place (y, z)
+    "simda": lambda t, y, z: (t, past(t, y, z)),
+    "sparse_causal": lambda t, y, z: (0, max(t - 1, 0))}
 
-    def seen(x, t):
-        """Of one frame, (2 H W, heads, d). Paper: its own; code: those of the last."""
-        first = [x[t, y, z] for y, z in places]
-        if code:
-            first = [shifted(x, max(t - 1, 0), y, z) for y, z in places]
-        return torch.stack(first + [shifted(x, t, y, z) for y, z in places])
+def adapted(kind, *more):
+    """A small network with such adapters, random weights in all layers, and its first block."""
+    net = small_net(1, 16, *more)
+    vdm.adapt(net, kind)
+    randomize(net)
+    return net, net.down[0]
 
+@cases("kind", SEEN)
+def test_attention_to_other_frames(kind):
+    """What the layer does in the network is a loop over frames, places and heads; the frame is
+    neither square nor a multiple of 4. SimDA's adapters by einsum and a loop over three taps."""
+    net, block = adapted(kind)
+    caught = []
+    block.time.register_forward_hook(lambda layer, args, out: caught.append((*args, out)))
+    net(torch.randn(1, 6, 1, 12, 20), torch.randn(1, 6))                 # in tiles: 6 x 10 places
+    x, _, got = caught[0]
+    layer = block.time.attention
+    linear = lambda part, h: h @ part.weight.flatten(1).T + (0 if part.bias is None else part.bias)
+    h = block.time.time(x)[0].permute(0, 2, 3, 1)                                     # (T, H, W, C)
+    if kind == "simda":
+        down, taps, up = block.time.over_time
+        low = F.pad(linear(down, h), (0, 0, 0, 0, 0, 0, 1, 1))
+        low = sum(taps.weight[:, 0, i, 0, 0] * low[i:i + 6] for i in range(3)) + taps.bias
+        h = h + linear(up, low)
+    parts = [layer.q[0] if kind == "sparse_causal" else layer.q, layer.k, layer.v]
+    q, k, v = (linear(part, layer.norm(h)).unflatten(-1, (2, 8)) for part in parts)
+    turned = lambda x: torch.stack([vdm.rotate(x[:, y, z, :, None], torch.tensor([[y, z]]))[:, :, 0]
+                                    for y, z in np.ndindex(6, 10)], 2)           # (T, heads, L, d)
+    q, k = turned(q), turned(k)
+    seen = torch.zeros_like(h)
     for t in range(6):
-        keys = seen(k[0], t)
-        values = seen(v[0], t)
-        for y, z, head in np.ndindex(5, 6, 2):
-            p = (keys[:, head] @ q[0, t, y, z, head] / 3 ** 0.5).softmax(0)
-            close(got[0, t, y, z, head], p @ values[:, head])
+        tokens = [(f, y, z) for y, z in np.ndindex(6, 10) for f in SEEN[kind](t, y, z)]
+        for head in range(2):
+            keys = torch.stack([k[f, head, 10 * y + z] for f, y, z in tokens])
+            values = torch.stack([v[f, y, z, head] for f, y, z in tokens])
+            for y, z in np.ndindex(6, 10):
+                p = (keys @ q[t, head, 10 * y + z] / 8 ** 0.5).softmax(0)
+                seen[t, y, z, 8 * head:8 * head + 8] = p @ values
+    change = linear(layer.out, seen)
+    adapter = lambda part, h: linear(part[2], F.gelu(linear(part[0], h)))
+    if kind == "simda":
+        change = change + adapter(block.time.behind, change)
+    h = h + change
+    want = h + layer.feed_forward(h)
+    if kind == "simda":
+        want = want + adapter(block.time.beside, h)
+    close(got[0], want.permute(0, 3, 1, 2))
 
-@cases("kind", ["lora", "simda"])
-def test_adapt_changes_nothing_at_first(kind):
-    """Then every new parameter can; temporal=0 is an image model; LoRA merges into a plain one."""
-    net = randomize(small_net(1, 16))
+@cases("kind", ["lora", *SEEN])
+def test_adapt(kind):
+    """LoRA changes nothing at first, and merges into a plain network; what looks at other frames
+    changes nothing in a still clip. Every new parameter can learn."""
+    net = randomize(small_net(1, 16), gates=kind == "lora")
     x = torch.randn(2, 4, 1, 8, 8)
     level = torch.randn(2, 4)
-    before = net(x, level)
+    still = x[:, :1].expand_as(x), level[:, :1].expand_as(level)
+    plain = copy.deepcopy(net)
     names = set(net.state_dict())
     new = vdm.adapt(net, kind, 2)
-    assert torch.equal(net(x, level), before)
+    close(net(*still), plain(*still))
+    if kind == "lora":
+        assert torch.equal(net(x, level), plain(x, level))
+    else:
+        assert not torch.equal(net(x, level), plain(x, level))
+        assert torch.equal(net(x, level, temporal=0.0), plain(x, level, temporal=0.0))
     for p in new:
-        nn.init.normal_(p, std=0.3)
+        nn.init.normal_(p.requires_grad_(), std=0.3)
     net(x, level).square().sum().backward()
     assert all(p.grad.any() for p in new)
     after = net(x, level).detach()
-    assert differ(after, before)
-    close(net(x, level, temporal=0.0), frame_by_frame(net, x, level, temporal=0.0))
+    assert differ(after, plain(x, level))
+    alone = net(x, level, temporal=0.0)
+    close(alone, frame_by_frame(net, x, level, temporal=0.0))
     if kind == "lora":
         for name, layer in list(net.named_modules()):
             if isinstance(layer, vdm.LoRA):
                 net.set_submodule(name, layer.merge())
         close(net(x, level), after, rtol=1e-3, atol=1e-3)
         assert set(net.state_dict()) == names
+    if kind == "simda":                      # the image model bit for bit, whatever adapters learnt
+        assert torch.equal(alone, plain(x, level, temporal=0.0))
+        mixed = net(x, level, temporal=torch.tensor([0.0, 1.0]))
+        close(mixed, torch.cat([alone[:1], after[1:]]))
 
-@cases("kind, end, n", [(vdm.TemporalAdapter, "res", 7), (vdm.FeedForwardAdapter, "forward", 7),
-                        (vdm.SpatialAdapter, "space_attention.out", 2)])
-def test_where_simda_has_its_adapters(kind, end, n):
-    """Behind convolutions, beside feed-forward layers, behind attention over space."""
+@cases("kind, far", [("simda", 4), ("sparse_causal", 1)])
+def test_who_sees_whom(kind, far):
+    """One layer sees the frames of its paper, two in a network see those of these; none is to come.
+    Other temporal layers are off."""
+    net, block = adapted(kind)
+    for name, p in net.named_parameters():
+        if name.endswith("gate") or "over_time" in name:
+            p.zero_()
+    whole = lambda x: net(x, torch.zeros(1, 7))
+    for model, x, reach in [(block.time, torch.randn(1, 7, 16, 4, 4), far),
+                            (whole, torch.randn(1, 7, 1, 8, 8), 2 * far)]:
+        for t in range(7):
+            changed = x.clone()
+            changed[:, t] += torch.randn(x[:, t].shape)
+            moved = (model(changed) != model(x)).flatten(2).any(2)[0].tolist()
+            always = kind == "sparse_causal" and t == 0
+            assert moved == [0 <= u - t <= reach or always for u in range(7)]
+
+def test_where_and_how_many_adapters():
+    """Where there is attention over space. The published counts, of the 16 such places of Stable
+    Diffusion 1.4; by hand, of the 12 of rds. There SimDA trains about 3 % of the image model."""
     net = vdm.build(vdm.PRESETS["tiny"]).net
     vdm.adapt(net, "simda")
-    found = [name for name, layer in net.named_modules() if type(layer) is kind]
-    assert len(found) == n
-    assert all(name.endswith(end) for name in found)
+    found = [name for name, layer in net.named_modules() if isinstance(layer, vdm.FrameAttention)]
+    assert found == ["down.2.time", "up.2.time"]
+    count = lambda layer: sum(p.numel() for p in layer.parameters())
+    with torch.device("meta"):
+        places = [320] * 5 + [640] * 5 + [1280] * 6
+        assert sum(2 * count(vdm.bottleneck(dim)) for dim in places) == 12_421_600
+        assert sum(count(vdm.temporal_bottleneck(dim)) for dim in places) == 12_434_080
+        net = vdm.build(vdm.PRESETS["rds"]).net
+        part = vdm.part_of(net)
+        image = sum(p.numel() for p in part if part[p] == "spatial")
+        new = sum(p.numel() for p in vdm.adapt(net, "simda"))
+    assert new == 4 * sum(2 * dim ** 2 + 6 * dim for dim in (320, 640, 1280))
+    assert 0.03 < new / (image + new) < 0.035
+    with torch.device("meta"):
+        net = vdm.build(vdm.PRESETS["rds"]).net
+        assert sum(p.numel() for p in vdm.adapt(net, "sparse_causal")) == 4 * 21 * 320 ** 2
 
-@cases("adapters, word", [("", None), ("lora", "lora"), ("simda", "adapters")])
-def test_every_parameter_has_its_part(adapters, word):
+@cases("adapters", ["", "lora", *SEEN])
+def test_every_parameter_has_its_part(adapters):
     """By the names of the layers: part_of goes by their kinds."""
     model = vdm.build(vdm.Config(adapters=adapters, labels=3, actions=(2,)))
     parts = vdm.part_of(model)
-    words = {r"\.branch\.": word, r"\.conditions\.": "conditions",
+    words = {r"\.branch\.": "lora", r"\.(over_time|behind|beside|q\.0)\.": "adapters",
+             r"\.conditions\.": "conditions", r"\.time\.attention\.": "spatial",
              r"\.time|\.concat\.": "temporal", "": "spatial"}
     for name, p in model.named_parameters():
         assert parts.pop(p) == next(words[word] for word in words if re.search(word, name)), name
@@ -1583,7 +1628,8 @@ def checkpoint(path, config=None, **fields):
 
 @cases("fields", [
     {}, dict(give="hint", labels=3), dict(give="replace", actions=(2, 1)), dict(give="per_frame"),
-    dict(give="previous", adapters="simda"), dict(adapters="lora", rank=2)])
+    dict(give="previous", adapters="simda", attention=("factorised", "joint")),
+    dict(adapters="lora", rank=2)])
 def test_save_and_load(tmp_path, fields):
     """The averaged weights, ready to sample from."""
     path = tmp_path / "new" / "a.pt"
@@ -2170,6 +2216,18 @@ def test_clips_painted_by_other_means_pass(size, frames):
 def test_long_clips_and_oblong_ones_pass(frames, size):
     world = vdm.MovingShapes(frames, size, seed=3)
     assert world.check(torch.stack([world[i]["video"] for i in range(12)]))["passed"].all()
+
+@cases("size", SIZES)
+@cases("stride", (2, 4))
+def test_stride(size, stride):
+    """Every stride-th frame of the clips without one. In another order they are no path."""
+    world = vdm.MovingShapes(12, (size, size), seed=2, stride=stride)
+    whole = vdm.MovingShapes(11 * stride + 1, (size, size), seed=2)
+    some = torch.stack([world[i]["video"] for i in range(40)])
+    assert all(torch.equal(some[i], whole[i]["video"][::stride]) for i in range(40))
+    assert world.check(some)["passed"].mean() >= 0.95
+    assert world.check(some[:, [2, 0, 4, 1, 3]])["passed"].mean() < 0.2
+    assert world.check(some[:, :1].expand_as(some))["moving"].mean() == 0
 
 # ---- what does not -------------------------------------------------------------------------------
 
@@ -3150,7 +3208,12 @@ def test_what_saves_memory_changes_nothing(tmp_path):
 def by_hand(model, batch, drawn, config):
     """The loss of a step, written out, and the squared errors that the log is made of."""
     T, stills, noise, sigma = config.frames, config.stills, drawn["noise"], drawn["sigma"]
-    clean, mask = batch["video"][:, -T:], drawn["mask"]
+    videos, mask = batch["video"], drawn["mask"]
+    if config.crop:
+        rows, columns = (drawn["corner"][:, k, None] + torch.arange(config.crop[k]) for k in (0, 1))
+        videos = torch.stack([video[..., y[:, None], x] for video, y, x in
+                              zip(videos, rows, columns)])
+    clean = videos[:, -T:]
     B = len(clean)
     told = dict(temporal=drawn["temporal"])
     if config.labels:
@@ -3164,8 +3227,11 @@ def by_hand(model, batch, drawn, config):
         if config.task == "image":                           # the first frame, in place of all
             shown, unit = clean[:, [0] * T], unit[:, [0] * T]
         if config.task == "upsample":
-            low = clean.unflatten(4, (-1, 4)).unflatten(3, (-1, 4)).mean((4, 6))
-            shown = F.interpolate(low.flatten(0, 1), scale_factor=4, mode="bilinear").view_as(clean)
+            k = config.enlarge
+            low = clean.unflatten(4, (-1, k)).unflatten(3, (-1, k)).mean((4, 6))
+            shown = F.interpolate(low.flatten(0, 1), scale_factor=k, mode="bilinear").view_as(clean)
+        if config.factor:                                    # what the blurred clip was encoded to
+            shown = videos[:, :T]
         ones = mask[:, :, None, None, None].expand_as(clean[:, :, :1])
         noisy = shown + level[:, None, None, None, None] * unit
         given = dict(concat=torch.cat([noisy * ones, ones], 2),
@@ -3202,7 +3268,9 @@ STEPS = dict(
     previous=dict(give="previous", context=(0.7, 0.3), loss="plain", kind="eps", weighting="eps"),
     stills=dict(stills=5, loss="plain", context=(1.0,), weighting="v"),
     hint=dict(give="hint", hint_noise=0.5), image=dict(give="hint", hint_noise=0.5, task="image"),
-    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)))
+    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)),
+    crop=dict(give="hint", hint_noise=0.5, task="upsample", enlarge=2, crop=(8, 12)),
+    latents=dict(give="hint", hint_noise=0.5, task="upsample", factor=4, crop=(8, 8)))
 
 @cases("way, micro", [*((way, 4) for way in STEPS), ("labels", 2), ("actions", 1), ("previous", 2)])
 def test_the_gradient_of_a_step(way, micro):
@@ -3211,7 +3279,7 @@ def test_the_gradient_of_a_step(way, micro):
     options.parts = [slice(i, i + micro) for i in range(0, 4, micro)]
     options.seed = 1
     world = vdm.Drive if config.actions else vdm.MovingShapes
-    world = world(8 if config.give == "previous" else 4, (16, 16))
+    world = world(8 if config.give == "previous" or config.factor else 4, (16, 16))
     batch = default_collate([world[i] for i in range(4)])
     drawn, model = train.draw(7, config, 1), random_model(config)
     truth = copy.deepcopy(model)
@@ -3241,6 +3309,22 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
             assert len(x) == 64
             equal = torch.equal(x.nan_to_num(9), drawn[name].nan_to_num(9))
             assert equal == ((step, seed) == (3, 0))
+
+def test_stride_of_the_toy_world():
+    """Key frames: every third frame of the clips that a world without a stride has."""
+    options, config = small(stride=3)
+    data, held_out, _ = train.open_data(options, config, None)
+    for world, seed in ((data, 0), (held_out, 1)):
+        whole = vdm.MovingShapes(10, (16, 16), seed=seed)
+        assert torch.equal(world[5]["video"], whole[5]["video"][::3])
+
+def test_crops_are_from_everywhere():
+    _, config = small(size=(12, 16), crop=(8, 4), batch=2000)
+    drawn = train.draw(0, config, 0)
+    assert drawn["noise"].shape[2:] == (3, 8, 4)
+    y, x = drawn["corner"].T
+    counts = (13 * y + x).bincount(minlength=65)                         # 5 x 13 places
+    assert len(counts) == 65 and (counts - 2000 / 65).abs().max() < 25
 
 def test_odds_of_what_is_drawn():
     """Of 4,000 clips, which are off by 0.008 at one standard deviation."""
@@ -3279,11 +3363,13 @@ WAYS = {                        # flags, and modules that have to learn from the
     "hint": ("--give hint --hint-noise 0.5", "concat augmentation"),
     "image": ("--give hint --task image --hint-noise 0.1", "concat augmentation"),
     "upsample": ("--give hint --task upsample --hint-noise 0.1", "concat augmentation"),
+    "crop": ("--give hint --task upsample --hint-noise 0.1 --crop 8", "concat augmentation"),
     "ends": ("--task ends", "concat"), "any": ("--task any --weighting min_snr", "concat"),
     "previous": ("--give previous --context 0.5 0.5", "concat"),
     "stills": ("--stills 2 --loss plain", "concat"), "vista": ("--loss vista", "concat"),
     "labels": ("--labels 18", "label"), "actions": ("--data drive --schedule cosine", "action"),
-    "simda": ("--adapters simda --kind eps --weighting eps", "branch")}
+    "simda": ("--adapters simda --kind eps --weighting eps", "over_time behind beside"),
+    "sparse": ("--adapters sparse_causal", "q")}
 
 @cases("way", WAYS)
 def test_every_way_trains(tmp_path, way):
@@ -3294,7 +3380,8 @@ def test_every_way_trains(tmp_path, way):
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run"))
     start = read_fresh(state)
     moved = {name for name, w in state["model"].items() if not torch.equal(w, start[name])}
-    for word in ("gate", "embed.0", "input", "output", "space_attention", *names.split()):
+    space = "time.attention" if "adapters" in flags else "space_attention"
+    for word in ("gate", "embed.0", "input", "output", space, *names.split()):
         assert any(word in name.split(".") or word in name for name in moved), word
     assert all(w.isfinite().all() for w in state["ema"].values())
     assert (tmp_path / "run/samples/final.gif").stat().st_size > 0
@@ -3404,7 +3491,8 @@ def test_init_trains_adapters_alone(trained, tmp_path, capsys):
     first = run(tmp_path / "simda", "--steps 3 " + flags)["model"]
     second = run(tmp_path / "simda", "--steps 4 --resume " + flags)["model"]
     moved = {name for name in first if not torch.equal(first[name], second[name])}
-    assert moved and all("branch" in name or "conditions" in name for name in moved)
+    learnt = ("over_time", "behind", "beside", "conditions")
+    assert moved and all(any(word in name for word in learnt) for name in moved)
     with pytest.raises(ValueError, match="is another model, of another .*adapters"):
         run(tmp_path / "less", f"--init {tmp_path}/lora/last.pt --steps 1")
 
@@ -3461,7 +3549,10 @@ REFUSED = [
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),
     ("--task image", "--task image needs --give hint"),
-    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "of 4"),
+    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "--enlarge, 4"),
+    ("--crop 12", "--crop is (12, 12), expected multiples of 8, up to --size"),
+    ("--crop 40", "--crop is (40, 40)"), ("--crop 8 8 8", "--crop is (8, 8, 8)"),
+    ("--stride 2 --data drive", "--stride is for files and shapes"),
     ("--stills 2 --give per_frame --independent 0.5", "neither --independent"),
     ("--labels 3", "--labels is 3 and --actions (), but the data has 18"),
     ("--actions 4 2", "but the data has 18 labels and actions ()"),
@@ -3560,6 +3651,38 @@ def test_encoded_once(latent, tmp_path, monkeypatch):
             run(tmp_path / "three", flags + "--encode 4", LATENT)
     run(tmp_path / "four", f"--latents {latent}/ae/last.pt --data drive --steps 1", LATENT)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and not list(tmp_path.glob("*.part"))
+
+def test_an_up_sampler_of_latents(latent, tmp_path, monkeypatch):
+    """It is trained on, and shown at sampling, what the small clip is encoded to once enlarged."""
+    shutil.copytree(latent / "decoder", tmp_path / "decoder")
+    up = "--give hint --task upsample --enlarge 2 --hint-noise 0.1 --context 0.1 0.9 --data drive "
+    run(tmp_path / "up", f"--latents {tmp_path}/decoder/last.pt " + up, LATENT)
+    folder, = tmp_path.glob("latents-*")
+    stored = torch.from_numpy(np.load(folder / "video.npy")).float()
+    told = np.load(folder / "video.actions.npy")
+    ae, _ = vdm.load_autoencoder(latent / "decoder/last.pt")
+
+    def enlarged(small):
+        large = F.interpolate(small.flatten(0, 1), size=(16, 16), mode="bilinear")
+        return ae.encode(large.unflatten(0, small.shape[:2]))
+
+    for i in range(5):
+        item = vdm.Drive(4, (16, 16), seed=0)[i]
+        clip = item["video"][None]
+        small = clip.unflatten(4, (8, 2)).unflatten(3, (8, 2)).mean((4, 6))
+        want = torch.cat([enlarged(small), ae.encode(clip)], dim=1)
+        close(stored[i], want[0], atol=2e-3, rtol=2e-3)
+        assert np.array_equal(told[i, 4:], item["action"])
+    seen, forward = [], vdm.Denoiser.forward
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
+    small = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    np.save(tmp_path / "small.npy", small)
+    sample.main(f"{tmp_path}/up --n 1 --steps 1 --context {tmp_path}/small.npy --hint-noise 0 "
+                f"--device cpu --dtype fp32 --out {tmp_path}/a.mp4".split())
+    close(seen[0]["concat"][:, :, :4], enlarged(vdm.from_uint8(small)[None]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="--task upsample needs pixels, or --latents"):
+        run(tmp_path / "no", f"--data {folder} " + up.removesuffix("--data drive "), LATENT)
 
 def settings(out, flags):
     options, config = train.parse([*LATENT.split(), *flags.split(), "--out", str(out / "x")])
@@ -3819,6 +3942,8 @@ WAYS_d = {         # fields of Config, flags, length, which frames of the videos
              ("clip.npy", slice(6), slice(None, None, 3))),
     "image": (HINT | dict(task="image"), "--context picture.png --length 3", 3, None),
     "upsample": (HINT | dict(task="upsample"), "--context small.npy", 4, None),
+    "upsample long": (HINT | dict(task="upsample", frames=3, labels=2, enlarge=2),
+                      "--context clip.npy --label 1", 6, None),
     "reconstruct": (dict(context=(1.0,)),
                     "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
                     ("clip.npy", slice(3, 6), slice(3))),
@@ -3911,6 +4036,87 @@ def test_hints_are_as_noisy_as_is_said(here, monkeypatch, flags, level, task):
     close(noise.std().item(), level, atol=1e-5, rtol=0.05)
     assert seen[0]["augmentation"].tolist() == pytest.approx([level] * 9)
     assert level == 0 or abs((noise[0] * noise[1]).mean()) < 0.2 * level ** 2
+
+@cases("level", [0.1, 0.8])
+def test_enlarging_against_bayes(level):
+    """Pixels are independent and normal. So of a pixel g that is seen under noise of the level l, a
+    draw has mean g / (1 + l^2), and variance l^2 / (1 + l^2) around the mean given what is seen,
+    g + noise. 11 frames in windows of 4 are all drawn, whatever their windows."""
+    def ask(x, sigma, concat, augmentation):
+        s, l = (v.view(-1, 1, 1, 1, 1) ** 2 for v in (sigma, augmentation))
+        assert (concat[:, :, 3] == 1).all()
+        return (x / s + concat[:, :, :3] / l) / (1 + 1 / s + 1 / l)
+
+    job = SimpleNamespace(config=vdm.Config(**SMALL_d), seed=1, device="cpu", denoise=ask, told={},
+                          level=torch.tensor([level]), sampler=vdm.SAMPLERS["ddpm"], actions=None,
+                          sigmas=vdm.karras_sigmas(60, 0.01, 80.0))
+    given = torch.randn(2, 11, 3, SIDE, SIDE)
+    pieces = list(sample.enlarge(job, range(2), (2, 4, 3, SIDE, SIDE), given))
+    assert [piece.shape[1] for piece in pieces] == [4, 4, 3]
+    noise = torch.cat(pieces, 1) - given / (1 + level ** 2)
+    want = level ** 2 / (1 + level ** 2) ** 2 + level ** 2 / (1 + level ** 2)
+    for frame in noise.unbind(1):                                        # 1536 numbers
+        assert abs(frame.mean()) < 4 * math.sqrt(want / 1536)
+        assert frame.var().item() == pytest.approx(want, rel=0.16)
+    assert abs((noise[0] * noise[1]).mean()) < 4 * want / math.sqrt(noise[0].numel())
+
+def test_a_cascade(here, monkeypatch):
+    """Three checkpoints: 3 key frames, all 5, twice as large. Each stage is given just what the one
+    before has made; key frames stay as they are; a video depends on the seed and its number."""
+    few = dict(size=(8, 8), frames=3, context=(1.0,))
+    checkpoint_d("key.pt", **few)
+    checkpoint_d("fill.pt", **few | dict(task="any", frames=5, context=(0.5, 0.5)))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2, frames=3))
+    made, seeds, told = [], [], []
+    make, noise, forward = sample.make, vdm.clip_noise, vdm.Denoiser.forward
+    monkeypatch.setattr(sample, "make", lambda job: made.append(make(job)) or made[-1])
+    monkeypatch.setattr(vdm, "clip_noise", lambda seed, *args: seeds.append(seed)
+                        or noise(seed, *args))
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: told.append(c) or forward(self, x, sigma, **c))
+
+    def cascade(names, flags="--n 2"):
+        made.clear(), seeds.clear(), told.clear()
+        flags += " --device cpu --dtype fp32 --out a.mp4 --interpolate 2"
+        sample.main(f"{names} {flags}".split())
+        return made[-1]
+
+    large = cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0")
+    key, fill, _ = made
+    assert [x.shape[1:] for x in made] == [(3, 3, 8, 8), (5, 3, 8, 8), (5, 3, 16, 16)]
+    assert len(set(seeds)) == len(seeds) == 4
+    assert torch.equal(fill[:, ::2], key) and not torch.equal(fill[0], fill[1])
+    hints = [c["concat"] for c in told if "augmentation" in c][::2]      # of the first of two steps
+    shown = torch.cat(hints, 1)[:, :, :3]
+    close(shown, F.interpolate(fill.flatten(0, 1), (16, 16), mode="bilinear").view_as(large))
+    assert len(os.listdir("a")) == 2 and strips("a.png").shape == (2, 5, SIDE, SIDE, 3)
+    close(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0 --batch 1"), large,
+          atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0.4"), large,
+                              atol=0.01)
+    clip = cascade("fill.pt up.pt", "--n 1 --context clip.npy --context-frames 2")
+    assert clip.shape == (1, 3, 3, 16, 16)
+    assert torch.equal(made[0][0, ::2], vdm.read_video("clip.npy", (8, 8))[-2:])
+    for names, words in (("key.pt key.pt", "key.pt cannot go on from videos"),
+                         ("up.pt fill.pt", r"fill.pt goes on from frames of \(3, 8, 8\)"),
+                         ("key.pt up.pt last.pt", "no checkpoint last.pt")):
+        with pytest.raises(ValueError, match=words):
+            cascade(names)
+
+def test_ctrl_c_ends_a_cascade(here, monkeypatch):
+    """What is there is written, and no checkpoint goes on from it."""
+    checkpoint_d("last.pt", size=(8, 8))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2))
+    generate, left = vdm.generate, iter(range(2))
+
+    def interrupted(*args, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vdm, "generate", interrupted)
+    sample.main("last.pt up.pt --n 3 --batch 1 --device cpu --out a.mp4".split())
+    assert strips("a.png", 8).shape == (2, 4, 8, 8, 3)
 
 def fake(**flags):
     usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant",
@@ -4076,7 +4282,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
     (PREVIOUS | DRIVE, "--actions LLLLL", "nor with SVD or a model of --give previous"),
-    (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
+    (HINT | dict(task="upsample"), "--context clip.npy --length 5", "--length is 5, expected 6"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
     ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
@@ -4173,6 +4379,16 @@ def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path
 def test_flags_of_the_ablation():
     assert [train.check(*train.parse(flags.split())) for flags in ablation.TRAIN]
     assert all(benchmark.parse_changes(train.Parser(), f.split())[1] for f in ablation.DRAW)
+
+def test_table_of_adapters(tmp_path):
+    """Rows of two ways. The number of SimDA's adapters is found by hand, for three places."""
+    small = vdm.Config(frames=4, size=(8, 8), mults=(1,), attention=("factorised",), context=(1.0,),
+                       steps=2, batch=2, sampling_steps=2)
+    adapters.row("image", small, 0, 2, tmp_path)
+    name, trained, share, large, seconds, *marks = adapters.row("SimDA", small, 0, 2, tmp_path)
+    assert [name, trained, large] == ["SimDA", f"{3 * (2 * 16 ** 2 + 6 * 16):,}", "3.1%"]
+    assert float(seconds) > 0 and len(marks) == 10 and (tmp_path / "SimDA-0.png").exists()
+    assert 0.01 < float(share.rstrip("%")) / 100 < 0.05
 
 def test_table_of_claims(tmp_path, monkeypatch):
     """Of two settings, which take part in all claims."""

@@ -79,7 +79,8 @@ def draw(step, config, seed):
     So --resume needs no generator's state, and many processes learn what one alone would."""
     torch.manual_seed(1_000_003 * seed + step)
     clips = config.batch
-    shape = (clips, config.frames + config.stills, config.channels, *config.size)
+    size = config.crop or config.size
+    shape = (clips, config.frames + config.stills, config.channels, *size)
     u = vdm.stratified(clips)                                                                 # (B,)
     if config.independent:
         u = vdm.independent_levels(u, config.frames, config.independent)                    # (B, T)
@@ -93,12 +94,21 @@ def draw(step, config, seed):
     if config.give == "hint":
         drawn["level"] = config.hint_noise * torch.rand(clips)
         drawn["unit"] = torch.randn(clips, config.frames, *shape[2:])
+    if config.crop:
+        rooms = np.subtract(config.size, config.crop)
+        corners = [torch.randint(room + 1, (clips,)) for room in rooms]
+        drawn["corner"] = torch.stack(corners, dim=1)                                      # (B, 2)
     if config.give in PUBLISHED:                               # the picture is withheld on its own
         drawn["shown"] = (torch.rand(clips) >= config.drop).float()
     if config.actions:                                         # (B, 1, A): 0, or NaN if not told
         zeros = torch.zeros(clips, 1, sum(config.actions))
         drawn["withheld"] = vdm.drop_modes(zeros, config.actions, config.drop)
     return drawn
+
+def cut(clips, corner, size):
+    """Cut (h, w) = size out of every clip (B, T, C, H, W), all frames at its corner, (B, 2)."""
+    h, w = size
+    return torch.stack([clip[..., y:y + h, x:x + w] for clip, (y, x) in zip(clips, corner)])
 
 def conditions(batch, drawn, config):
     """Return what the denoiser is told: given frames, and label and action unless withheld."""
@@ -119,8 +129,9 @@ def conditions(batch, drawn, config):
     if config.task == "image":
         return told | vdm.image_hint(clean[:, :1], drawn["mask"], drawn["level"],
                                      drawn["unit"][:, :1])
-    if config.task == "upsample":
-        clean = vdm.blurred(clean)
+    if config.task == "upsample" and not config.factor:
+        clean = vdm.blurred(clean, config.enlarge)
+    clean = clean[:, :config.frames]                   # of latents, what is blurred comes first
     return told | vdm.hint(clean, drawn["mask"], drawn["level"], drawn["unit"])
 
 def published_conditions(told, batch, drawn, config):
@@ -138,6 +149,8 @@ def published_conditions(told, batch, drawn, config):
 
 def loss_of(model, batch, drawn, config):
     """Return the loss of a batch and, for the log, its squared errors, of the shape of sigma."""
+    if config.crop:
+        batch = batch | dict(video=cut(batch["video"], drawn["corner"], config.crop))
     told = conditions(batch, drawn, config)
     clean = batch["video"][:, -config.frames:]                                     # (B, T, C, H, W)
     loss = LOSSES[config.loss]
@@ -291,19 +304,26 @@ def main(argv=None):
     if dist.is_initialized() and not options.local:
         dist.barrier()
     learner = make_learner(options, config, state)
-    told = told_to_samples(held_out, options.marks, config)
+    told = told_to_samples(held_out, options.marks, config, autoencoder, options.device)
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder, **told)
     if train(options, config, data, learner, store, picture, state):
         finish(options, config, held_out, picture)
 
-def told_to_samples(held_out, n, config):
+def told_to_samples(held_out, n, config, autoencoder, device):
     """Return the conditions of n held-out clips, which the samples of a run are told."""
-    if not config.actions and config.give not in PUBLISHED:
+    enlarges = config.task == "upsample"
+    if not config.actions and config.give not in PUBLISHED and not enlarges:
         return {}
     some = default_collate([held_out[i] for i in range(n)])
     told = {}
+    if enlarges:
+        clip = vdm.blurred(some["video"], config.enlarge)
+        if autoencoder is not None:
+            clip = autoencoder.encode(clip.to(device)).cpu()
+        level = torch.full((n,), config.hint_noise / 2)
+        told = vdm.hint(clip, torch.ones(clip.shape[:2]), level, torch.randn(clip.shape))
     if config.actions and held_out.actions:
         told["action"] = some["action"][:, -config.frames:]                              # (N, T, A)
     if config.give in PUBLISHED:
@@ -480,16 +500,22 @@ def open_data(options, config, autoencoder):
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
         need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: expected 3, "
              "or clips of your own (--data)")
+        need(config.stride == 1 or options.data == "shapes", "--stride is for files and shapes")
         world = WORLDS[options.data]
+        if options.data == "shapes":
+            world = partial(world, stride=config.stride)
         data = world(frames, size, seed=options.seed)
         held_out = world(frames, size, seed=options.seed + 1)
-        print(f"data    {world.__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+        print(f"data    {WORLDS[options.data].__name__}: made in code, {frames} frames of "
+              f"{size[0]}x{size[1]}")
     else:
         data, config = open_files(options, config, frames, autoencoder)
         held_out = data
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
-        data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
+        if config.task == "upsample":
+            frames *= 2
+        data = Latents(encode(data, options, n, autoencoder, config), frames, config.size, 1,
                        config.channels, options.seed)
     need(config.give != "vista" or "conditions" not in config.train or data.actions, "--train "
          "conditions trains Vista's actions: put clip.actions.npy (T, 19) beside clip.npy")
@@ -506,6 +532,7 @@ def open_files(options, config, frames, autoencoder):
     folder = vdm.VideoFolder
     size, channels = pixels(config)
     if config.factor and autoencoder is None:
+        need(config.task != "upsample", "--task upsample needs pixels, or --latents")
         folder = Latents
         size = config.size
         channels = config.channels
@@ -577,8 +604,9 @@ def parse(argv):
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in vars(options).items() if name in comments}
-    if len(options.given.get("size", "no")) == 1:                                    # square frames
-        options.given["size"] *= 2
+    for name in ("size", "crop"):
+        if len(options.given.get(name, "no")) == 1:                                  # square frames
+            options.given[name] *= 2
     data = options.data or RUN["data"]
     name = options.preset
     if data != "shapes":
@@ -651,12 +679,21 @@ class Latents(vdm.VideoFolder):
     def to_float(self, latents):
         return torch.from_numpy(np.array(latents, np.float32))                        # (T, c, h, w)
 
-def encode(data, options, n, autoencoder):
+def encode(data, options, n, autoencoder, config):
     """Encode items 0 ... n - 1 of a dataset, once: return a folder of .npy files, and actions.
 
     It is named after a checksum of the autoencoder and some items, by which the next run finds it.
-    Frames are cut in pixels, then encoded, as latents cannot be resized."""
-    some = [data[i]["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int)]
+    Frames are cut or blurred in pixels, then encoded, as latents cannot be resized. For an
+    up-sampler the frames of a clip as it is given, blurred, come before the clip's own."""
+    def item(i):
+        found = data[i]
+        if config.task == "upsample":
+            clip = found["video"][None]
+            clip = torch.cat([vdm.blurred(clip, config.enlarge), clip], dim=1)[0]
+            found = found | dict(video=clip)
+        return found
+
+    some = [item(i)["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int)]
     tensors = [*autoencoder.state_dict().values(), *some]
     checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in tensors), n)
     folder = options.out.parent / f"latents-{checksum:08x}"
@@ -664,15 +701,16 @@ def encode(data, options, n, autoencoder):
         return folder
     items = []
     for i in tqdm(range(n), "encoding", **BAR):
-        item = data[i]
-        latent = autoencoder.encode(item["video"][None].to(options.device))[0]        # (T, c, h, w)
-        items.append(item | dict(video=latent.half().cpu()))
+        found = item(i)
+        latent = autoencoder.encode(found["video"][None].to(options.device))[0]       # (T, c, h, w)
+        items.append(found | dict(video=latent.half().cpu()))
     items = default_collate(items)
     part = folder.with_suffix(".part")                        # gets its name when it is whole
     part.mkdir(parents=True, exist_ok=True)
     np.save(part / "video.npy", items["video"])
     if data.actions:
-        np.save(part / "video.actions.npy", items["action"])
+        times = items["video"].shape[1] // items["action"].shape[1]
+        np.save(part / "video.actions.npy", items["action"].repeat(1, times, 1))
     return part.rename(folder)
 
 def find_autoencoder(options, config, state):
@@ -832,7 +870,7 @@ def estimate(model, config):
     for block in blocks(model):
         block.register_forward_pre_hook(mark)
         block.register_forward_hook(mark)
-    clip = torch.zeros(1, config.frames, config.channels, *config.size)
+    clip = torch.zeros(1, config.frames, config.channels, *(config.crop or config.size))
     given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
     if config.give == "previous":
         given = dict(previous=clip)

@@ -1426,8 +1426,9 @@ class PerFrame(Denoiser):
 # ==================================================================================================
 # 14. Adapters and editing
 # ==================================================================================================
-# To train a few per cent of a trained network. Each adapter wraps a layer, and its last part is 0,
-# so at first nothing changes. adapt puts them in; trainable freezes the rest.
+# To train a few per cent of a trained network: adapt puts adapters in, trainable freezes the rest.
+# The last part of an adapter is 0 at first. LoRA wraps single layers. SimDA and Tune-A-Video make
+# an image model a video model: they also let its frames look at each other, unless temporal is 0.
 
 class LowRank(nn.Sequential):
     """The trained part of LoRA."""
@@ -1474,45 +1475,86 @@ class Bottleneck(nn.Sequential):
     """The trained part of SimDA's adapters."""
 
 def bottleneck(dim):
-    """GELU between two layers, down to a quarter of the channels and up; at first 0 (SimDA)."""
+    """SimDA's adapter of attention or feed-forward layers: GELU on a quarter of the channels."""
     return Bottleneck(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
 
-class SpatialAdapter(nn.Module):
-    """h + up(GELU(down(h))) of h = layer(x), the output of attention (SimDA, S-Adapter)."""
+def temporal_bottleneck(dim):
+    """SimDA's T-Adapter: half of the channels look at three frames, each channel on its own."""
+    half = dim // 2
+    return Bottleneck(nn.Conv3d(dim, half, 1),
+                      nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
+                      zero(nn.Conv3d(half, dim, 1)))
 
-    def __init__(self, layer, dim):
+class Queries(nn.Sequential):
+    """The trained part of Tune-A-Video: the layer that makes the queries."""
+
+SHIFTS = (4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)
+
+def latent_shift(t, h, w):
+    """SimDA's latent-shift attention: frame t looks at itself, and at places of up to four frames
+    ago, which alternate as in the authors' code. Where the clip had not begun, it is frame t."""
+    past = t - torch.tensor(SHIFTS, device=t.device)[h % 4, w % 4]
+    return [t, torch.where(past < 0, t, past)]
+
+def sparse_causal(t, h, w):
+    """Tune-A-Video's sparse-causal attention: frame t looks at frames 0 and t - 1 (section 4)."""
+    return [torch.zeros_like(t), (t - 1).clamp(min=0)]
+
+class FrameAttention(nn.Module):
+    """An image model's attention over space, of which each frame also looks at other frames.
+
+    seen(t, h, w) names them: the token of each place (h, w) is seen as it is in these frames. L
+    tokens look at 2 L, where looking at all T frames would take T L (SimDA section 3.3).
+
+    It stands in the place of a Block's `time`, which is told temporal, and holds that layer and the
+    attention behind it. Adapters: over_time before attention, behind it, and beside the
+    feed-forward layer. At temporal=0 all of this is off, and the image model is as it was."""
+
+    def __init__(self, time, attention, seen, over_time=torch.zeros_like, behind=torch.zeros_like,
+                 beside=torch.zeros_like):
         super().__init__()
-        self.layer = layer
-        self.branch = bottleneck(dim)
+        self.time = time
+        self.attention = attention
+        self.seen = seen
+        self.over_time = over_time
+        self.behind = behind
+        self.beside = beside
 
-    def forward(self, x):                                                                # (N, L, C)
-        h = self.layer(x)
-        return h + self.branch(h)
+    def forward(self, x, temporal=1.0):                                            # (B, T, C, H, W)
+        share = torch.as_tensor(temporal).to(x)
+        x = self.time(x, temporal)
+        x = x + expand(share, x) * self.over_time(x.transpose(1, 2)).transpose(1, 2)
+        tokens = rearrange(x, "b t c h w -> b t (h w) c")
+        share = expand(share, tokens)                                            # (B or 1, 1, 1, 1)
+        h = self.attention.out(self.look(tokens, share, x.shape[3:]))
+        tokens = tokens + h + share * self.behind(h)
+        h = self.attention.feed_forward(tokens)
+        tokens = tokens + h + share * self.beside(tokens)
+        return rearrange(tokens, "b t (h w) c -> b t c h w", h=x.shape[3])
 
-class FeedForwardAdapter(SpatialAdapter):
-    """layer(x) + up(GELU(down(x))), beside a feed-forward layer (SimDA)."""
+    def look(self, tokens, share, size):
+        """What tokens (B, T, L, C) see: their own frame, or a share of the frames of seen."""
+        layer = self.attention
+        T, L = tokens.shape[1:3]
+        h = layer.norm(tokens)
+        q, k, v = (part(h).unflatten(-1, (layer.heads, -1)).transpose(2, 3)    # (B, T, heads, L, d)
+                   for part in (layer.q, layer.k, layer.v))
+        position = places(size, h.device)                                                   # (L, 2)
+        q = rotate(q, position)
+        k = rotate(k, position)                                    # a place is its own in any frame
+        grid = places([T, *size], h.device).unflatten(0, (T, L))
+        frames = torch.stack(self.seen(*grid.unbind(-1)), dim=1)                         # (T, n, L)
 
-    def forward(self, x):                                                                # (N, L, C)
-        return self.layer(x) + self.branch(x)
+        def look_at(k, v):
+            seen = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+            return rearrange(seen, "(b t) heads l d -> b t l (heads d)", t=T)
 
-class TemporalAdapter(nn.Module):
-    """h + up(conv(down(h))) of h = layer(x, emb), the output of a ResBlock (SimDA, T-Adapter).
+        def others(x):                                                     # (B, T, heads, n L, d)
+            x = x.transpose(2, 3)[:, frames, torch.arange(L, device=x.device)]
+            return x.flatten(2, 3).transpose(2, 3)
 
-    conv looks at three frames, each channel on its own, in half of the channels."""
-
-    def __init__(self, layer, dim):
-        super().__init__()
-        self.layer = layer
-        half = dim // 2
-        self.branch = Bottleneck(
-            nn.Conv3d(dim, half, 1),
-            nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
-            zero(nn.Conv3d(half, dim, 1)))
-
-    def forward(self, x, emb, temporal=1.0):                                       # (B, T, C, H, W)
-        h = self.layer(x, emb, temporal)
-        change = self.branch(h.transpose(1, 2)).transpose(1, 2).to(h)
-        return h + expand(torch.as_tensor(temporal).to(h), h) * change
+        own = look_at(k, v)
+        return own + share * (look_at(others(k), others(v)) - own)
 
 def lora_layers(net, rank):
     """LoRA for the matrices of attention and the temporal convolutions of a network, by name."""
@@ -1524,37 +1566,45 @@ def lora_layers(net, rank):
         elif isinstance(layer, TemporalConv):
             yield f"{name}.conv", LoRA(layer.conv, rank)
 
-def simda_layers(net):
-    """SimDA's adapters of a network, by name: behind residual blocks and attention over space, and
-    beside feed-forward layers."""
-    for name, layer in net.named_modules():
-        if isinstance(layer, ResBlock):
-            yield name, TemporalAdapter(layer, layer.conv2.out_channels)
-        elif isinstance(layer, Attention):
+def video_layers(net, kind):
+    """The layers of simda or sparse_causal for a network, by name: where it has attention over
+    space."""
+    for name, block in net.named_modules():
+        if isinstance(block, Block) and isinstance(block.space_attention, Attention):
+            layer = block.space_attention
             dim = layer.out.out_features
-            yield f"{name}.feed_forward", FeedForwardAdapter(layer.feed_forward, dim)
-            if layer.over == "hw":
-                yield f"{name}.out", SpatialAdapter(layer.out, dim)
+            if kind == "simda":
+                new = FrameAttention(block.time, layer, latent_shift, temporal_bottleneck(dim),
+                                     bottleneck(dim), bottleneck(dim))
+            else:
+                layer.q = Queries(layer.q)
+                new = FrameAttention(block.time, layer, sparse_causal)
+            yield f"{name}.time", new
+            yield f"{name}.space_attention", nn.Identity()
 
 def adapt(net, kind="lora", rank=4):
-    """Put adapters, lora (of this rank) or simda, into a network; return their parameters.
+    """Put adapters into a network; return the parameters to be trained.
 
-    SimDA's are for a VideoUNet alone."""
-    if kind not in ("lora", "simda") or rank < 1:
-        raise ValueError(f"adapters are {kind!r} of rank {rank}, expected lora or simda, 1 or more")
-    adapters = dict(lora_layers(net, rank) if kind == "lora" else simda_layers(net))
-    if not adapters:
+    lora has this rank, and changes nothing at first. simda (adapters and latent-shift attention)
+    and sparse_causal (Tune-A-Video: trains the queries of attention) make frames look at each
+    other at once. They are for a VideoUNet with attention over space."""
+    if kind not in ("lora", "simda", "sparse_causal") or rank < 1:
+        raise ValueError(f"adapters are {kind!r} of rank {rank}, expected lora, simda or "
+                         "sparse_causal, 1 or more")
+    layers = dict(lora_layers(net, rank) if kind == "lora" else video_layers(net, kind))
+    if not layers:
         raise ValueError(f"this network has no layers for {kind}: choose lora")
     device = next(net.parameters()).device
-    for name, adapter in adapters.items():
-        net.set_submodule(name, adapter.to(device))
-    return [p for adapter in adapters.values() for p in adapter.branch.parameters()]
+    for name, layer in layers.items():
+        net.set_submodule(name, layer.to(device))
+    part = part_of(net)
+    return [p for p in part if part[p] in ("lora", "adapters")]
 
 # Of StableUNet, shares (mix) and frame numbers (place) count as spatial, as in Vista's training.
 PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput, StableTemporalResidual,
                       StableTemporalAttention),
          "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding, ActionProjection),
-         "lora": (LowRank,), "adapters": (Bottleneck,)}
+         "lora": (LowRank,), "adapters": (Bottleneck, Queries)}
 
 def part_of(model):
     """The part of a model that every parameter belongs to: {parameter: part}.
@@ -1570,9 +1620,9 @@ def part_of(model):
 def trainable(model, parts):
     """Freeze all of a model but some of its parts: spatial, temporal, conditions, lora, adapters.
 
-    Video LDM trains the temporal part of an image model, LoRA and SimDA their adapters. On a CPU
-    let the noisy clip need a gradient: PyTorch 2.13 dies in the backward pass of a GroupNorm that
-    learns behind layers of which none does."""
+    Video LDM trains the temporal part of an image model, LoRA and SimDA train adapters,
+    Tune-A-Video both. On a CPU let the noisy clip need a gradient: PyTorch 2.13 dies in the
+    backward pass of a GroupNorm that learns behind layers of which none does."""
     part = part_of(model)
     unknown = set(parts) - set(part.values())
     if unknown or not parts:
@@ -1580,32 +1630,6 @@ def trainable(model, parts):
                          f"{' '.join(sorted(set(part.values())))}: name some of them")
     for p in model.parameters():
         p.requires_grad_(part[p] in parts)
-
-def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4))):
-    """Each place of x (B, T, H, W, ...) as it was shifts[y % 4][x % 4] frames ago (SimDA's code).
-
-    Where the clip had not begun then, it stays as it is. Four by four places show five frames."""
-    t, h, w = (torch.arange(n, device=x.device) for n in x.shape[1:4])
-    t = t[:, None, None]
-    h = h[:, None]
-    source = t - torch.tensor(shifts, device=x.device)[h % 4, w % 4]                     # (T, H, W)
-    return x[:, torch.where(source < 0, t, source), h, w]
-
-def shift_attention(q, k, v, code=False):
-    """SimDA's latent-shift attention, all (B, T, H, W, heads, d).
-
-    Each frame looks at 2 H W tokens instead of T H W: its own and its own shifted, as in the paper.
-    With code=True, as in its code: those of the frame before, shifted, and its own shifted."""
-    def seen(x):
-        moved = shift_tokens(x)
-        first = x
-        if code:
-            first = moved[:, [0, *range(x.shape[1] - 1)]]          # of frame 0 there is none before
-        return torch.cat([first, moved], dim=2).flatten(2, 3).transpose(2, 3)
-
-    # (B, T, heads, H W, d) looks at (B, T, heads, 2 H W, d)
-    h = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(2, 3), seen(k), seen(v))
-    return h.transpose(2, 3).reshape(q.shape)
 
 @torch.no_grad()
 def invert_ddim(denoise, x, sigmas, iterations=1):
@@ -1651,7 +1675,8 @@ class MovingShapes:
     A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
     RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
     shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself."""
+    so each has one colour channel to itself. With a stride a clip is every stride-th frame of the
+    same clip, and SPEED is so many times as high."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1670,11 +1695,12 @@ class MovingShapes:
     HURRY = 0.017                # one window's speed against the clip's
     TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
-    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
+    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0, stride=1):
         self.frames = frames
         self.size = tuple(size)
         self.objects = objects
         self.seed = seed
+        self.SPEED = tuple(stride * speed for speed in self.SPEED)
         self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
         self.labels = 18
         if objects == 2:
@@ -2357,7 +2383,7 @@ class Config:
     frames: int = 8                 # frames per clip
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
-    stride: int = 1                 # take every stride-th frame of a file
+    stride: int = 1                 # take every stride-th frame of a file, or of shapes
     fps: float = 8.0                # frames per second of the videos written
     factor: int = 0                 # pixels to a latent along each side (0: no latents)
     width: int = 16                 # channels of the first level
@@ -2371,7 +2397,7 @@ class Config:
     give: str = "concat"            # concat, hint, replace, per_frame, previous, svd or vista
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    adapters: str = ""              # put lora or simda into the network ("": neither)
+    adapters: str = ""              # put in lora, simda or sparse_causal ("": none of them)
     rank: int = 4                   # rank of LoRA
     # what noise it sees, and what it is given
     schedule: str = "lognormal"     # linear, scaled_linear, cosine, sigmoid, uniform, lognormal
@@ -2381,6 +2407,8 @@ class Config:
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
     task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
+    enlarge: int = 4                # task upsample: how many times as large as what is given
+    crop: tuple = ()                # train on random crops of this size (default: whole frames)
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
     images: float = 0.08            # share of clips trained as loose frames, temporal=0
@@ -2474,7 +2502,7 @@ CHOICES = dict(kind=KINDS, schedule=SCHEDULES, sampler=SAMPLERS, give=GIVES,
                weighting=("inverse", "min_snr", *KINDS),
                task=("predict", "ends", "any", "image", "upsample"),
                loss=("plain", "change", "vista"), optimizer=("adamw", "muon"),
-               adapters=("", "lora", "simda"))
+               adapters=("", "lora", "simda", "sparse_causal"))
 
 def check_config(config):
     """ValueError, one sentence, for names and sizes of which no model can be built."""
@@ -2815,7 +2843,8 @@ MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
         "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every",
+        "sampling_steps overlap marks encode micro save_every sample_every keep_every enlarge "
+        "crop",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
         "spatial_lr skip_guidance",
@@ -2840,8 +2869,12 @@ def check(options, config):
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
          f"--task {config.task} needs --give hint")
-    need(config.task != "upsample" or not (config.factor or np.mod(config.size, 4).any()),
-         "--task upsample needs pixels, and --size in multiples of 4")
+    need(config.task != "upsample" or not np.mod(config.size + config.crop, config.enlarge).any(),
+         f"--task upsample needs --size and --crop in multiples of --enlarge, {config.enlarge}")
+    multiple = config.patch * 2 ** (len(config.mults) - 1)
+    fits = [n <= whole and n % multiple == 0 for n, whole in zip(config.crop, config.size)]
+    need(len(config.crop) in (0, 2) and all(fits), f"--crop is {config.crop}, expected multiples of"
+         f" {multiple}, up to --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
