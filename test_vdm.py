@@ -2733,11 +2733,21 @@ def test_arrays(tmp_path, shape):
     np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
     assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
 
+RAMP = np.linspace(0, 1, 2 * 16 * 32 * 32, dtype=np.float32).reshape(2, 16, 32, 32)
+
 @cases("array, words", [
-    (np.array([print], object), ""), (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, "),
-    (np.zeros((2, 16, 32, 32), np.float32), r"expected uint8 .* found float32 \(2, 16, 32, 32\)")])
-def test_other_arrays_are_refused(tmp_path, array, words):
-    """Code, channels first, floats."""
+    (np.array([print], object), ""),
+    (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, 32, 32\): put the channels last, "),
+    (RAMP, r"expected uint8 .* found float32 \(2, 16, 32, 32\): values are 0 to 1, multiply by 2"),
+    (RAMP > 0.5, "bool .* 0 to 1, multiply by 255 and store uint8$"),
+    (2 * RAMP - 1, "values are -1 to 1, add 1, multiply by 127.5 and"),
+    ((255 * RAMP).astype(int), "values are 0 to 255, round and store"),
+    (RAMP * 1000, "values are 0 to 1000, scale to 0 to 255 and"), (RAMP - 9, "scale to 0 to 255"),
+    (RAMP * np.nan, "nan.*scale to 0 to 255"),
+    (RAMP[:, :3, None], r"channels last, np.moveaxis\(x, -3, -1\): values are 0 to .* and"),
+    (RAMP[0, 0], "float32 .32, 32.: values are 0 to")])
+def test_other_arrays_are_refused_with_the_conversion_that_is_missing(tmp_path, array, words):
+    """Code, channels first, other numbers."""
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match="a.npy: .*" + words):
         vdm.read_video(tmp_path / "a.npy")
@@ -2745,9 +2755,16 @@ def test_other_arrays_are_refused(tmp_path, array, words):
 def test_moving_mnist_and_a_train_folder(tmp_path):
     """The first is stored as (T, N, H, W); of the second, test/ is not looked at."""
     mnist = np.arange(20)[:, None, None, None] + 10 * np.arange(21)[None, :, None, None]
-    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))
-    data = vdm.VideoFolder(tmp_path, 20, (64, 64))
-    assert [clip[:, 0, 0, 0].tolist() for clip in data.clips] == mnist[:, :, 0, 0].T.tolist()
+    mnist = np.tile(mnist.astype(np.uint8), (1, 1, 64, 64))
+    for name, clips in (("mnist_test_seq", mnist.swapaxes(0, 1)), ("twenty_clips", mnist)):
+        np.save(tmp_path / f"{name}.npy", mnist)
+        data = vdm.VideoFolder(tmp_path / f"{name}.npy", 20, (64, 64))
+        assert [c[:, 0, 0, 0].tolist() for c in data.clips] == clips[:, :, 0, 0].tolist()
+        frames = {"mnist_test_seq": 20, "twenty_clips": 21}[name]
+        assert f", {frames} frames each" in data.report
+    np.save(tmp_path / "mnist_test_seq.npy", mnist.astype(float))
+    with pytest.raises(ValueError, match=r"found float64 \(20, 21, 64, 64\): values .*, round"):
+        vdm.decode(tmp_path / "mnist_test_seq.npy")
     for name, n in (("train", 1), ("test", 2)):
         (tmp_path / "own" / name / "class").mkdir(parents=True)
         np.save(tmp_path / "own" / name / "class/x.npy", np.zeros((n, 16, 8, 8, 3), np.uint8))
@@ -2755,12 +2772,52 @@ def test_moving_mnist_and_a_train_folder(tmp_path):
     with pytest.raises(ValueError, match="missing does not exist"):
         vdm.VideoFolder(tmp_path / "missing", 16, (8, 8))
 
+# ---- rates ---------------------------------------------------------------------------------------
+
+UNEVEN = "-vf settb=1/1000,setpts=10*N*N -fps_mode passthrough -enc_time_base 1:1000".split()
+
+def test_frames_of_a_variable_rate(tmp_path):
+    """Frame n is shown from 10 n^2 ms on, and read once. A rate chooses those nearest in time, of
+    an even rate, too. Arrays store no rate: that which is told is believed."""
+    for name in ("a.mp4", "b.mkv"):
+        save(tmp_path / name, flat(16), fps=25, output_params=UNEVEN)
+        (frames,), fps = vdm.decode(tmp_path / name)
+        assert (brightness(frames), fps) == (list(range(16)), round(15 / 2.25, 2))
+        for rate in (4, 10, 50):
+            (frames,), fps = vdm.decode(tmp_path / name, rate=rate)
+            wanted = np.arange(0, 2250.1, 1000 / rate)
+            nearest = abs(wanted[:, None] - 10 * np.arange(16) ** 2).argmin(1)
+            assert (brightness(frames), fps) == (nearest.tolist(), rate)
+    save(tmp_path / "even.mp4", flat(20), fps=20)
+    (frames,), fps = vdm.decode(tmp_path / "even.mp4", rate=10)
+    assert brightness(frames) == list(range(0, 20, 2))
+    save(tmp_path / "a.gif", [Image.fromarray(f) for f in flat(9)], duration=50)
+    assert brightness(vdm.decode(tmp_path / "a.gif", rate=10)[0][0]) == [0, 2, 4, 6, 8]
+    np.save(tmp_path / "a.npy", flat(9))
+    clips, fps = vdm.decode(tmp_path / "a.npy", rate=10)
+    assert clips.shape[1] == 9 and fps == 10
+
+def test_mixed_rates_are_listed_and_made_one(tmp_path):
+    """The rate printed is that of the clips used: three of 8 frames a second, two of 20."""
+    np.save(tmp_path / "a.npy", np.stack([flat(12)] * 3))
+    for name, n, rate in (("b", 12, 20), ("c", 12, 20), ("short", 3, 40)):
+        save(tmp_path / f"{name}.mp4", flat(n), fps=rate)
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
+    assert (data.fps, data.rates, data.lengths) == (8, [8] * 3 + [20] * 2, [12] * 5)
+    assert ("warning: clips have different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses fra"
+            "mes so that they have one") in data.report
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True, data_fps=10)
+    assert data.rates == [10] * 5 and "warning" not in data.report
+    assert brightness(data.clips[4][:]) == [0, 2, 4, 6, 8, 10]
+    assert vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True).lengths == [12] * 5
+
 # ---- a folder ------------------------------------------------------------------------------------
 
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
-                  "10 fps\n", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
+                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
@@ -2768,6 +2825,54 @@ def test_folder_report_and_pixels(made):
         [list(range(n)) for n in (16,) * 7 + (17, 20)] + [MERGED])
     with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, an item takes 22: "):
         vdm.VideoFolder(made / "grey.npy", 8, (24, 24), stride=3)
+
+def test_a_hostile_folder(tmp_path):
+    """Links in circles, runs, odd names, damage: what can be read is read, a real file once."""
+    odd = ["a b", "q'u\"o", "new\nline", "ünï→", "-dash", "100%d", "[x]*?", "c:d", "#1", "\\",
+           os.fsdecode(b"\xff")]
+    (tmp_path / "d/deep").mkdir(parents=True)
+    save(tmp_path / "x.mp4", flat(8), fps=10)
+    for name in odd:
+        shutil.copy(tmp_path / "x.mp4", tmp_path / f"d/{name}.mp4")
+        (tmp_path / f"d/deep/{name}.mkv").write_text("broken")
+    for link, to in (("deep/up", ".."), ("self", "self"), ("deep/here", "."), ("z", "deep"),
+                     ("gone.mp4", "nowhere"), ("0.mp4", "a b.mp4"), ("zz.mp4", "a b.mp4")):
+        (tmp_path / "d" / link).symlink_to(to)
+    (tmp_path / "d/link.mp4").symlink_to(tmp_path / "x.mp4")
+    os.mkfifo(tmp_path / "d/pipe.mp4")
+    for run in ("out", "older"):
+        (tmp_path / "d" / run / "samples").mkdir(parents=True)
+        shutil.copy(tmp_path / "x.mp4", tmp_path / "d" / run / "samples/final.mp4")
+    (tmp_path / "d/older/last.pt").touch()
+    (tmp_path / "d/alias").symlink_to("out")
+    files = vdm.find_files(tmp_path / "d", without=tmp_path / "d/alias")
+    read = [f"{name}.mp4" for name in odd] + ["link.mp4"]
+    assert sorted(p.name for p in files if p.suffix == ".mp4") == sorted(read)
+    assert len(files) == 2 * len(odd) + 1
+    data = vdm.VideoFolder(tmp_path / "d", 4, (8, 8), without=tmp_path / "d/out")
+    assert len(data) == len(odd) + 1 and f"{len(odd)} skipped" in data.report
+    assert data.report.encode() and len(data.report.splitlines()) == 11       # a head, 9, "2 more"
+
+def test_5000_small_files(tmp_path, monkeypatch):
+    """The cache's folder is listed once, not for every file."""
+    one = io.BytesIO()
+    np.save(one, np.zeros((1, 8, 8, 3), np.uint8))
+    for n in range(5000):
+        (tmp_path / f"{n}.npy").write_bytes(one.getvalue())
+    listed = []
+    scan = os.scandir
+
+    def counted(path):
+        listed.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    monkeypatch.setattr(os, "listdir", None)
+    monkeypatch.setattr(vdm, "decode", lambda *a: (np.zeros((1, 1, 8, 8, 3), np.uint8), 8.0))
+    for _ in range(2):
+        data = vdm.VideoFolder(tmp_path, 1, (8, 8), cache=True)
+        assert len(data) == 5000 and data[4999]["video"].shape == (1, 3, 8, 8)
+    assert len(listed) < 20
 
 def test_items_depend_on_seed_and_index_only(tmp_path):
     for n in range(5):
@@ -2800,7 +2905,7 @@ def test_actions_beside_a_clip(tmp_path):
                           ("two", np.stack([told(12, 3), told(12, 4)]))):
         np.save(tmp_path / f"{name}.actions.npy", actions)
     data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
-    assert data.report.endswith(", 4 fps, 4 with actions")
+    assert ", 4 fps, 12 to 14 frames each, 4 with actions\n" in data.report
     seen = set()
     for i in range(25):
         action = data[i]["action"]
@@ -2917,6 +3022,17 @@ def test_without_room_for_a_cache(videos, monkeypatch):
     assert same(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------
+
+@cases("wrong", [np.zeros((9, 16, 24, 3)), np.zeros((9, 3, 16, 24), np.uint8),
+                 torch.zeros(9, 3, 16, 24, dtype=torch.uint8), torch.zeros(9, 16, 24, 3)])
+def test_bytes_and_channels_last_are_refused(tmp_path, wrong):
+    """By what turns pixels into bytes, too, where the height might pass for channels."""
+    with pytest.raises(ValueError, match="channels first|uint8.*from_uint8 makes"):
+        vdm.write_video(tmp_path / "a.gif", wrong)
+    with pytest.raises(ValueError, match="expected floats .*1 or 3, H, W.*from_uint8 makes"):
+        vdm.to_uint8(torch.as_tensor(wrong))
+    right = vdm.write_video(tmp_path / "a.gif", np.full((2, 3, 16, 24), 0.5))
+    assert (vdm.to_uint8(vdm.read_video(right)) == 191).all()
 
 def test_range_and_crop(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
@@ -3202,6 +3318,120 @@ def test_a_run_is_never_overwritten(trained, tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint"):
         run(tmp_path / "none", "--resume")
     assert (trained / "last.pt").read_bytes() == before and len(rows(trained)) == 12
+
+def copied_run(source, out):
+    """A copy of a run's last checkpoint, for another attempt to go on from it."""
+    out.mkdir()
+    shutil.copy(source / "last.pt", out)
+    return out
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of clips with 10 frames a second, and a run of 2 steps on it by a relative path."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "clips").mkdir()
+    for name in "ab":
+        save(folder / f"clips/{name}.mp4", flat(12), fps=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(Path("run"), "--data clips/ --seed 3 --data-fps 5 --steps 2")
+    return folder
+
+def test_resume_takes_the_data_from_the_checkpoint(own, tmp_path, monkeypatch, capsys):
+    """By no flag, by the path written in other ways, or where the folder was moved to: without a
+    warning, and bit for bit. Worlds are not files, and other settings are other settings."""
+    monkeypatch.chdir(own)
+    shutil.copytree(own / "clips", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved/.vdm_cache")
+    states = []
+    for n, flags in enumerate(("", "--data clips", f"--data {own}/./clips", "--seed 3 --data-fps 5",
+                               f"--data {tmp_path / 'moved'}")):
+        out = copied_run(own / "run", tmp_path / str(n))
+        states.append(run(out, "--steps 3 --resume " + flags, common="--device cpu --dtype fp32 "))
+        said = capsys.readouterr().out
+        assert "warning" not in said and "own data" not in said
+        assert states[n]["seed"] == 3 and states[n]["config"]["fps"] == 5
+    assert all(same_c(states[0] | dict(data=0), state | dict(data=0)) for state in states)
+    assert states[4]["data"] == str(tmp_path / "moved")
+    for flags, words in (("--data shapes", "data is another"), ("--seed 4", "seed is another"),
+                         ("--data-fps 4", "data_fps is another"), ("--data no", "no, the data")):
+        with pytest.raises(ValueError, match=words):
+            train.main(["--resume", "--out", str(own / "run"), "--steps", "9", *flags.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="clips/, the data of this run, is no longer there: name "):
+        train.main(["--resume", "--out", str(own / "run"), "--steps", "9"])
+
+def test_resume_warns_of_changed_files(own, tmp_path, capsys):
+    shutil.copytree(own / "clips", tmp_path / "clips")
+    (tmp_path / "clips/b.mp4").unlink()
+    out = copied_run(own / "run", tmp_path / "run")
+    run(out, f"--steps 3 --resume --data {tmp_path / 'clips'}", common="--device cpu --dtype fp32 ")
+    assert f"warning: the files of {tmp_path / 'clips'} are others than" in capsys.readouterr().out
+
+@cases("flags, name", [("--optimizer adamw", "lr"), ("--optimizer muon", "muon_lr")])
+def test_a_lower_rate_after_a_gradient_that_is_not_finite(tmp_path, monkeypatch, flags, name):
+    """As the message advises. The step after it is as long as the new rate says: half as long."""
+    flags += " --warmup 0 --weight-decay 0 --save-every 2"
+    first = run(tmp_path, flags + " --steps 2")
+    loss_of = train.loss_of
+
+    def broken(*arguments):
+        loss, error = loss_of(*arguments)
+        return loss * math.nan, error
+
+    monkeypatch.setattr(train, "loss_of", broken)
+    with pytest.raises(ValueError, match="gradient is nan at step 3.*lower --lr or --muon-lr"):
+        run(tmp_path, flags + " --steps 4 --resume")
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    rate = first["config"][name]
+    moved = {}
+    for share in (1, 0.5):
+        out = copied_run(tmp_path, tmp_path / str(share))
+        again = run(out, flags + f" --steps 3 --resume --{name.replace('_', '-')} {share * rate}")
+        key = "net.down.0.space_attention.q.weight"
+        moved[share] = again["model"][key] - first["model"][key]
+    agree(moved[0.5], 0.5 * moved[1], rtol=1e-2, atol=1e-7)
+
+def test_fewer_frames_alone(tmp_path, capsys):
+    """What a preset gives of 8 frames shrinks to fit, and that is printed. What fits stays."""
+    few = SMALL_c.replace("--context 0.5 0 0.5 --overlap 2 ", "")
+    config = run(tmp_path / "four", "--steps 1", few)["config"]
+    assert (config["context"], config["overlap"]) == ((0.5, 0, 0.5, 0), 2)
+    said = capsys.readouterr().out
+    assert "context (0.5, 0.0, 0.5, 0.0) instead of (0.5, 0.0, 0.0, 0.0, 0.5), overlap 2 " in said
+    for flags, context, overlap in (
+            ("--frames 5", (0.5, 0, 0, 0, 0.5), 4), ("--frames 2", (0.5, 0.5), 1),
+            ("--frames 1", (1,), 1),
+            ("--preset mnist --frames 8", (0.5, 0, 0, 0, 0.5, 0, 0, 0), 4),
+            ("--frames 3 --overlap 1", (0.5, 0, 0.5), 1), ("--frames 4 --context 1", (1,), 2),
+            ("--preset vista --frames 3", (1 / 15, 14 / 15, 0), 1)):
+        config = train.parse(flags.split())[1]
+        assert config.context == pytest.approx(context) and config.overlap == overlap, flags
+        vdm.check(None, config)
+
+def test_what_own_data_changes_is_printed(own, tmp_path, capsys):
+    """The rate of the files, and the run's own samples are no data, nor is the data its folder."""
+    run(tmp_path / "a", f"--steps 1 --data {own / 'clips'}")
+    assert "own data: fps 10.0 instead of 8.0\n" in capsys.readouterr().out
+    run(tmp_path / "b", f"--steps 1 --data {own / 'clips'} --fps 9")
+    assert "own data" not in capsys.readouterr().out
+    shutil.copytree(own / "clips", tmp_path / "all/clips")
+    flags = f"--data {tmp_path / 'all'} --save-every 1 --sample-every 1"
+    run(tmp_path / "all/run", flags + " --steps 2")
+    run(tmp_path / "all/run", flags + " --steps 3 --resume")
+    said = capsys.readouterr().out
+    assert said.count("data: 2 files in") == 2 and "warning" not in said
+    with pytest.raises(ValueError, match="the folder of --data"):
+        run(tmp_path / "all", f"--steps 1 --data {tmp_path}/./all/")
+
+def test_digits_are_grey(tmp_path):
+    """The preset digits reads Moving MNIST by its name, and refuses the toy worlds."""
+    np.save(tmp_path / "mnist_test_seq.npy", np.zeros((20, 3, 64, 64), np.uint8))
+    out = run(tmp_path / "run", f"--data {tmp_path} --steps 1 --batch 1 --marks 1 "
+              "--sampling-steps 1", common="--preset digits --device cpu ")
+    assert out["config"]["channels"] == 1 and tuple(out["config"]["size"]) == (32, 32)
+    with pytest.raises(ValueError, match="--channels is 1.* or clips of your own"):
+        train.main(["--preset", "digits", "--out", str(tmp_path / "x")])
 
 def test_training_learns(tmp_path):
     """At sigma 1 to 3 the error falls to 3/4 of that of the best constant, the mean clip."""
@@ -3632,8 +3862,9 @@ REFUSED = [
     ("--drop 2", "--drop is 2.0, expected 0 to 1"), ("--ema nan", "--ema is nan"),
     ("--lr inf", "--lr is inf, expected 0 or more"), ("--clip-norm 0", "--clip-norm is 0.0"),
     ("--sigma-min 60", "less than --sigma-max"), ("--context 0 1", "and the first not 0"),
-    ("--frames 4", "no more numbers than --frames"), ("--images 0", "--skip-guidance asks"),
-    ("--context nan", "--context is (nan,)"), ("--give previous", "two numbers as --context"),
+    ("--frames 4 --context 1 0 0 0 1", "no more numbers"), ("--images 0", "--skip-guidance asks"),
+    ("--frames 0", "--frames is 0, expected 1"), ("--context nan", "--context is (nan,)"),
+    ("--give previous", "two numbers as --context"),
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),
     ("--task image", "--task image needs --give hint"),
