@@ -2715,6 +2715,8 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), kind="v",
                  sigma_min=0.002, sigma_max=700.0)
 PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
+    # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
+    "digits": Config(channels=1, batch=8, steps=3000),
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
@@ -2723,8 +2725,6 @@ PRESETS = {
     "planes": Config(planes=(16, 8, 8), channels=4, factor=4, width=48, mults=(1, 2), head_dim=12,
                      attention=("joint", "factorised"), patch=1, give="previous",
                      context=(0.5, 0.5), images=0.0, loss="plain", skip_guidance=1.0, steps=1500),
-    # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
-    "digits": Config(channels=1, batch=8, steps=3000),
     # Moving MNIST (mnist_test_seq.npy), the usual first data set, at full size
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
