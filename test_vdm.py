@@ -4246,7 +4246,8 @@ def test_layout():
     assert there - made == ours
 
 def test_what_is_to_be_read_is_short():
-    assert len(README.split()) <= 1500 and "@@" not in README
+    words = [word for word in README.split() if re.search(r"\w", word)]      # no bars of tables
+    assert len(words) <= 1500 and "@@" not in README
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     for name in ("train.py", "sample.py"):
