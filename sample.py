@@ -39,6 +39,7 @@ MANY = 10 ** 9                         # --seed is at most this: seed + MANY has
 # ---- the ways to sample --------------------------------------------------------------------------
 # job holds the flags, and what main adds to them. clips are the numbers of B videos, shape is that
 # of a window, given are the frames to start from, or None. What comes are pieces (B, n, C, H, W).
+# With planes a piece is a clip of job.unit frames; job.pieces is job.length in such units.
 
 def roll_out(job, clips, shape, given):
     """Start from nothing or from given frames, and go on window by window (Video LDM, Vista), or
@@ -56,13 +57,13 @@ def roll_out(job, clips, shape, given):
             frames = vdm.hint(context, mask, job.level, noise(*shape[1:]))
         return told(job, start) | frames
 
-    return vdm.rollout(job.denoise, job.length, shape, job.sigmas, job.overlap, given, job.seed,
+    return vdm.rollout(job.denoise, job.pieces, shape, job.sigmas, job.overlap, given, job.seed,
                        clips, tell, sampler=job.sampler)
 
 def follow_clip(job, clips, shape, given):
     """Start from nothing or from a given clip, and let clip follow clip (PVDM)."""
-    return vdm.rollout_previous(job.denoise, job.length, shape, job.sigmas, given, job.seed, clips,
-                                sampler=job.sampler, **told(job))
+    return vdm.rollout_previous(job.denoise, job.pieces, shape, job.sigmas, given, job.seed, clips,
+                                job.later_sigmas, sampler=job.sampler, **told(job))
 
 def follow_hint(job, clips, shape, given):
     """Animate a given picture (SVD)."""
@@ -105,7 +106,7 @@ def interpolate(job, clips, shape, given):
 def choose(job):
     """Return the way to sample, and the numbers of frames that can be given, e.g. [1, 2, 3, 4]."""
     config = job.config
-    T = config.frames
+    T = config.frames * job.unit
     if len(job.checkpoints) > 1 and (not job.context or config.task not in ("any", "ends")):
         job.interpolate = []                                  # another of the checkpoints does it
     if job.interpolate:
@@ -132,14 +133,14 @@ def plan(job):
     """Find the way to sample, read what is given and told, and find the length of the videos."""
     if job.config.give == "svd":                             # it may draw windows of any length
         job.config.frames = job.length or job.config.frames
-    T = job.config.frames
+    T = job.config.frames * job.unit
     job.way, known = choose(job)
     usual = job.config.overlap
     if usual not in known:
         usual = max(known[:T], default=1)
     job.overlap = job.overlap or usual
     job.given = read_context(job)
-    n = job.given.shape[1]
+    n = job.given.shape[1] * job.unit
     some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
     need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
          f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
@@ -155,6 +156,7 @@ def plan(job):
     if by_actions or job.way in (interpolate, enlarge):
         limit("length", f"{length}, by --actions, --interpolate or --context", length, length, job)
     job.length = job.length or length
+    job.pieces = math.ceil(job.length / job.unit)
     if job.way not in (follow_hint, enlarge, animate):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
     need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
@@ -229,6 +231,7 @@ def parse(argv):
     add("--skip-guidance", type=float, help="above 1 exaggerates what frames tell each other")
     add("--sampler", choices=vdm.SAMPLERS, help="default, as for the next two: the checkpoint's")
     add("--sampling-steps", "--steps", type=int, help="noise levels visited")
+    add("--later-steps", type=int, help="--give previous: those of all clips that are given one")
     add("--fps", type=float, help="frames per second of the files; SVD and Vista are told it")
     add("--seed", type=int, default=0, help="video i depends on the seed and on i alone (0)")
     add("--batch", type=int, help="videos made at a time (as --n); fewer take less memory")
@@ -238,7 +241,7 @@ def parse(argv):
     add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each; "
         "if there are older ones, a number is added: samples-2.mp4 and so on")
     job = p.parse_args(argv)
-    limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
+    limit("n length context_frames interpolate overlap batch later_steps", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed lag", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
     need(job.out.suffix in (".mp4", ".gif"),
@@ -377,7 +380,7 @@ def record(job):
     the ones that are complete or, of the first, the frames that are."""
     every = job.given.expand(job.n, *job.given.shape[1:])                       # (N, n, C, H, W)
     made = []                                                    # the pieces of each batch
-    bar = tqdm(total=job.n * job.length, unit="frame", **vdm.BAR)
+    bar = tqdm(total=job.n * job.pieces * job.unit, unit="frame", **vdm.BAR)
     try:
         for first in range(0, job.n, job.batch):
             clips = range(first, min(first + job.batch, job.n))
@@ -403,11 +406,11 @@ def record(job):
     finally:
         with suppress(OSError):                                     # if there is nothing in it
             job.folder.rmdir()
-    return torch.cat([torch.cat(pieces, 1) for pieces in made])
+    return torch.cat([torch.cat(pieces, 1) for pieces in made])[:, :job.length]
 
 def write_each(job, clips, videos):
     """Write the videos of these numbers into the folder."""
-    for i, video in zip(clips, videos):
+    for i, video in zip(clips, videos[:, :job.length]):
         if job.latents:
             np.save(job.folder / f"{i:03d}.npy", video)
         else:
@@ -426,13 +429,19 @@ def make(job):
     """Return the videos of one checkpoint, (n, T, C, H, W)."""
     job.device = vdm.pick_device(job.device)
     dtype = vdm.pick_dtype(job.dtype, job.device)
+    job.unit = 1                                # frames that one frame of the network stands for
     if job.autoencoder:
         job.autoencoder.to(job.device)
+        job.unit = vdm.clip_frames(job.config) // job.config.frames
     plan(job)
+    need(not job.later_steps or job.way is follow_clip, "--later-steps is for models of --give "
+         "previous, which go on clip by clip")
     job.denoise = steered(job, job.model.to(job.device))
     job.level = torch.tensor([job.hint_noise], device=job.device)                           # (1,)
     sigmas, job.sampler = vdm.sampling(job.config)
     job.sigmas = sigmas.to(job.device)
+    later = dataclasses.replace(job.config, sampling_steps=job.later_steps or len(sigmas) - 1)
+    job.later_sigmas = vdm.sampling(later)[0].to(job.device)
     print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
           f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
     if job.stage == 0:

@@ -4,6 +4,7 @@ train.py: train a video diffusion model.
     python train.py --preset tiny                      a toy world: no data, no download, no GPU
     python train.py --preset tiny --data drive         another, whose clips obey commands
     python train.py --preset tiny --data my_videos/    your own videos, GIFs, pictures, arrays
+    python train.py --preset digits --data mnist_test_seq.npy      grey clips of moving digits
     python train.py --preset tiny --resume             go on where a run was stopped
     python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
     python train.py --preset ucf101 --dry-run          what a run would need
@@ -370,7 +371,14 @@ def run(options, config):
     autoencoder, config = find_autoencoder(options, config, state)
     if options.local:                      # the first process of a machine reads and decodes files
         dist.barrier()
+    if options.note and not options.resume:
+        print(f"preset  {options.preset}, but {options.note}, by --frames or --data")
+    asked = config
     data, held_out, config = open_data(options, config, autoencoder)
+    if options.files and config != asked:
+        print(f"own data: {differing(asked, config)}")
+    if options.files != state.get("files", options.files):
+        print(f"warning: the files of {options.data} are others than this run began with")
     if dist.is_initialized() and not options.local:
         dist.barrier()
     learner = make_learner(options, config, state)
@@ -419,10 +427,7 @@ def make_learner(options, config, state):
     model = spread(net, ema, options)
     optimizers = make_optimizers(config, model)
     if options.resume:
-        whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
-                             optim_state_dict=state["optimizers"], options=WHOLE)
-        whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
-        ema.updates = state["ema_updates"]
+        restore(state, model, ema, optimizers)
     if options.compile:
         net.net.compile()
     total = sum(p.numel() for p in net.parameters())
@@ -431,6 +436,17 @@ def make_learner(options, config, state):
           f"device  {options.device}, {options.dtype} arithmetic, float32 weights\n"
           f"run     {config.steps} steps of {config.batch} clips, to {options.out}/")
     return model, ema, optimizers
+
+def restore(state, model, ema, optimizers):
+    """Load weights, averages and moments of a checkpoint, but no peak rates: --lr may be new."""
+    peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
+    whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
+                         optim_state_dict=state["optimizers"], options=WHOLE)
+    whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
+    ema.updates = state["ema_updates"]
+    for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["peak"] = rate
 
 def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
@@ -525,8 +541,9 @@ def save(options, config, learner, autoencoder, step, seconds):
     weights, moments = whole.get_state_dict(model, optimizers, options=WHOLE)
     average = whole.get_model_state_dict(ema.model, options=WHOLE)
     state = dict(config=dataclasses.asdict(config), seed=options.seed, data=options.data,
-                 encode=options.encode, step=step, seconds=seconds, model=weights,
-                 optimizers=moments, ema=average, ema_updates=ema.updates)
+                 data_fps=options.data_fps, files=options.files, encode=options.encode, step=step,
+                 seconds=seconds, model=weights, optimizers=moments, ema=average,
+                 ema_updates=ema.updates)
     if autoencoder is not None:
         state["autoencoder"] = autoencoder.state_dict()
     if options.rank == 0:
@@ -553,14 +570,14 @@ def finish(options, config, held_out, picture):
 def open_data(options, config, autoencoder):
     """Return what to train on, what to hold out, and config with what the data decides."""
     size, channels = pixels(config)
-    frames = config.frames
-    if config.give == "previous":                                  # an item is two clips in a row
-        frames *= 2
+    clips = 2 if config.give == "previous" else 1                  # an item is two clips in a row
+    frames = clips * vdm.clip_frames(config)
+    options.files = None                                           # a checksum of those there are
     if options.data in WORLDS:
         need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
         need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: name grey "
-             "videos by --data; for --preset mnist download mnist_test_seq.npy of Moving MNIST")
+             "videos by --data, such as mnist_test_seq.npy, the download of Moving MNIST")
         need(config.stride == 1 or options.data == "shapes", "--stride is for files and shapes")
         world = WORLDS[options.data]
         if options.data == "shapes":
@@ -570,22 +587,11 @@ def open_data(options, config, autoencoder):
         print(f"data    {WORLDS[options.data].__name__}: made in code, {frames} frames of "
               f"{size[0]}x{size[1]}")
     else:
-        folder = vdm.VideoFolder
-        if config.factor and autoencoder is None:
-            need(config.task != "upsample", "--task upsample needs pixels, or --latents")
-            folder = Latents
-            size = config.size
-            channels = config.channels
-            need(any(file.suffix == ".npy" for file in vdm.find_files(Path(options.data))),
-                 f"{options.data} has no latents (.npy), which this run needs: for videos name an "
-                 "autoencoder, too (--latents CKPT, made by notebooks/autoencoder.py)")
-        data = held_out = folder(options.data, frames, size, config.stride, channels,
-                                 options.seed, progress=not options.local, cache=True)
-        print(data.report)
-        if folder is vdm.VideoFolder:                              # latents do not tell theirs
-            config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+        data, config = open_files(options, config, frames, clips, autoencoder)
+        held_out = data
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
+        frames = clips * config.frames
         if config.task == "upsample":
             frames *= 2
         data = Latents(encode(data, options, n, autoencoder, config), frames, config.size, 1,
@@ -600,12 +606,43 @@ def open_data(options, config, autoencoder):
          f"{data.labels} labels and actions {data.actions}")
     return data, held_out, config
 
+def open_files(options, config, frames, clips, autoencoder):
+    """Return a folder of pixels or latents, and config with the frame rate of pixels."""
+    folder = vdm.VideoFolder
+    size, channels = pixels(config)
+    if config.factor and autoencoder is None:
+        need(config.task != "upsample", "--task upsample needs pixels, or --latents")
+        folder = Latents
+        frames = clips * config.frames
+        size = config.size
+        channels = config.channels
+        need(any(file.suffix == ".npy" for file in vdm.find_files(Path(options.data))),
+             f"{options.data} has no latents (.npy), which this run needs: for videos name an "
+             "autoencoder, too (--latents CKPT, made by notebooks/autoencoder.py)")
+    need(options.out.resolve() != Path(options.data).resolve(), f"--out is {options.out}, the "
+         "folder of --data, where samples would become data: name another")
+    data = folder(options.data, frames, size, config.stride, channels, options.seed,
+                  progress=not options.local, cache=True, data_fps=options.data_fps,
+                  without=options.out)
+    print(data.report)
+    options.files = data.checksum
+    if folder is vdm.VideoFolder:                                  # latents do not tell theirs
+        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+    return data, config
+
+def differing(before, after):
+    """Return the fields in which two configs differ, as words."""
+    return ", ".join(f"{name} {value} instead of {getattr(before, name)}"
+                     for name, value in vars(after).items() if value != getattr(before, name))
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 # of each preset: what it is, its parameters, and how long a run takes
 ABOUT = dict(
     tiny=("shapes that bounce", "1.7 M", "40 minutes on a core"),
-    latent=("the same, as latents", "1.6 M", "about as long"),
+    digits=("moving digits", "1.7 M", "about as long"),
+    latent=("the toy world, latents", "1.6 M", "about as long"),
+    planes=("the same, PVDM's planes", "2.0 M", "about as long"),
     mnist=("Moving MNIST", "10.8 M", "GPU (47 hours on two cores)"),
     ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "473 M", "GPU"),
     rds=("Video LDM", "736 M", "GPU"), svd=("SVD, published", "1,474 M", "GPU"),
@@ -614,13 +651,28 @@ ABOUT = dict(
 def table_of_presets():
     lines = ["preset  what it is             frames x pixels  parameters  time"]
     for name, (what, parameters, time) in ABOUT.items():
-        size = "{} x {} x {}".format(vdm.PRESETS[name].frames, *pixels(vdm.PRESETS[name])[0])
-        lines.append(f"{name:7} {what:22} {size:>15} {parameters:>11}  {time}")
+        config = vdm.PRESETS[name]
+        size = "{} x {} x {}".format((config.planes or [config.frames])[0], *pixels(config)[0])
+        lines.append(f"{name:7} {what:23} {size:>14} {parameters:>11}  {time}")
     return "\n".join(lines)
 
 # what --help shows; --help-all shows all
 FIRST = ("preset data out resume steps batch frames size channels stride task width lr seed device "
          "init latents sample_every micro dry_run help_all").split()
+
+RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)   # what --resume takes from last.pt
+
+def fewer_given(preset, frames):
+    """Return odds of given frames, and overlap, where those of a preset do not fit into as few.
+
+    They shrink in proportion: where of 8 frames 4 are given, so are 2 of 4 frames."""
+    if frames < 1 or len(preset.context) <= frames > preset.overlap:
+        return {}
+    odds = [0.0] * frames
+    for n, chance in enumerate(preset.context):
+        odds[min(math.ceil(n * frames / preset.frames), frames - 1)] += chance
+    overlap = min(math.ceil(preset.overlap * frames / preset.frames), frames - 1)
+    return dict(context=tuple(odds), overlap=max(1, overlap))
 
 def parse(argv):
     """Read flags into (options, Config). The comment beside each field of Config is its help."""
@@ -638,13 +690,14 @@ def parse(argv):
 
     add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
     add("--help-all", action="help", help="list all flags, with the defaults of this preset")
-    add("--data", default="shapes", help="toy world (shapes or drive), or file or folder of videos")
+    add("--data", help="toy world (shapes or drive), or a file or folder of videos (shapes)")
+    add("--data-fps", type=float, help="choose frames of files to have this rate, whatever theirs")
     add("--out", type=Path, help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
-    add("--encode", type=int, default=2048, help="with --latents: clips that are encoded, once")
+    add("--encode", type=int, help="with --latents: clips that are encoded, once (2048)")
     add("--init", type=Path, help="a last.pt to start from, or .safetensors of SVD or Vista")
-    add("--seed", type=int, default=0, help="fixes weights, data and noise")
+    add("--seed", type=int, help="fixes weights, data and noise (0)")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run); "
@@ -675,14 +728,21 @@ def parse(argv):
     for name in ("size", "crop"):
         if len(options.given.get(name, "no")) == 1:                                  # square frames
             options.given[name] *= 2
+    data = options.data or RUN["data"]
     name = options.preset
-    usual = {}
-    if options.data != "shapes":
-        name += "-" + Path(options.data).stem
-    if options.data == "drive":
-        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    if data != "shapes":
+        name += "-" + Path(data).stem
     options.out = options.out or Path("out", name)
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **usual | options.given)
+    if not options.resume:
+        vars(options).update({name: value for name, value in RUN.items()
+                              if getattr(options, name) is None})
+    preset = vdm.PRESETS[options.preset]
+    usual = fewer_given(preset, options.given.get("frames", preset.frames))
+    if data == "drive":
+        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    usual = {name: value for name, value in usual.items() if name not in options.given}
+    options.note = differing(preset, dataclasses.replace(preset, **usual))
+    return options, dataclasses.replace(preset, **usual | options.given)
 
 # ##################################################################################################
 # In a small run what follows has next to nothing to do.
@@ -733,8 +793,9 @@ class Latents(vdm.VideoFolder):
              f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
              f"{', '.join(map(str, shape))}); videos need --latents CKPT")
         std = np.std(x[:64], dtype=np.float64)
-        need(0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
-             f"it by {1 / max(std, 1e-9):.4g}")
+        planes = shape[1] == 1 and np.abs(x[:64]).max() <= 1             # a row that tanh bounds
+        need(planes or 0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: "
+             f"multiply it by {1 / max(std, 1e-9):.4g}")
         return list(x.reshape(-1, *x.shape[-4:])), 8.0
 
     def to_float(self, latents):
@@ -746,6 +807,9 @@ def encode(data, options, n, autoencoder, config):
     It is named after a checksum of the autoencoder and some items, by which the next run finds it.
     Frames are cut or blurred in pixels, then encoded, as latents cannot be resized. For an
     up-sampler the frames of a clip as it is given, blurred, come before the clip's own."""
+    need(not (data.actions and config.planes), "--data has actions, but planes have no frames that "
+         "could be told them: choose another --preset")
+
     def item(i):
         found = data[i]
         if config.task == "upsample":
@@ -783,13 +847,16 @@ def find_autoencoder(options, config, state):
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
     need(autoencoder is not None, f"--latents {path} is no autoencoder, and holds none")
-    config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
+    need(bool(made.planes) == bool(config.planes), f"--latents {path} makes latents of "
+         f"{'planes' if made.planes else 'frames'}: choose another --preset, as planes is one")
+    config = dataclasses.replace(config, channels=made.channels, factor=made.factor,
+                                 planes=made.planes)
     return autoencoder.to(options.device), config
 
 # ---- --resume and --init -------------------------------------------------------------------------
 
 MAY_CHANGE = ("steps", "sampler", "sampling_steps", "skip_guidance", "sigma_min", "sigma_max",
-              "rho", "overlap", "fps")
+              "rho", "overlap", "fps", "lr", "muon_lr")
 
 def resume(options, config):
     """Return the checkpoint to go on from, nearly empty without --resume, and the configuration."""
@@ -799,13 +866,22 @@ def resume(options, config):
              "continues it, another --out starts a new one")
         return dict(step=0, seconds=0.0), config
     state, saved = vdm.read_checkpoint(path)
-    was = vars(saved) | state
-    now = options.given | dict(seed=options.seed, data=options.data, encode=options.encode)
-    changed = [name for name in now if now[name] != was.get(name) and name not in MAY_CHANGE]
+    was = RUN | vars(saved) | state
+    for name in RUN:
+        if getattr(options, name) is None:
+            setattr(options, name, was[name])
+    now = options.given | {name: getattr(options, name) for name in reversed(RUN)}
+    may = list(MAY_CHANGE)
+    if WORLDS.keys().isdisjoint([options.data, was["data"]]):      # a folder may have been moved
+        may.append("data")
+        need(Path(options.data).exists(), f"{options.data}, the data of this run, is no longer "
+             "there: name its new place (--data)")
+    changed = [name for name in now if now[name] != was[name] and name not in may]
     need(not changed, f"--resume goes on with a run's own settings, but {', '.join(changed)} is "
          f"another in {path}: leave the flag out, or name another --out. These may change: "
-         f"{', '.join(MAY_CHANGE)}")
+         f"{', '.join(may)}")
     config = dataclasses.replace(saved, **options.given)
+    options.given["fps"] = config.fps                              # not again that of the files
     need(state["step"] <= config.steps, f"{path} has done {state['step']} steps: raise --steps")
     return state, config
 
@@ -818,7 +894,7 @@ def trim(log, step):
 
 ADDED = ("labels", "actions", "adapters")
 MODEL = ("channels", "width", "mults", "blocks", "attention", "head_dim", "patch", "kind",
-         "sigma_data", "give", *ADDED)
+         "sigma_data", "give", "planes", *ADDED)
 
 def start_from(path, config):
     """Build a model with the averaged weights of a checkpoint (--init).
