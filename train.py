@@ -737,7 +737,9 @@ def parse(argv):
         vars(options).update({name: value for name, value in RUN.items()
                               if getattr(options, name) is None})
     preset = vdm.PRESETS[options.preset]
-    usual = fewer_given(preset, options.given.get("frames", preset.frames))
+    usual = {}
+    if "frames" in options.given:
+        usual = fewer_given(preset, options.given["frames"])
     if data == "drive":
         usual["skip_guidance"] = 1.0                        # with more, clips obey less often
     usual = {name: value for name, value in usual.items() if name not in options.given}

@@ -3163,11 +3163,11 @@ def check(options, config):
     odds = config.context
     need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
     need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
+    need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
+         "--give previous needs two numbers as --context, and --task predict")
     most = 2 if config.give == "previous" else config.frames
     need(odds[0] > 0 and len(odds) <= most, f"--context is {odds}, expected odds of 0, 1, 2 ... "
          "given frames, no more numbers than --frames, and the first not 0")
-    need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
-         "--give previous needs two numbers as --context, and --task predict")
     need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
