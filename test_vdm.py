@@ -2840,7 +2840,8 @@ def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
                   "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
-                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ",
+                  f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise

@@ -644,7 +644,7 @@ ABOUT = dict(
     latent=("the toy world, latents", "1.6 M", "about as long"),
     planes=("the same, PVDM's planes", "2.0 M", "about as long"),
     mnist=("Moving MNIST", "10.8 M", "GPU (47 hours on two cores)"),
-    ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "473 M", "GPU"),
+    ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "528 M", "GPU"),
     rds=("Video LDM", "736 M", "GPU"), svd=("SVD, published", "1,474 M", "GPU"),
     vista=("Vista, published", "1,537 M", "GPU"))
 
@@ -674,15 +674,10 @@ def fewer_given(preset, frames):
     overlap = min(math.ceil(preset.overlap * frames / preset.frames), frames - 1)
     return dict(context=tuple(odds), overlap=max(1, overlap))
 
-def parse(argv):
-    """Read flags into (options, Config). The comment beside each field of Config is its help."""
-    look = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
-    p = Parser(description=__doc__, formatter_class=look, usage="train.py [--FLAG VALUE ...]",
-               allow_abbrev=False, epilog=table_of_presets())
-    words = sys.argv[1:] if argv is None else argv
-
+def add_flags(p, preset, all_help):
+    """Add all flags to a parser. The comment beside each field of Config is its help."""
     def add(flag, help, **kind):
-        if flag[2:].replace("-", "_") not in FIRST and "--help-all" not in words:
+        if flag[2:].replace("-", "_") not in FIRST and not all_help:
             help = argparse.SUPPRESS
         if "action" not in kind and "choices" not in kind:
             kind["metavar"] = "X"
@@ -712,8 +707,6 @@ def parse(argv):
     add("--checkpoint-activations", action="store_true", help="less memory for a third more work")
     add("--shard", action="store_true", help="torchrun: divide the model among processes (FSDP2)")
     add("--compile", action="store_true", help="compile the network; needs a C++ compiler")
-    named = re.search("--preset[ =](\\w+)", " ".join(words))
-    preset = vdm.PRESETS.get(named and named[1], vdm.Config())
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
     for f in dataclasses.fields(vdm.Config):
         kind = dict(type=f.type)
@@ -722,9 +715,19 @@ def parse(argv):
         default = " ".join(map(str, np.atleast_1d(getattr(preset, f.name))))
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=f"{comments[f.name]} ({default})", **kind)
+
+def parse(argv):
+    """Read flags into (options, Config). options.given are the fields of Config that were named."""
+    words = sys.argv[1:] if argv is None else argv
+    named = re.search("--preset[ =](\\w+)", " ".join(words))
+    look = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
+    p = Parser(description=__doc__, formatter_class=look, usage="train.py [--FLAG VALUE ...]",
+               allow_abbrev=False, epilog=table_of_presets())
+    add_flags(p, vdm.PRESETS.get(named and named[1], vdm.Config()), "--help-all" in words)
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
-                     for name, value in vars(options).items() if name in comments}
+                     for name, value in vars(options).items()
+                     if name in vdm.Config.__dataclass_fields__}
     for name in ("size", "crop"):
         if len(options.given.get(name, "no")) == 1:                                  # square frames
             options.given[name] *= 2
