@@ -115,17 +115,15 @@ def choose(job):
         need(ends or (config.task == "any" and config.give != "hint"), "--interpolate needs a model"
              f" of --task any or, to be {T - 1}, of --task ends, or else --reconstruction 2")
         return interpolate, range(2, MANY)
-    if config.give == "previous":
-        return follow_clip, [T]
     if config.give in PUBLISHED:
         need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
         need(job.reconstruction is None, "--reconstruction is for models of other kinds")
-    if config.give == "svd":
-        return animate, [1]
-    if job.context and config.task == "upsample":
-        return enlarge, range(1, MANY)
-    if job.context and config.task == "image":
-        return follow_hint, [1]
+    by_give = dict(previous=(follow_clip, [T]), svd=(animate, [1]))
+    by_task = dict(upsample=(enlarge, range(1, MANY)), image=(follow_hint, [1]))
+    if config.give in by_give:
+        return by_give[config.give]
+    if job.context and config.task in by_task:
+        return by_task[config.task]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
     return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
 
@@ -248,48 +246,68 @@ def parse(argv):
          f"--out is {job.out}, expected a name that ends in .mp4 or .gif")
     return job
 
-def open_model(job):
-    """Load the model that a name means: by default the newest, or the one that comes along."""
+def find_checkpoint(name):
+    """Return the path of a checkpoint: by default of the newest, or the one that comes along."""
     ours = Path(__file__).with_name("notebooks") / "tiny.pt"
     newest = max(Path("out").glob("**/last.pt"), key=lambda p: p.stat().st_mtime, default=ours)
-    path = Path(job.checkpoint or newest)
+    path = Path(name or newest)
     if path.is_dir():
         path = path / "last.pt"
+    return path
+
+def open_model(job):
+    """Load the model that a name means. job gets what belongs to it: config, autoencoder, n ..."""
+    path = find_checkpoint(job.checkpoint)
     model, config = vdm.load(path, job.raw)
     knows = job.interpolate and config.task in ("any", "ends")
     need(job.stage == 0 or config.task == "upsample" or knows, f"{job.checkpoint} cannot go on "
          "from videos: it is neither of --task upsample nor, with --interpolate, of --task any")
-    if config.give in PUBLISHED and job.context:                 # their networks know any size
-        shape = read_array(job.context).shape
-        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
-        config.size = tuple(shape[2:])
     job.autoencoder, _ = vdm.load_autoencoder(path)
     job.latents = config.factor > 0 and job.autoencoder is None
     for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
         if getattr(job, name) is not None:
             setattr(config, name, getattr(job, name))
-    vdm.check(None, config)
-    need(not job.lag or (config.give == "per_frame" and config.independent and not job.interpolate
-                         and job.reconstruction is None and config.sampler != "heun"),
-         "--lag needs a model of --give per_frame with --independent above 0, and goes neither with"
-         " --interpolate nor with --reconstruction nor with --sampler heun")
-    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
-    job.n = job.n or (1 if config.give in PUBLISHED else 16)
-    job.batch = job.batch or min(job.n, 16)
-    if config.give in PUBLISHED:                         # of the picture, before it was encoded
-        config.hint_noise = 1.0
-        job.hint_noise = job.hint_noise or 0.0
-    if len(job.checkpoints) > 1 and not config.hint_noise:                # it is for another one
-        job.hint_noise = None
-    limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
-    if job.hint_noise is None:
-        job.hint_noise = config.hint_noise / 2
-    if job.reconstruction is not None or config.independent:       # then any frames may be given
-        config = dataclasses.replace(config, task="any", give="concat")
     job.config = config
+    if config.give in PUBLISHED:
+        open_published(job)
+    vdm.check(None, config)
+    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    job.n = job.n or 16
+    job.batch = job.batch or min(job.n, 16)
+    check_lag(job)
+    check_hint_noise(job)
+    if job.reconstruction is not None or config.independent:       # then any frames may be given
+        job.config = dataclasses.replace(config, task="any", give="concat")
     which = ", its last weights" if job.raw else ""
     print(f"model   {path}{which}")
     return model
+
+def open_published(job):
+    """What is usual for SVD and Vista: one video, of any size, of a picture without noise."""
+    if job.context:
+        shape = read_array(job.context).shape
+        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
+        job.config.size = tuple(shape[2:])
+    job.n = job.n or 1
+    job.config.hint_noise = 1.0                # of the picture, which was put on before encoding
+    job.hint_noise = job.hint_noise or 0.0
+
+def check_lag(job):
+    """Refuse --lag where frames cannot have noise levels of their own."""
+    config = job.config
+    able = config.give == "per_frame" and config.independent and config.sampler != "heun"
+    need(not job.lag or (able and not job.interpolate and job.reconstruction is None),
+         "--lag needs a model of --give per_frame with --independent above 0, and goes neither with"
+         " --interpolate nor with --reconstruction nor with --sampler heun")
+
+def check_hint_noise(job):
+    """Find the noise level of hints: by default half of the largest that was trained."""
+    most = job.config.hint_noise
+    if len(job.checkpoints) > 1 and not most:                             # it is for another one
+        job.hint_noise = None
+    limit("hint_noise", f"at most {most:g}, as in training", 0, most, job)
+    if job.hint_noise is None:
+        job.hint_noise = most / 2
 
 def read_array(path, shape=None):
     """Read an .npy file of numbers (T, *shape), by default of any shape."""

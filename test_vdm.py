@@ -4181,8 +4181,9 @@ def test_planes_from_the_autoencoder_to_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     vdm.write_video("clip.gif", clip)
     def made(flags):
-        sample.main(["run/last.pt", *f"--n 1 --device cpu --out a.gif {flags}".split()])
-        return np.asarray(Image.open("a.png"))[::2, ::2]           # frames of 12 columns and a line
+        name = f"a{len(list(Path().glob('*.png')))}"
+        sample.main(["run/last.pt", *f"--n 1 --device cpu --out {name}.gif {flags}".split()])
+        return np.asarray(Image.open(f"{name}.png"))[::2, ::2]     # frames of 12 columns and a line
     long = made("--length 11")
     first = made("")
     fewer = made("--length 11 --later-steps 1")
