@@ -12,6 +12,7 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from IPython.display import HTML
 from PIL import Image, ImageDraw
 
@@ -100,6 +101,15 @@ def marks(world, rows, laws=LAWS):
     for name, clips in rows.items():
         found = world.check(clips)
         print(f"{name:>26}", *(f"{found[law].mean():7.0%}" for law in laws))
+
+def centres(clips):
+    """The centre of light of every frame, y and x in pixels: clips (B, T, C, H, W) -> (B, T, 2)."""
+    light = ((clips.amax(2) + 0.8) / 1.6).clamp(0, 1)                              # (B, T, H, W)
+    middle = []
+    for shadow in (light.sum(3), light.sum(2)):                             # (B, T, H), (B, T, W)
+        places = torch.arange(shadow.shape[2]) + 0.5
+        middle.append((shadow * places).sum(2) / shadow.sum(2).clamp(min=1e-3))
+    return torch.stack(middle, dim=2)
 
 # ---- exercises -----------------------------------------------------------------------------------
 

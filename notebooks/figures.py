@@ -147,6 +147,88 @@ def gate():
     axes.text(7.75, 1.8, "+", ha="center", va="center", fontsize=18)
     arrow(axes, (7.95, 1.8), (8.7, 1.8), "black")
 
+# ---- lesson 04 -----------------------------------------------------------------------------------
+
+@drawing
+def better_steps():
+    """Three steps from level s to level t: Euler, Heun, 2M."""
+    axes = canvas(9, 3.3)
+    curve = lambda u: 0.75 + 1.5 * u ** 2.2                        # u: 1 at level s, 0 at level t
+    names = ("Euler: one slope", "Heun: the mean of two slopes", "2M: with the last guess, too")
+    for i, name in enumerate(names):
+        left = 0.35 + 3 * i
+        place = lambda u: (left + 2.1 * (1 - u), curve(u))
+        us = [k / 30 for k in range(31)]
+        axes.plot(*zip(*map(place, us)), color="black", linewidth=1.8)
+        slope = 1.5 * 2.2 / 2.1
+        end = (left + 2.1, place(1)[1] - 2.1 * slope * (0.44 if i == 0 else 0.5))
+        axes.text(left + 1.05, 3.05, name, ha="center", weight="bold", fontsize=11)
+        axes.plot(*place(1), "o", color="black", markersize=9)
+        for x, text in ((left, "s"), (left + 2.1, "t")):
+            axes.plot([x, x], [0.45, 2.6], ":", color=GREY)
+            axes.text(x, 0.22, text, ha="center", va="center")
+        if i == 0:
+            arrow(axes, place(1), (left + 1.45, 0.1), RED)
+            axes.text(left + 1.45, 1.75, "the slope\nat the start", ha="center", color=RED)
+        if i == 1:
+            arrow(axes, place(1), (left + 1.45, 0.1), GREY)
+            arrow(axes, place(1), (left + 2.08, curve(0) + 0.05), RED)
+            axes.text(left + 1.5, 1.75, "asked again\nat the end", ha="center", color=RED)
+        if i == 2:
+            arrow(axes, place(1), (left + 2.08, curve(0) + 0.05), RED)
+            axes.plot(left - 0.28, 2.62, "o", color=BLUE, markersize=7)
+            axes.text(left + 2.2, 2.2, "the guess, moved on as\nit moved in the last step",
+                      ha="right", color=BLUE, fontsize=11)
+            axes.text(left - 0.28, 2.75, "last step", ha="center", color=BLUE, fontsize=11)
+
+@drawing
+def guidance():
+    """Guidance: from the weaker guess through the stronger one, and beyond."""
+    axes = canvas(9, 2.5)
+    weak = (1.4, 1.2)
+    strong = (4.4, 1.2)
+    beyond = (7.4, 1.2)
+    arrow(axes, weak, strong, BLUE)
+    arrow(axes, strong, beyond, RED)
+    for place, color, above, below in (
+            (weak, GREY, "scale 0", "alone: without temporal layers\nfree: without given frames"),
+            (strong, BLUE, "scale 1", "together\ntold"),
+            (beyond, RED, "scale 2", "exaggerated:\nmore contrast, out of range")):
+        axes.plot(*place, "o", color=color, markersize=12)
+        axes.text(place[0], 1.6, above, ha="center", color=color, weight="bold")
+        axes.text(place[0], 0.85, below, ha="center", va="top", color=color)
+    axes.text(2.9, 1.35, "the difference", ha="center", color=BLUE)
+    axes.text(5.9, 1.35, "the same again", ha="center", color=RED)
+
+# ---- lesson 05 -----------------------------------------------------------------------------------
+
+@drawing
+def shown():
+    """What the network is shown when frames are given."""
+    axes = canvas(9, 3.6)
+    rows = (("x: noisy frames", 2.7, GREY, "~~~~~~"), ("given frames, clean", 1.75, BLUE, "●●●   "),
+            ("mask", 0.8, RED, "111000"))
+    for name, y, color, signs in rows:
+        axes.text(0.15, y + 0.36, name, color=color, fontsize=11)
+        for t, sign in enumerate(signs):
+            axes.add_patch(Rectangle((0.15 + 0.5 * t, y - 0.2), 0.44, 0.44, facecolor="white",
+                                     edgecolor=color, linewidth=1.5))
+            axes.text(0.37 + 0.5 * t, y + 0.01, sign, ha="center", va="center", color=color)
+        arrow(axes, (3.2, y), (4.1, 1.75 + 0.3 * (y - 1.75)), color)
+    for t, level in enumerate("000sss"):
+        axes.text(0.37 + 0.5 * t, 0.2, level, ha="center", color=GREY)
+    axes.text(3.2, 0.2, "noise level that is told of each frame", color=GREY, fontsize=11)
+    box(axes, 4.9, 1.75, "network", 1.5, 1.2, "black")
+    arrow(axes, (5.7, 1.75), (6.1, 1.75), "black")
+    axes.text(6.15, 2.2, "guess", fontsize=11)
+    for t in range(6):
+        color = BLUE if t < 3 else "black"
+        axes.add_patch(Rectangle((6.15 + 0.47 * t, 1.55), 0.41, 0.44, facecolor="white",
+                                 edgecolor=color, linewidth=1.5))
+        axes.text(6.355 + 0.47 * t, 1.76, "●", ha="center", va="center", color=color)
+    axes.text(6.8, 1.1, "as they are", ha="center", color=BLUE, fontsize=11)
+    axes.text(8.25, 1.1, "estimated", ha="center", fontsize=11)
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "figures")
     folder.mkdir(parents=True, exist_ok=True)
