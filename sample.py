@@ -37,7 +37,11 @@ MANY = 10 ** 9                         # --seed is at most this: seed + MANY has
 # of a window, given are the frames to start from, or None. What comes are pieces (B, n, C, H, W).
 
 def roll_out(job, clips, shape, given):
-    """Start from nothing or from given frames, and go on window by window (Video LDM, Vista)."""
+    """Start from nothing or from given frames, and go on window by window (Video LDM, Vista), or
+    frame by frame, each --lag noise levels behind the one before (diffusion forcing)."""
+    if job.lag:
+        return vdm.stream(job.denoise, job.length, shape, job.sigmas, job.lag, given, job.seed,
+                          clips, lambda start: told(job, start), job.sampler)
     noise = vdm.clip_noise(job.seed + MANY, clips, job.device)
 
     def tell(context, mask, start):
@@ -196,6 +200,8 @@ def parse(argv):
         "row t is what a window from frame t on is told")
     add("--label", type=int, help="class of all videos, for a model trained with --labels")
     add("--overlap", type=int, help="frames of a window that the next one is given")
+    add("--lag", type=int, default=0, help="of --give per_frame --independent: frame after frame, "
+        "each so many noise levels behind the one before (0: all of a window together)")
     add("--guidance", type=float, nargs="+", default=[], metavar="S", help="above 1 exaggerates")
     add("--guidance-shape", choices=SHAPES, default="constant", help="from 1, or a first S, to S")
     add("--keep-frames", action="store_true", help="--guidance by label and actions alone (Vista)")
@@ -210,7 +216,7 @@ def parse(argv):
     add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
     job = p.parse_args(argv)
     limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
-    limit("reconstruction guidance hint_noise seed", "0 to 10^9", 0, MANY, job)
+    limit("reconstruction guidance hint_noise seed lag", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
     job.folder = job.out.with_suffix("")
     need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
@@ -238,6 +244,10 @@ def open_model(job):
         if getattr(job, name) is not None:
             setattr(config, name, getattr(job, name))
     vdm.check(None, config)
+    need(not job.lag or (config.give == "per_frame" and config.independent and not job.interpolate
+                         and job.reconstruction is None and config.sampler != "heun"),
+         "--lag needs a model of --give per_frame with --independent above 0, and goes neither with"
+         " --interpolate nor with --reconstruction nor with --sampler heun")
     limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
     job.n = job.n or (1 if config.give in PUBLISHED else 16)
     job.batch = job.batch or min(job.n, 16)

@@ -53,6 +53,7 @@ sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
 import benchmark
 import claims
+import self_forcing
 
 torch.set_num_threads(1)
 cases = pytest.mark.parametrize
@@ -842,12 +843,143 @@ def test_rollout_in_whole_clips():
     assert torch.equal(roll(9, previous=count(4)), count(9))
     assert seen[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
+# ---- a noise level per frame ---------------------------------------------------------------------
+
+def test_lagged():
+    """By hand. With lag u frame t has clip(S + u t - m, 0, S) steps to go after m (diffusion
+    forcing's pyramid; S is 3 here)."""
+    sigmas = torch.tensor([9.0, 3.0, 1.0, 0.0])
+    assert vdm.lagged(sigmas, 2, 0).tolist() == [[9, 9], [3, 3], [1, 1], [0, 0]]
+    assert vdm.lagged(sigmas, 3, 1).tolist() == [[9, 9, 9], [3, 9, 9], [1, 3, 9], [0, 1, 3],
+                                                 [0, 0, 1], [0, 0, 0]]
+    assert vdm.lagged(sigmas, 2, 3).tolist() == [[9, 9], [3, 9], [1, 9], [0, 9], [0, 3], [0, 1],
+                                                 [0, 0]]
+
+def kalman(C):
+    """A denoiser of clips (B, T, 1, 1, 1) that are Normal(0, C), each frame with noise of its own:
+    the mean of clean given x is C (C + diag(sigma^2))^-1 x."""
+    def denoise(x, sigma):
+        levels = sigma.reshape(len(x), -1).expand(x.shape[:2])
+        gain = C @ torch.linalg.inv(C + torch.diag(levels[0] ** 2))
+        return torch.einsum("ts,bschw->btchw", gain, x)
+
+    return denoise
+
+def units(n):
+    """A source of noise: of n draws each is 1 in a sample (of n) of its own. So the covariance of
+    what a linear sampler draws is that of these samples, added up, without any chance."""
+    rows = iter(torch.eye(n))
+    return lambda k, *_: torch.stack([next(rows) for _ in range(k)], 1).view(n, k, 1, 1, 1)
+
+def covariance(clips):
+    flat = clips.flatten(1)
+    return flat.T @ flat
+
+@cases("share", [0, 0.25, 1])
+@cases("name, low, high", [("ddim", 1.9, 2.1), ("ddpm", 1.5, 2.1), ("dpmpp_2m", 3.5, 7),
+                           ("dpmpp_2m_sde", 3.5, 6)])
+def test_levels_per_frame_draw_the_right_covariance(name, low, high, share, double):
+    """Together, in a pyramid and one by one: of a Gaussian process of four frames, the error falls
+    with the step, or with its square."""
+    mix = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.3, 0, 0], [0.5, 0.5, 0.4, 0], [-0.2, 0.8, 0.1, 1]])
+    C = mix @ mix.T
+    errors = []
+    for n in (24, 48):
+        levels = vdm.lagged(karras(n, 0.005, 40), 4, int(share * n))
+        noise = units(4 * len(levels) if name.startswith("ddpm") or "sde" in name else 4)
+        clips = vdm.SAMPLERS[name](kalman(C), levels[0, 0] * noise(4), levels, lambda x: noise(4))
+        errors.append((covariance(clips) - C).abs().max().item())
+    assert low < errors[0] / errors[1] < high
+    assert errors[1] < 0.35
+
+@cases("name", set(vdm.SAMPLERS) - {"heun"})
+def test_all_together_is_the_plain_sampler(name):
+    """Bit for bit. And what waits, at the highest level or at 0, is not touched."""
+    denoiser = tiny("per_frame")
+    sigmas = vdm.karras_sigmas(5)
+    draw = partial(vdm.generate, denoiser, (2, 3, 1, 4, 4), sampler=vdm.SAMPLERS[name])
+    assert torch.equal(draw(vdm.lagged(sigmas, 3, 0)), draw(sigmas))
+    x = 60 * torch.randn(2, 3, 1, 4, 4)
+    levels = torch.tensor([[0.0, 60, 60], [0, 20, 60], [0, 5, 60]])
+    got = vdm.SAMPLERS[name](lambda x, sigma: denoiser(x, sigma + 1), x, levels)
+    assert torch.equal(got[:, ::2], x[:, ::2])
+    assert (got != x)[:, 1].all() and got.isfinite().all()
+
+@cases("lag", [16, 22, 48])
+def test_stream_of_a_markov_chain(lag, monkeypatch, double):
+    """Each frame is 0.8 times the one before, plus noise. If a window sees one frame that is done,
+    it needs no other. So ten frames, from windows of four, have the covariance of the chain. (A low
+    sigma_max would cost each frame a share of its mean, as it starts from noise alone.)"""
+    C = 0.8 ** (torch.arange(10)[:, None] - torch.arange(10)).abs()
+    errors = []
+    for n in (1, 2):
+        monkeypatch.setattr(vdm, "clip_noise", lambda *_: units(20))
+        sigmas = karras(48 * n, 0.005, 1000)
+        video = rolled(kalman(C[:4, :4]), 10, (20, 4, 1, 1, 1), sigmas, lag * n, roll=vdm.stream)
+        errors.append((covariance(video) - C).abs().max().item())
+    assert errors[1] < 0.01 and 3.5 < errors[0] / errors[1] < 6
+
+@cases("name", ["ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_one_by_one_is_a_rollout_of_single_frames(name, monkeypatch):
+    """Bit for bit, from the same noise: lag = steps, and an overlap of all frames but one."""
+    def last_alike(*_):
+        """Noise whose last frame depends on the number of the call, not on how many it draws."""
+        calls = iter(range(1000))
+        def noise(n, *chw):
+            g = torch.Generator().manual_seed(next(calls))
+            return torch.randn(2, n, *chw, generator=g).flip(1) if n == 1 else torch.cat(
+                [torch.randn(2, n - 1, *chw), torch.randn(2, 1, *chw, generator=g)], 1)
+        return noise
+
+    monkeypatch.setattr(vdm, "clip_noise", last_alike)
+    start = torch.randn(2, 3, 1, 4, 4)
+    options = dict(context=start, sampler=vdm.SAMPLERS[name])
+    draw = partial(rolled, tiny("per_frame"), 7, (2, 4, 1, 4, 4), vdm.karras_sigmas(4))
+    want = draw(3, **options)
+    assert torch.equal(draw(4, roll=vdm.stream, **options), want)
+    assert torch.equal(want[:, :3], start) and (want[:, 3:] != 0).all()
+
+@cases("given", [0, 1, 3])
+@cases("lag", [2, 3, 6])
+def test_stream_is_a_pyramid_that_moves(lag, given):
+    """Frame t has made clip(row - lag (t - given), 0, 6) steps; the window moves on just before a
+    frame behind it sets out. It takes `lag` estimates a frame, and no memory for what is let go."""
+    sigmas = vdm.karras_sigmas(6)
+    seen = []
+    starts = []
+    alive = []
+
+    def denoise(x, sigma, start):
+        seen.append(sigma[0].tolist())
+        starts.append(start)
+        return x[:, :1].detach() * 0 + torch.full_like(x, 0.5)
+
+    context = torch.randn(2, given, 1, 2, 2)
+    endless = vdm.stream(denoise, 10 ** 9, (2, 4, 1, 2, 2), sigmas, lag, context,
+                         tell=lambda start: dict(start=start))
+    if given:
+        assert torch.equal(next(endless), context)
+    for frame in range(given, given + 20):
+        piece = next(endless)
+        assert piece.shape == (2, 1, 1, 2, 2) and (piece == 0.5).all()
+        alive.append(weakref.ref(piece))
+        assert len(seen) == lag * (frame - given + math.ceil(6 / lag))
+        assert sum(piece() is not None for piece in alive) <= 2
+    for row, (levels, start) in enumerate(zip(seen, starts)):
+        assert start == max(0, given + row // lag - 3)
+        for t, level in enumerate(levels, start):
+            made = 6 if t < given else min(max(row - lag * (t - given), 0), 6)
+            assert level == sigmas[made].item()
+
 REFUSED_CALLS = {                       # a word of the sentence: the call
     "context and mask belong together": lambda x: tiny()(x, torch.ones(2), x),
     "2 numbers": lambda x: vdm.guided(tiny(), [1.0, 2.0])(x, torch.ones(2)),
     "overlap is 0": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 0)],
     "overlap is 3": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 3)],
     "context has 3 frames": lambda x: [*vdm.rollout(tiny(), 9, x.shape, torch.ones(1), 2, x)],
+    "lag is 1, expected 2 to 4": lambda x: [*vdm.stream(tiny(), 9, x.shape, torch.ones(5), 1)],
+    "lag is 5, expected 2 to 4": lambda x: [*vdm.stream(tiny(), 9, x.shape, torch.ones(5), 5)],
+    "a window of 3 has room": lambda x: [*vdm.stream(tiny(), 9, x.shape, torch.ones(5), 2, x)],
     "task is 'image'": lambda x: vdm.draw_mask(1, 5, (1, 1), "image"),
     "kind is 'z'": lambda x: vdm.scalings(torch.ones(1), "z"),
     "weighting is 'z'": lambda x: vdm.loss_weight(torch.ones(1), "z"),
@@ -3674,6 +3806,9 @@ WAYS_d = {         # fields of Config, flags, length, which frames of the videos
     "stride": (dict(stride=3), "--context clip.npy", 4, ("clip.npy", slice(2, 6, 3), slice(2))),
     "per frame": (dict(give="per_frame", context=(1.0,), independent=1.0),
                   "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
+    "lag": (dict(give="per_frame", context=(1.0,), independent=1.0, actions=(4, 2)),
+            "--lag 2 --context clip.npy --actions LLSRX --length 5", 5,
+            ("clip.npy", slice(4, 6), slice(2))),
     "hint": (HINT, "--context clip.npy --length 7", 7, ("clip.npy", slice(4, 6), slice(2))),
     "any hint": (HINT | dict(task="any"), "--length 7 --hint-noise 0.1", 7, None),
     "previous": (PREVIOUS, "--context clip.npy", 8, ("clip.npy", slice(2, 6), slice(4))),
@@ -3923,6 +4058,7 @@ def test_which_checkpoint(here, monkeypatch, capsys):
         assert re.search(f"{name}\n.*1 videos of 4 frames, dpmpp_2m_sde, 1 steps, on cpu in "
                          "(float32|bfloat16)", said)
 
+FREE = dict(give="per_frame", independent=1.0)
 WRONG = [        # fields of Config, flags, words that must be said
     ({}, "--length 1 --context clip.npy", "--length is 1, expected more than the 2"),
     ({}, "--length 2 --context clip.npy", "--length is 2"),
@@ -3970,7 +4106,10 @@ WRONG = [        # fields of Config, flags, words that must be said
     ({}, "--device quantum", "--device quantum"), ({}, "--n 0", "--n is 0, expected 1"),
     ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
     ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"),
-    ({}, "--steps 0", "steps is 0"),
+    ({}, "--steps 0", "steps is 0"), ({}, "--lag 9", "--lag needs a model of --give per_frame"),
+    (FREE, "--lag 3", "lag is 3, expected 1 to 2: 2 steps"), (FREE, "--lag -1", "--lag is -1"),
+    (FREE, "--lag 2 --sampler heun", "nor with --sampler heun"),
+    (FREE, "--lag 2 --interpolate 2 --context clip.npy", "neither with --interpolate"),
     ({}, "--reconstruction -1 --length 9", "--reconstruction is -1")]
 
 @cases("fields, flags, words", WRONG)
@@ -4015,7 +4154,8 @@ def checkpoint_e(path, **fields):
 @cases("fields, flags", [
     ({}, "--skip-guidance 1 --sampler ddim --steps 3 --sigma-min 0.1 --overlap 2"),
     (dict(give="hint"), "--given 2"), (dict(give="hint", task="image"), "--given 1"),
-    (dict(give="previous", context=(0.5, 0.5)), ""), (dict(give="per_frame"), "--lengths 8 12")])
+    (dict(give="previous", context=(0.5, 0.5)), ""), (dict(give="per_frame"), "--lengths 8 12"),
+    (dict(give="per_frame", independent=1.0), "--lag 1 --lengths 8 9")])
 def test_benchmark(tmp_path, capsys, fields, flags):
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "3", "--seeds", "5", *flags.split()])
@@ -4063,6 +4203,20 @@ def test_table_of_claims(tmp_path, monkeypatch):
     ("error", (1.1, 2.9, 3.1), "unclear"), ("pass", (2, 3, 4), "better")])
 def test_verdicts(key, values, verdict):
     assert claims.verdict(key, values, (1, 2, 3)) == verdict
+
+def test_self_forcing(capsys):
+    """A perfect model draws the true frames; noise has a level of at most 0.2. The table has a row
+    per way."""
+    clips = torch.rand(3, 12, 3, 4, 4)
+    perfect = lambda x, sigma, context, mask: clips[:, :8]
+    noisy = self_forcing.last_eight("noise", perfect, clips) - clips[:, 4:]
+    assert 0 < noisy.flatten(1).std(1).max() < 0.25
+    for way in ("plain", "own"):
+        agree(self_forcing.last_eight(way, perfect, clips), clips[:, 4:])
+    self_forcing.main(fast=True)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0].strip() for row in rows[2:]] == ["before", "plain 0", "noise 0", "own 0"]
+    assert {len(row) for row in rows} == {1 + 1 + len(self_forcing.LAWS)}
 
 # ---- the weights that come along -----------------------------------------------------------------
 

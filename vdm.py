@@ -173,22 +173,24 @@ def first_frames(batch, frames, odds):
 # 4. Samplers
 # ==================================================================================================
 # A sampler is a function (denoise, x, sigmas, randn) -> clip. x starts as sigmas[0] * noise; randn
-# draws fresh noise. If the guess is right, (x - guess) / sigma is the noise in x.
+# draws fresh noise. If the guess is right, (x - guess) / s is the noise in x. Put back at level t,
+# it makes guess + t * (x - guess) / s, which is keep * x + (1 - keep) * guess with keep = t / s.
 
-def pairs(sigmas):
-    """The pairs of numbers (from, to) of neighbours in sigmas."""
-    return zip(sigmas[:-1].tolist(), sigmas[1:].tolist())
+def descent(sigmas, x):
+    """For each step from s to the next level t: s for every clip of x, (B,), and keep = t / s.
 
-def constant(sigma, x):
-    """One noise level, a number, for every clip of x: (B,)."""
-    return x.new_full((len(x),), float(sigma))
+    sigmas may also be (steps + 1, T), a level per frame (section 13): then s is (B, T). A frame
+    whose level stays has keep 1, at level 0, too: so it stays as it is."""
+    sigmas = sigmas.to(x)[:, None].expand(len(sigmas), len(x), *sigmas.shape[1:])
+    for s, t in zip(sigmas[:-1], sigmas[1:]):
+        yield s, expand(torch.where(s > 0, t / s, 1), x)                   # (B, 1 or T, 1, 1, 1)
 
 @torch.no_grad()
 def sample_ddim(denoise, x, sigmas, randn=None):
     """DDIM (eq. 12, eta 0), Euler's method: the guess, and its noise back at the next level."""
-    for s, t in pairs(sigmas):
-        guess = denoise(x, constant(s, x))
-        x = guess + t * (x - guess) / s
+    for s, keep in descent(sigmas, x):
+        guess = denoise(x, s)
+        x = keep * x + (1 - keep) * guess
     return x
 
 @torch.no_grad()
@@ -198,19 +200,16 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     The last two guesses tell the slope in log(sigma): ahead = guess + slope * h / 2. So the error
     falls with the square of the step, at one evaluation a step. eta = 1 is the SDE form: noise s
     shrinks to t * (t / s), and fresh noise fills it up to t. That mends faults of earlier steps."""
-    last = h_last = None
-    for s, t in pairs(sigmas):
-        guess = denoise(x, constant(s, x))
-        if t == 0:
-            return guess
-        h = math.log(s / t)                                           # the step in log(sigma)
-        ahead = guess
-        if last is not None:
-            ahead = guess + h / (2 * h_last) * (guess - last)
-        keep = (t / s) ** (1 + eta)
-        x = keep * x + (1 - keep) * ahead
+    last = h_last = x.new_zeros(1)
+    for s, keep in descent(sigmas, x):
+        guess = denoise(x, s)
+        h = -keep.log()                                               # the step in log(sigma)
+        part = (h / (2 * h_last)).nan_to_num(0, 0, 0)     # 0 at a first step (h_last 0), and at the
+        ahead = guess + part * (guess - last)             # last (h infinite): the guess as it is
+        share = keep ** (1 + eta)
+        x = share * x + (1 - share) * ahead
         if eta > 0:
-            x = x + t * math.sqrt(1 - (t / s) ** (2 * eta)) * randn(x)
+            x = x + expand(s, x) * keep * (1 - keep ** (2 * eta)).sqrt() * randn(x)
         last = guess
         h_last = h
     return x
@@ -511,7 +510,8 @@ def generate(denoise, shape, sigmas, sampler=sample_dpmpp_2m, noise=None, seed=0
     clip_noise, by default of clips 0 ... B - 1 of this seed."""
     if noise is None:
         noise = clip_noise(seed, range(shape[0]), sigmas.device)
-    x = sigmas[0].item() * noise(*shape[1:])
+    x = noise(*shape[1:])
+    x = expand(sigmas[:1], x) * x
     return sampler(partial(denoise, **conditions), x, sigmas, lambda x: noise(*x.shape[1:]))
 
 def given_frames(context, mask, start):
@@ -699,20 +699,25 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     raise ValueError(f"weighting is {weighting!r}, expected one of "
                      "eps, v, flow, x0, edm, min_snr, inverse")
 
+def constant(sigma, x):
+    """One noise level, a number, for every clip of x: (B,)."""
+    return x.new_full((len(x),), float(sigma))
+
 @torch.no_grad()
 def sample_ddpm(denoise, x, sigmas, randn=torch.randn_like, gamma=0.0):
     """Ancestral sampling (DDPM, algorithm 2): the mean of q(next | x, clean), plus fresh noise.
 
     The noise has the variance of that distribution for gamma = 0, that of the forward step for 1,
     and one between them for others (VDM: 0.1)."""
-    for s, t in pairs(sigmas):
-        guess = denoise(x, constant(s, x))
-        keep = (t / s) ** 2
-        x = guess + keep * (x - guess)
-        if t > 0:
-            low = (1 - keep) * t ** 2
-            high = (1 - keep) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)     # (1 + t^2) beta, as in z
-            x = x + math.sqrt(low ** (1 - gamma) * high ** gamma) * randn(x)
+    for s, keep in descent(sigmas, x):
+        guess = denoise(x, s)
+        s = expand(s, x)
+        t = keep * s
+        share = keep ** 2
+        low = (1 - share) * t ** 2
+        high = (1 - share) * s ** 2 * (1 + t ** 2) / (1 + s ** 2)        # (1 + t^2) beta, as in z
+        fresh = torch.where(t > 0, low ** (1 - gamma) * high ** gamma, 0).sqrt()
+        x = share * x + (1 - share) * guess + fresh * randn(x)
     return x
 
 @torch.no_grad()
@@ -720,7 +725,7 @@ def sample_heun(denoise, x, sigmas, randn=None):
     """Heun's method (EDM, algorithm 1): an Euler step, again with the mean slope of both ends.
 
     The error falls with the square of the step, for two evaluations a step."""
-    for s, t in pairs(sigmas):
+    for s, t in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
         guess = denoise(x, constant(s, x))
         if t == 0:
             return guess
@@ -1423,6 +1428,55 @@ class PerFrame(Denoiser):
         estimate = super().forward(torch.where(given, context, x), sigma, **conditions)
         return torch.where(given, context, estimate)
 
+def lagged(sigmas, frames, lag):
+    """A matrix of noise levels for a sampler, (steps + lag * (frames - 1) + 1, frames).
+
+    Each frame walks down sigmas (steps + 1,), `lag` steps behind the one before. With lag 0 all go
+    together, with lag = steps one by one, and between in a pyramid (diffusion forcing)."""
+    steps = len(sigmas) - 1
+    made = torch.arange(steps + lag * (frames - 1) + 1)[:, None] - lag * torch.arange(frames)
+    return sigmas[made.clamp(0, steps)]
+
+def stream(denoise, length, shape, sigmas, lag, context=None, seed=0, clips=None,
+           tell=lambda start: {}, sampler=sample_dpmpp_2m):
+    """Yield a video of any length, frame by frame (B, 1, C, H, W): a pyramid that moves along.
+
+    A window, of shape (B, T, C, H, W), holds frames that are done, and then some on their way, each
+    `lag` steps behind the one before. Once its last frame has set out it moves on by one. denoise
+    sees frames that are done at level 0, as a PerFrame sees given ones. lag is steps / (T - 1) or
+    more, so that one is always in sight. With lag = steps and T - 1 frames of context this is
+    rollout with overlap T - 1.
+
+    Arguments are those of rollout, but tell(start) returns the conditions of a window that begins
+    at frame start. ValueError for a lag, or a context, of which no window can be made."""
+    B, T, *chw = shape
+    steps = len(sigmas) - 1
+    if not steps <= lag * (T - 1) <= steps * (T - 1):
+        raise ValueError(f"lag is {lag}, expected {math.ceil(steps / max(T - 1, 1))} to {steps}: "
+                         f"{steps} steps, in windows of {T} frames")
+    noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
+    given = (torch.zeros(B, 0, *chw) if context is None else context).to(sigmas.device)
+    n = given.shape[1]
+    if n >= T:
+        raise ValueError(f"context has {n} frames, a window of {T} has room for {T - 1}")
+    if n > 0:
+        yield given
+    x = torch.cat([given, sigmas[0] * noise(T - n, *chw)], dim=1)
+    made = lag * (n - torch.arange(T))            # steps that each frame has made; below 0 it waits
+    made[:n] = steps
+    start = 0                                                           # the window's first frame
+    for frame in range(n, length):
+        while made[frame - start] < steps:
+            rows = (made + torch.arange(lag + 1)[:, None]).clamp(0, steps)            # (lag + 1, T)
+            told = partial(denoise, **tell(start))
+            x = sampler(told, x, sigmas[rows], lambda x: noise(*x.shape[1:]))
+            made = made + lag
+            if made[-1] > 0:
+                x = torch.cat([x[:, 1:], sigmas[0] * noise(1, *chw)], dim=1)
+                made = torch.cat([made[1:], made.new_zeros(1)])
+                start += 1
+        yield x[:, [frame - start]]
+
 # ==================================================================================================
 # 14. Adapters and editing
 # ==================================================================================================
@@ -1616,8 +1670,8 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
     inversion: the network is asked at x, scaled to level s. More iterations bring the round trip
     closer, but x may leave the noise that the model knows: x.std() should be about sigmas[0]. The
     step from noise level 0, where they would not end, has one."""
-    for t, s in pairs(sigmas.flip(0)):
-        y = x * math.sqrt((1 + s ** 2) / (1 + t ** 2))
+    for t, s in zip(sigmas.flip(0)[:-1].tolist(), sigmas.flip(0)[1:].tolist()):
+        y = x * ((1 + s ** 2) / (1 + t ** 2)) ** 0.5
         for _ in range(iterations if t > 0 else 1):
             y = x + (s - t) * (y - denoise(y, constant(s, y))) / s
         x = y

@@ -5,6 +5,7 @@ Mark the clips and the long videos of a model that was trained on a toy world:
     python notebooks/benchmark.py --run out/tiny --skip-guidance 1       the same, drawn otherwise
     python notebooks/benchmark.py --run out/tiny --given 4       they start as real clips do
     python notebooks/benchmark.py --run out/any --interpolate 2 2        frames between frames
+    python notebooks/benchmark.py --run out/per_frame --lag 3            frame by frame
     python notebooks/benchmark.py --run out/tiny-drive           does it obey commands?
 
 The tables are markdown. A law is the share of videos that keep it in all frames. "off" is how far
@@ -34,10 +35,13 @@ def batches(n, size=16):
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 class Model:
-    """The model in a checkpoint, which draws videos. `changes` are fields of its config."""
+    """The model in a checkpoint, which draws videos. `changes` are fields of its config.
 
-    def __init__(self, path, device="auto", dtype="auto", **changes):
+    With a lag above 0 each frame lags so many noise levels behind the one before (vdm.stream)."""
+
+    def __init__(self, path, device="auto", dtype="auto", lag=0, **changes):
         denoiser, config = vdm.load(path)
+        self.lag = lag
         self.config = dataclasses.replace(config, **changes)
         self.device = train.pick_device(device)
         self.dtype = train.pick_dtype(dtype, self.device)
@@ -74,6 +78,8 @@ class Model:
             options = dict(seed=seed, clips=clips, sampler=self.sampler)
             if config.give == "previous":
                 roll = partial(vdm.rollout_previous, previous=first, **options)
+            elif self.lag:
+                roll = partial(vdm.stream, lag=self.lag, context=first, **options)
             else:
                 roll = partial(vdm.rollout, overlap=config.overlap, context=first,
                                tell=self.given, **options)
@@ -191,12 +197,13 @@ def main(argv=None):
                    help="their frames (those of a window, and four times as many)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the noise (0 1)")
     p.add_argument("--given", type=int, default=0, help="real frames that each video starts with")
+    p.add_argument("--lag", type=int, default=0, help="frame by frame, as sample.py --lag")
     p.add_argument("--interpolate", type=int, nargs="+", help="factor of each pass, such as 2 2")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     o, changes = parse_changes(p, argv)
     path = o.run if o.run.is_file() else o.run / "last.pt"
-    model = Model(path, o.device, o.dtype, **changes)
+    model = Model(path, o.device, o.dtype, o.lag, **changes)
     config = model.config
     print(f"{path}, {o.n} videos in each row; {config.sampler}, {config.sampling_steps} noise "
           f"levels from {config.sigma_max:g} to {config.sigma_min:g}, skip guidance "
