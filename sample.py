@@ -6,6 +6,8 @@ sample.py: generate videos from a checkpoint, which holds all settings of its mo
     python sample.py --context clip.mp4 --length 16     go on from a clip, or from a picture
     python sample.py --actions LLSSRRXX                 left, straight, right, stop (--data drive)
     python sample.py --context clip.mp4 --interpolate 2 2      new frames between those of a clip
+    python sample.py out/key out/fill out/up --interpolate 4   a cascade: key frames, those between
+                                                               them, more pixels
 
     python sample.py svd.safetensors --context latent.npy --clip clip.npy --fps 7
                                                         published weights of SVD or Vista
@@ -35,6 +37,7 @@ MANY = 10 ** 9                         # --seed is at most this: seed + MANY has
 # ---- the ways to sample --------------------------------------------------------------------------
 # job holds the flags, and what main adds to them. clips are the numbers of B videos, shape is that
 # of a window, given are the frames to start from, or None. What comes are pieces (B, n, C, H, W).
+# With planes a piece is a clip of job.unit frames; job.pieces is job.length in such units.
 
 def roll_out(job, clips, shape, given):
     """Start from nothing or from given frames, and go on window by window (Video LDM, Vista), or
@@ -52,22 +55,32 @@ def roll_out(job, clips, shape, given):
             frames = vdm.hint(context, mask, job.level, noise(*shape[1:]))
         return told(job, start) | frames
 
-    return vdm.rollout(job.denoise, job.length, shape, job.sigmas, job.overlap, given, job.seed,
+    return vdm.rollout(job.denoise, job.pieces, shape, job.sigmas, job.overlap, given, job.seed,
                        clips, tell, sampler=job.sampler)
 
 def follow_clip(job, clips, shape, given):
     """Start from nothing or from a given clip, and let clip follow clip (PVDM)."""
-    return vdm.rollout_previous(job.denoise, job.length, shape, job.sigmas, given, job.seed, clips,
-                                sampler=job.sampler, **told(job))
+    return vdm.rollout_previous(job.denoise, job.pieces, shape, job.sigmas, given, job.seed, clips,
+                                job.later_sigmas, sampler=job.sampler, **told(job))
 
 def follow_hint(job, clips, shape, given):
-    """Animate a given picture (SVD), or enlarge a given clip (Video LDM's up-sampler)."""
+    """Animate a given picture (SVD)."""
     noise = vdm.clip_noise(job.seed, clips, job.device)
-    hint = dict(image=vdm.image_hint, upsample=vdm.hint)[job.config.task]
     everywhere = torch.ones(shape[:2], device=job.device)
-    hints = hint(given, everywhere, job.level, noise(*given.shape[1:]))
+    hints = vdm.image_hint(given, everywhere, job.level, noise(*given.shape[1:]))
     window = vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **hints, **told(job))
     yield window[:, :job.length]
+
+def enlarge(job, clips, shape, given):
+    """Enlarge a given clip, in windows of nearly equal length (Video LDM's up-sampler)."""
+    noise = vdm.clip_noise(job.seed, clips, job.device)
+    start = 0
+    for clip in given.tensor_split(math.ceil(given.shape[1] / shape[1]), dim=1):
+        everywhere = torch.ones(clip.shape[:2], device=job.device)
+        hints = vdm.hint(clip, everywhere, job.level, noise(*clip.shape[1:]))
+        yield vdm.generate(job.denoise, clip.shape, job.sigmas, job.sampler, noise, **hints,
+                           **told(job, start, clip.shape[1]))
+        start += clip.shape[1]
 
 def published(job, picture):
     """Return what SVD and Vista are told of a picture (B, 1, 4, H, W)."""
@@ -91,7 +104,9 @@ def interpolate(job, clips, shape, given):
 def choose(job):
     """Return the way to sample, and the numbers of frames that can be given, e.g. [1, 2, 3, 4]."""
     config = job.config
-    T = config.frames
+    T = config.frames * job.unit
+    if len(job.checkpoints) > 1 and (not job.context or config.task not in ("any", "ends")):
+        job.interpolate = []                                  # another of the checkpoints does it
     if job.interpolate:
         limit("interpolate", f"2 to {T - 1}, in windows of {T} frames", 2, T - 1, job)
         ends = config.task == "ends" and job.interpolate == [T - 1]
@@ -105,8 +120,10 @@ def choose(job):
         need(job.reconstruction is None, "--reconstruction is for models of other kinds")
     if config.give == "svd":
         return animate, [1]
-    if job.context and config.task in ("image", "upsample"):
-        return follow_hint, [dict(image=1, upsample=T)[config.task]]
+    if job.context and config.task == "upsample":
+        return enlarge, range(1, MANY)
+    if job.context and config.task == "image":
+        return follow_hint, [1]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
     return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
 
@@ -114,37 +131,40 @@ def plan(job):
     """Find the way to sample, read what is given and told, and find the length of the videos."""
     if job.config.give == "svd":                             # it may draw windows of any length
         job.config.frames = job.length or job.config.frames
-    T = job.config.frames
+    T = job.config.frames * job.unit
     job.way, known = choose(job)
     usual = job.config.overlap
     if usual not in known:
         usual = max(known[:T], default=1)
     job.overlap = job.overlap or usual
     job.given = read_context(job)
-    n = len(job.given)
+    n = job.given.shape[1] * job.unit
     some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
     need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
          f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
-    lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1}
+    lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1,
+               enlarge: n}
     length = lengths.get(job.way, T)
     job.told = read_told(job)
     by_actions = job.actions is not None and job.config.give != "vista"
     if by_actions:
         need(job.way in (roll_out, follow_hint), "--actions goes neither with --interpolate nor "
-             "with SVD or a model of --give previous")
+             "with SVD or a model of --give previous or --task upsample")
         length = job.told["action"].shape[1] - T
-    if job.interpolate or by_actions:
-        limit("length", f"{length}, by --actions or --interpolate", length, length, job)
+    if by_actions or job.way in (interpolate, enlarge):
+        limit("length", f"{length}, by --actions, --interpolate or --context", length, length, job)
     job.length = job.length or length
-    if job.way not in (follow_hint, animate):
+    job.pieces = math.ceil(job.length / job.unit)
+    if job.way not in (follow_hint, enlarge, animate):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
     need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
          f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
          f"model was {some}: try --reconstruction 2")
 
-def told(job, start=0):
+def told(job, start=0, frames=None):
     """Return label and actions of the window that begins at frame `start`, the same for all."""
-    told = {name: x[:, start:start + job.config.frames] for name, x in job.told.items()}
+    end = start + (frames or job.config.frames)
+    told = {name: x[:, start:end] for name, x in job.told.items()}
     if job.config.give == "vista" and job.actions:       # a row for all of a window; the last stays
         actions = job.told["action"]
         told["action"] = actions[:, min(start, actions.shape[1] - 1)]
@@ -185,7 +205,8 @@ def parse(argv):
     p = vdm.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                    allow_abbrev=False)
     add = p.add_argument
-    add("checkpoint", nargs="?", help="a last.pt, or the folder of a run")
+    add("checkpoints", nargs="*", help="last.pt, or the folder of a run; more of them go on from "
+        "its videos: those of --task any by --interpolate, those of --task upsample enlarge them")
     add("--n", type=int, help="number of videos (16; of SVD and Vista 1)")
     add("--length", type=int, help="frames of each, given ones among them (default: a window)")
     add("--context", help="a clip or picture whose last frames every video starts from")
@@ -208,6 +229,7 @@ def parse(argv):
     add("--skip-guidance", type=float, help="above 1 exaggerates what frames tell each other")
     add("--sampler", choices=vdm.SAMPLERS, help="default, as for the next two: the checkpoint's")
     add("--sampling-steps", "--steps", type=int, help="noise levels visited")
+    add("--later-steps", type=int, help="--give previous: those of all clips that are given one")
     add("--fps", type=float, help="frames per second of the files; SVD and Vista are told it")
     add("--seed", type=int, default=0, help="video i depends on the seed and on i alone (0)")
     add("--batch", type=int, help="videos made at a time (as --n); fewer take less memory")
@@ -215,7 +237,7 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
     job = p.parse_args(argv)
-    limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
+    limit("n length context_frames interpolate overlap batch later_steps", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed lag", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
     job.folder = job.out.with_suffix("")
@@ -234,6 +256,9 @@ def open_model(job):
     if path.is_dir():
         path = path / "last.pt"
     model, config = vdm.load(path)
+    knows = job.interpolate and config.task in ("any", "ends")
+    need(job.stage == 0 or config.task == "upsample" or knows, f"{job.checkpoint} cannot go on "
+         "from videos: it is neither of --task upsample nor, with --interpolate, of --task any")
     if config.give in PUBLISHED and job.context:                 # their networks know any size
         shape = read_array(job.context).shape
         need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
@@ -254,6 +279,8 @@ def open_model(job):
     if config.give in PUBLISHED:                         # of the picture, before it was encoded
         config.hint_noise = 1.0
         job.hint_noise = job.hint_noise or 0.0
+    if len(job.checkpoints) > 1 and not config.hint_noise:                # it is for another one
+        job.hint_noise = None
     limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
     if job.hint_noise is None:
         job.hint_noise = config.hint_noise / 2
@@ -300,38 +327,52 @@ def read_told(job):
     return told
 
 def read_context(job):
-    """Read the last frames of --context as the model knows frames, (n, C, H, W)."""
+    """Return the frames to start from as the model knows frames, (1, n, C, H, W): the last ones of
+    --context. After another checkpoint they are those of its N videos, (N, n, C, H, W)."""
     if job.context is None:
-        return torch.empty(0)
-    stride = 1 if job.interpolate else job.config.stride
-    usual = MANY if job.interpolate else job.overlap
-    shrink = dict(upsample=4).get(job.config.task, 1)
+        return torch.empty(1, 0)
+    whole = job.interpolate or job.config.task == "upsample"
+    stride = 1 if whole else job.config.stride
+    usual = MANY if whole else job.overlap
+    size, channels = vdm.pixels(job.config)
     if job.latents:
-        clip = read_array(job.context, (job.config.channels, *job.config.size))
+        size, channels = job.config.size, job.config.channels
+    shrink = dict(upsample=job.config.enlarge).get(job.config.task, 1)
+    small = [n // shrink for n in size]
+    if job.made is not None:
+        clip = job.made
+        need(clip.shape[2:] == (channels, *small), f"{job.checkpoint} goes on from frames of "
+             f"{(channels, *small)}, but those made so far are {tuple(clip.shape[2:])}")
+    elif job.latents:
+        clip = read_array(job.context, (channels, *size))[None]
         need(clip.isfinite().all(), f"{job.context} has numbers that are not finite")
         need(job.config.give not in PUBLISHED or clip.std() < 2.5, f"{job.context} has standard "
              f"deviation {clip.std():.2g}, expected about 1: multiply latents by 0.18215")
     else:
-        size, channels = vdm.pixels(job.config)
-        clip = vdm.read_video(job.context, [n // shrink for n in size], channels)
-        clip = F.interpolate(clip, scale_factor=shrink, mode="bilinear")
-    clip = clip[(len(clip) - 1) % stride::stride].to(job.device)
-    limit("context_frames", f"at most {len(clip)}, as --context has", 1, len(clip), job)
-    clip = clip[-(job.context_frames or usual):]
+        clip = vdm.read_video(job.context, small, channels)[None]
+    if shrink > 1:
+        large = F.interpolate(clip.flatten(0, 1), scale_factor=shrink, mode="bilinear")
+        clip = large.unflatten(0, clip.shape[:2])
+    clip = clip[:, (clip.shape[1] - 1) % stride::stride].to(job.device)
+    n = clip.shape[1]
+    limit("context_frames", f"at most {n}, as --context has", 1, n, job)
+    clip = clip[:, -(job.context_frames or usual):]
     if job.autoencoder:
-        return job.autoencoder.encode(clip[None])[0]
+        return job.autoencoder.encode(clip)
     return clip
 
 def record(job):
     """Make all videos (n, T, C, H, W). After Ctrl-C these are the ones that are complete or, of
     the first, the frames that are."""
+    every = job.given.expand(job.n, *job.given.shape[1:])                       # (N, n, C, H, W)
+    job.stopped = False
     made = []                                                    # the pieces of each batch
-    bar = tqdm(total=job.n * job.length, unit="frame", **vdm.BAR)
+    bar = tqdm(total=job.n * job.pieces * job.unit, unit="frame", **vdm.BAR)
     try:
         for first in range(0, job.n, job.batch):
             clips = range(first, min(first + job.batch, job.n))
             shape = (len(clips), job.config.frames, job.config.channels, *job.config.size)
-            given = job.given.expand(len(clips), *job.given.shape) if job.context else None
+            given = every[first:first + job.batch] if job.context else None
             pieces = job.way(job, clips, shape, given)
             if job.autoencoder:
                 pieces = job.autoencoder.stream(pieces)
@@ -340,10 +381,11 @@ def record(job):
                 made[-1].append(piece.cpu())
                 bar.update(len(clips) * piece.shape[1])
     except KeyboardInterrupt:
+        job.stopped = True
         print("\nstopped by Ctrl-C")
         made = made[:-1] or made
     need(made and made[0], "there was no frame yet: nothing is written")
-    return torch.cat([torch.cat(pieces, 1) for pieces in made])
+    return torch.cat([torch.cat(pieces, 1) for pieces in made])[:, :job.length]
 
 def write(job, videos):
     """Write every video into the folder; all of them as a grid, the first ones as a film strip."""
@@ -361,18 +403,23 @@ def write(job, videos):
     strip = vdm.film_strip(videos[:8, ::-(-len(grid) // 32)])              # more is too wide to see
     vdm.write_video(job.out.with_suffix(".png"), strip[None], scale=2)
 
-def main(argv=None):
-    job = parse(argv)
-    model = open_model(job)
+def make(job):
+    """Return the videos of one checkpoint, (n, T, C, H, W)."""
     job.device = vdm.pick_device(job.device)
     dtype = vdm.pick_dtype(job.dtype, job.device)
+    job.unit = 1                                # frames that one frame of the network stands for
     if job.autoencoder:
         job.autoencoder.to(job.device)
+        job.unit = vdm.clip_frames(job.config) // job.config.frames
     plan(job)
-    job.denoise = steered(job, model.to(job.device))
+    need(not job.later_steps or job.way is follow_clip, "--later-steps is for models of --give "
+         "previous, which go on clip by clip")
+    job.denoise = steered(job, job.model.to(job.device))
     job.level = torch.tensor([job.hint_noise], device=job.device)                           # (1,)
     sigmas, job.sampler = vdm.sampling(job.config)
     job.sigmas = sigmas.to(job.device)
+    later = dataclasses.replace(job.config, sampling_steps=job.later_steps or len(sigmas) - 1)
+    job.later_sigmas = vdm.sampling(later)[0].to(job.device)
     print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
           f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
     with vdm.autocast(job.device, dtype):
@@ -380,6 +427,29 @@ def main(argv=None):
     if job.actions is not None and len(videos) > 1:
         spread = videos.clamp(-1, 1).var(0).mean().item()
         print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
+    return videos
+
+# Flags for the first checkpoint alone: each of the next ones goes on from the videos before.
+FIRST = dict(length=None, context_frames=None, overlap=None, guidance=[], reconstruction=None,
+             actions=None, label=None, clip=None, context="the videos so far")
+
+def main(argv=None):
+    flags = parse(argv)
+    jobs = []
+    for k, checkpoint in enumerate(flags.checkpoints or [None]):
+        job = argparse.Namespace(**vars(flags), checkpoint=checkpoint, stage=k)
+        if k > 0:
+            vars(job).update(FIRST)
+            job.seed += k * MANY ** 2
+        job.model = open_model(job)
+        flags.n = job.n
+        jobs.append(job)
+    videos = None
+    for job in jobs:
+        job.made = videos
+        videos = make(job)
+        if job.stopped:
+            break
     write(job, videos)
     print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
 

@@ -13,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 import ast
+import base64
 import builtins
 import copy
 import csv
 import dataclasses
 import dis
+import http.client
 import io
 import json
 import math
@@ -28,8 +30,11 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -51,8 +56,10 @@ import vdm
 
 sys.path.append(str(Path(__file__).parent / 'notebooks'))
 import ablation
+import adapters
 import benchmark
 import claims
+import play
 import self_forcing
 
 torch.set_num_threads(1)
@@ -842,6 +849,15 @@ def test_rollout_in_whole_clips():
     assert seen == [[], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert torch.equal(roll(9, previous=count(4)), count(9))
     assert seen[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    seen.clear()                                 # N evaluations of the first clip, M of each other
+    roll(12, sigmas=vdm.karras_sigmas(5), later_sigmas=vdm.karras_sigmas(2))
+    assert [len(given) for given in seen] == 5 * [0] + 2 * [4] + 2 * [4]
+    assert not (seen[5] == seen[7])
+
+def test_clamped_estimate():
+    x = torch.tensor([-3.0, 0.5, 2.0]).view(1, 3, 1, 1, 1)
+    estimate = vdm.clamped(lambda x, sigma, plus: x + plus)(x, 1.0, plus=0.25)
+    assert estimate.flatten().tolist() == [-1, 0.75, 1]
 
 # ---- a noise level per frame ---------------------------------------------------------------------
 
@@ -1158,102 +1174,146 @@ def test_lora_refuses_what_it_cannot_wrap(layer):
     with pytest.raises(ValueError, match="LoRA cannot wrap"):
         vdm.LoRA(layer)
 
-class Doubles(nn.Module):
-    def forward(self, x, emb=None, temporal=1.0):
-        return 2 * x
-
-@cases("kind, seen", [(vdm.SpatialAdapter, 2), (vdm.FeedForwardAdapter, 1)])
-def test_simdas_adapters_of_space(kind, seen):
-    """By einsum, around a layer that doubles: behind it, or beside it."""
-    x = torch.randn(2, 5, 3, 4, 8)
-    adapter = kind(Doubles(), 8)
-    assert torch.equal(adapter(x), 2 * x)
-    down, _, up = randomize(adapter.branch)
-    h = F.gelu(torch.einsum("rc,bthwc->bthwr", down.weight, seen * x) + down.bias)
-    close(adapter(x), 2 * x + torch.einsum("cr,bthwr->bthwc", up.weight, h) + up.bias)
-
-def test_simdas_adapter_of_time():
-    """By einsum, and a loop over taps, around a layer that doubles; temporal=0 leaves it out."""
-    x = torch.randn(2, 5, 8, 3, 4)
-    adapter = vdm.TemporalAdapter(Doubles(), 8)
-    assert torch.equal(adapter(x, None), 2 * x)
-    down, taps, up = randomize(adapter.branch)
-    bias = lambda layer: layer.bias[:, None, None]
-    h = torch.einsum("rc,btchw->btrhw", down.weight.flatten(1), 2 * x) + bias(down)
-    h = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 1))
-    seen = bias(taps)
-    for tap in range(3):
-        seen = seen + taps.weight[:, 0, tap] * h[:, tap:tap + 5]
-    want = 2 * x + torch.einsum("cr,btrhw->btchw", up.weight.flatten(1), seen) + bias(up)
-    close(adapter(x, None), want)
-    assert torch.equal(adapter(x, None, 0.0), 2 * x)
-
-def shifted(x, t, y, z):
-    """The token that SimDA's code puts at one place of x (T, H, W, ...): of s frames ago."""
+def past(t, y, z):
+    """The frame that SimDA's code puts at one place of frame t: s frames ago, if there is one."""
     s = [[4, 3, 2, 1], [3, 2, 1, 0], [2, 1, 0, 0], [1, 2, 3, 4]][y % 4][z % 4]
-    return x[t - s if t >= s else t, y, z]
+    return t - s if t >= s else t
 
-@cases("code", [False, True])
-def test_shift_attention(code):
-    """Query by query, on a frame that is neither square nor a multiple of 4."""
-    q, k, v = torch.randn(3, 1, 6, 5, 6, 2, 3)                         # (B, T, H, W, heads, d)
-    got = vdm.shift_attention(q, k, v, code)
-    places = list(np.ndindex(5, 6))
+SEEN = {                                    # frames of which frame t sees the token at place (y, z)
+    "simda": lambda t, y, z: (t, past(t, y, z)),
+    "sparse_causal": lambda t, y, z: (0, max(t - 1, 0))}
 
-    def seen(x, t):
-        """Of one frame, (2 H W, heads, d). Paper: its own; code: those of the last."""
-        first = [x[t, y, z] for y, z in places]
-        if code:
-            first = [shifted(x, max(t - 1, 0), y, z) for y, z in places]
-        return torch.stack(first + [shifted(x, t, y, z) for y, z in places])
+def adapted(kind, *more):
+    """A small network with such adapters, random weights in all layers, and its first block."""
+    net = small_net(1, 16, *more)
+    vdm.adapt(net, kind)
+    randomize(net)
+    return net, net.down[0]
 
+@cases("kind", SEEN)
+def test_attention_to_other_frames(kind):
+    """What the layer does in the network is a loop over frames, places and heads; the frame is
+    neither square nor a multiple of 4. SimDA's adapters by einsum and a loop over three taps."""
+    net, block = adapted(kind)
+    caught = []
+    block.time.register_forward_hook(lambda layer, args, out: caught.append((*args, out)))
+    net(torch.randn(1, 6, 1, 12, 20), torch.randn(1, 6))                 # in tiles: 6 x 10 places
+    x, _, got = caught[0]
+    layer = block.time.attention
+    linear = lambda part, h: h @ part.weight.flatten(1).T + (0 if part.bias is None else part.bias)
+    h = block.time.time(x)[0].permute(0, 2, 3, 1)                                     # (T, H, W, C)
+    if kind == "simda":
+        down, taps, up = block.time.over_time
+        low = F.pad(linear(down, h), (0, 0, 0, 0, 0, 0, 1, 1))
+        low = sum(taps.weight[:, 0, i, 0, 0] * low[i:i + 6] for i in range(3)) + taps.bias
+        h = h + linear(up, low)
+    parts = [layer.q[0] if kind == "sparse_causal" else layer.q, layer.k, layer.v]
+    q, k, v = (linear(part, layer.norm(h)).unflatten(-1, (2, 8)) for part in parts)
+    turned = lambda x: torch.stack([vdm.rotate(x[:, y, z, :, None], torch.tensor([[y, z]]))[:, :, 0]
+                                    for y, z in np.ndindex(6, 10)], 2)           # (T, heads, L, d)
+    q, k = turned(q), turned(k)
+    seen = torch.zeros_like(h)
     for t in range(6):
-        keys = seen(k[0], t)
-        values = seen(v[0], t)
-        for y, z, head in np.ndindex(5, 6, 2):
-            p = (keys[:, head] @ q[0, t, y, z, head] / 3 ** 0.5).softmax(0)
-            close(got[0, t, y, z, head], p @ values[:, head])
+        tokens = [(f, y, z) for y, z in np.ndindex(6, 10) for f in SEEN[kind](t, y, z)]
+        for head in range(2):
+            keys = torch.stack([k[f, head, 10 * y + z] for f, y, z in tokens])
+            values = torch.stack([v[f, y, z, head] for f, y, z in tokens])
+            for y, z in np.ndindex(6, 10):
+                p = (keys @ q[t, head, 10 * y + z] / 8 ** 0.5).softmax(0)
+                seen[t, y, z, 8 * head:8 * head + 8] = p @ values
+    change = linear(layer.out, seen)
+    adapter = lambda part, h: linear(part[2], F.gelu(linear(part[0], h)))
+    if kind == "simda":
+        change = change + adapter(block.time.behind, change)
+    h = h + change
+    want = h + layer.feed_forward(h)
+    if kind == "simda":
+        want = want + adapter(block.time.beside, h)
+    close(got[0], want.permute(0, 3, 1, 2))
 
-@cases("kind", ["lora", "simda"])
-def test_adapt_changes_nothing_at_first(kind):
-    """Then every new parameter can; temporal=0 is an image model; LoRA merges into a plain one."""
-    net = randomize(small_net(1, 16))
+@cases("kind", ["lora", *SEEN])
+def test_adapt(kind):
+    """LoRA changes nothing at first, and merges into a plain network; what looks at other frames
+    changes nothing in a still clip. Every new parameter can learn."""
+    net = randomize(small_net(1, 16), gates=kind == "lora")
     x = torch.randn(2, 4, 1, 8, 8)
     level = torch.randn(2, 4)
-    before = net(x, level)
+    still = x[:, :1].expand_as(x), level[:, :1].expand_as(level)
+    plain = copy.deepcopy(net)
     names = set(net.state_dict())
     new = vdm.adapt(net, kind, 2)
-    assert torch.equal(net(x, level), before)
+    close(net(*still), plain(*still))
+    if kind == "lora":
+        assert torch.equal(net(x, level), plain(x, level))
+    else:
+        assert not torch.equal(net(x, level), plain(x, level))
+        assert torch.equal(net(x, level, temporal=0.0), plain(x, level, temporal=0.0))
     for p in new:
-        nn.init.normal_(p, std=0.3)
+        nn.init.normal_(p.requires_grad_(), std=0.3)
     net(x, level).square().sum().backward()
     assert all(p.grad.any() for p in new)
     after = net(x, level).detach()
-    assert differ(after, before)
-    close(net(x, level, temporal=0.0), frame_by_frame(net, x, level, temporal=0.0))
+    assert differ(after, plain(x, level))
+    alone = net(x, level, temporal=0.0)
+    close(alone, frame_by_frame(net, x, level, temporal=0.0))
     if kind == "lora":
         for name, layer in list(net.named_modules()):
             if isinstance(layer, vdm.LoRA):
                 net.set_submodule(name, layer.merge())
         close(net(x, level), after, rtol=1e-3, atol=1e-3)
         assert set(net.state_dict()) == names
+    if kind == "simda":                      # the image model bit for bit, whatever adapters learnt
+        assert torch.equal(alone, plain(x, level, temporal=0.0))
+        mixed = net(x, level, temporal=torch.tensor([0.0, 1.0]))
+        close(mixed, torch.cat([alone[:1], after[1:]]))
 
-@cases("kind, end, n", [(vdm.TemporalAdapter, "res", 7), (vdm.FeedForwardAdapter, "forward", 7),
-                        (vdm.SpatialAdapter, "space_attention.out", 2)])
-def test_where_simda_has_its_adapters(kind, end, n):
-    """Behind convolutions, beside feed-forward layers, behind attention over space."""
+@cases("kind, far", [("simda", 4), ("sparse_causal", 1)])
+def test_who_sees_whom(kind, far):
+    """One layer sees the frames of its paper, two in a network see those of these; none is to come.
+    Other temporal layers are off."""
+    net, block = adapted(kind)
+    for name, p in net.named_parameters():
+        if name.endswith("gate") or "over_time" in name:
+            p.zero_()
+    whole = lambda x: net(x, torch.zeros(1, 7))
+    for model, x, reach in [(block.time, torch.randn(1, 7, 16, 4, 4), far),
+                            (whole, torch.randn(1, 7, 1, 8, 8), 2 * far)]:
+        for t in range(7):
+            changed = x.clone()
+            changed[:, t] += torch.randn(x[:, t].shape)
+            moved = (model(changed) != model(x)).flatten(2).any(2)[0].tolist()
+            always = kind == "sparse_causal" and t == 0
+            assert moved == [0 <= u - t <= reach or always for u in range(7)]
+
+def test_where_and_how_many_adapters():
+    """Where there is attention over space. The published counts, of the 16 such places of Stable
+    Diffusion 1.4; by hand, of the 12 of rds. There SimDA trains about 3 % of the image model."""
     net = vdm.build(vdm.PRESETS["tiny"]).net
     vdm.adapt(net, "simda")
-    found = [name for name, layer in net.named_modules() if type(layer) is kind]
-    assert len(found) == n
-    assert all(name.endswith(end) for name in found)
+    found = [name for name, layer in net.named_modules() if isinstance(layer, vdm.FrameAttention)]
+    assert found == ["down.2.time", "up.2.time"]
+    count = lambda layer: sum(p.numel() for p in layer.parameters())
+    with torch.device("meta"):
+        places = [320] * 5 + [640] * 5 + [1280] * 6
+        assert sum(2 * count(vdm.bottleneck(dim)) for dim in places) == 12_421_600
+        assert sum(count(vdm.temporal_bottleneck(dim)) for dim in places) == 12_434_080
+        net = vdm.build(vdm.PRESETS["rds"]).net
+        part = vdm.part_of(net)
+        image = sum(p.numel() for p in part if part[p] == "spatial")
+        new = sum(p.numel() for p in vdm.adapt(net, "simda"))
+    assert new == 4 * sum(2 * dim ** 2 + 6 * dim for dim in (320, 640, 1280))
+    assert 0.03 < new / (image + new) < 0.035
+    with torch.device("meta"):
+        net = vdm.build(vdm.PRESETS["rds"]).net
+        assert sum(p.numel() for p in vdm.adapt(net, "sparse_causal")) == 4 * 21 * 320 ** 2
 
-@cases("adapters, word", [("", None), ("lora", "lora"), ("simda", "adapters")])
-def test_every_parameter_has_its_part(adapters, word):
+@cases("adapters", ["", "lora", *SEEN])
+def test_every_parameter_has_its_part(adapters):
     """By the names of the layers: part_of goes by their kinds."""
     model = vdm.build(vdm.Config(adapters=adapters, labels=3, actions=(2,)))
     parts = vdm.part_of(model)
-    words = {r"\.branch\.": word, r"\.conditions\.": "conditions",
+    words = {r"\.branch\.": "lora", r"\.(over_time|behind|beside|q\.0)\.": "adapters",
+             r"\.conditions\.": "conditions", r"\.time\.attention\.": "spatial",
              r"\.time|\.concat\.": "temporal", "": "spatial"}
     for name, p in model.named_parameters():
         assert parts.pop(p) == next(words[word] for word in words if re.search(word, name)), name
@@ -1715,7 +1775,8 @@ def checkpoint(path, config=None, **fields):
 
 @cases("fields", [
     {}, dict(give="hint", labels=3), dict(give="replace", actions=(2, 1)), dict(give="per_frame"),
-    dict(give="previous", adapters="simda"), dict(adapters="lora", rank=2)])
+    dict(give="previous", adapters="simda", attention=("factorised", "joint")),
+    dict(adapters="lora", rank=2)])
 def test_save_and_load(tmp_path, fields):
     """The averaged weights, ready to sample from."""
     path = tmp_path / "new" / "a.pt"
@@ -1884,6 +1945,176 @@ def test_checkpoints_of_autoencoders(tmp_path):
     assert vdm.load(latent)[1] == config
     checkpoint(tmp_path / "pixels.pt")
     assert vdm.load_autoencoder(tmp_path / "pixels.pt")[0] is None
+
+# ---- planes --------------------------------------------------------------------------------------
+
+GRID = (4, 2, 6)                                    # T, H, W, of patches of 2 x 2 pixels
+
+def triplane(*off):
+    """An autoencoder of planes with random weights, without these layers: "t", "hw", all others."""
+    model = randomize(vdm.TriplaneAutoencoder(2, 3, GRID, 2, 16, 1, 1, 8))
+    for turns in (model.encoder, model.decoder):
+        for i, layer in enumerate(turns):
+            if layer.over in off:
+                turns[i] = nn.Identity()
+    return model
+
+def test_planes_in_a_row_and_back():
+    """Place after place: (H, W), then (T, W), then (T, H), each row by row."""
+    sizes = vdm.plane_sizes(*GRID)
+    planes = [torch.randn(5, h, w) for h, w in ((2, 6), (4, 6), (4, 2))]
+    row = vdm.join_planes(planes)
+    assert row.shape == (5, 1, 44)
+    k = 0
+    for plane in planes:
+        for y in range(plane.shape[1]):
+            for x in range(plane.shape[2]):
+                assert torch.equal(row[:, 0, k], plane[:, y, x])
+                k += 1
+    assert all(map(torch.equal, vdm.split_planes(row, sizes), planes))
+
+def test_every_place_is_read_off_three_planes():
+    """By a loop over all places: u(t, h, w) is the sum of what is read from (h, w), (t, w), (t, h).
+    The other way, a plane has what is left when t, h or w is dropped, of each clip in a row."""
+    model = triplane("t", "hw")
+    model.output = nn.Identity()
+    latents = torch.randn(2, 3, 3, 1, 44)
+    u = model.decode(latents)                                                 # (2, 3 T, 16, H, W)
+    T, H, W = GRID
+    for n in range(3):
+        planes = vdm.split_planes(latents[:, n], model.sizes)
+        for t, h, w in np.ndindex(GRID):
+            want = sum(F.linear(plane[:, :, y, x], read.weight[:, :, 0, 0], read.bias)
+                       for plane, read, y, x in zip(planes, model.read, (h, t, t), (w, w, h)))
+            close(u[:, n * T + t, :, h, w], want)
+    mean = SimpleNamespace(forward=lambda u: u.mean(1))                       # drops the axis
+    for project in model.project:
+        project.forward = mean.forward
+    model.input[1] = nn.Conv2d(8, 16, 1).requires_grad_(False)
+    clip = torch.randn(2, 3 * T, 2, 2 * H, 2 * W)
+    u = model.input(clip.flatten(0, 1)).unflatten(0, (2, 3, T))
+    for plane, axis in zip(vdm.split_planes(model.encode(clip), model.sizes), (2, 4, 5)):
+        close(plane, u.mean(axis) if axis == 2 else u.mean(axis).transpose(2, 3))
+
+def test_a_projection_looks_along_one_axis():
+    """A place of a plane depends on all of the axis that is dropped, and on no other place."""
+    project = randomize(vdm.Projection(16, 3, 2, 8))
+    u = torch.randn(1, 5, 16, 3, 4, requires_grad=True)
+    plane = project(u)
+    assert plane.shape == (1, 3, 3, 4) and plane.abs().max() < 1
+    plane[0, :, 0, 2].sum().backward()
+    seen = u.grad.abs().sum((0, 2)) > 0                                             # (5, 3, 4)
+    assert seen[:, 0, 2].all() and seen.sum() == 5
+
+def test_planes_of_a_clip_that_stands_still_are_constant_along_t():
+    """Those of a clip that moves are not, and (H, W) alone tells what stands still."""
+    model = triplane()
+    frame = torch.randn(1, 1, 2, 4, 12)
+    for clip, still in ((frame.expand(1, 4, -1, -1, -1), True),
+                        (torch.randn(1, 4, 2, 4, 12), False)):
+        hw, tw, th = vdm.split_planes(model.encode(clip)[:, 0], model.sizes)
+        for plane in (tw, th):                                                  # (1, 3, T, W or H)
+            assert torch.allclose(plane, plane[:, :, :1].expand_as(plane), atol=1e-5) == still
+        assert hw.std((2, 3)).max() > 0.1
+
+def test_which_plane_tells_what():
+    """Without layers over time, rows of (T, W) and of (T, H) that change places make frames do so.
+    In one alone they do not. Without layers over space, columns of (H, W) and (T, W) do so."""
+    order = torch.tensor([2, 0, 3, 1])
+    latents = torch.randn(1, 1, 3, 1, 44)
+    hw, tw, th = vdm.split_planes(latents, vdm.plane_sizes(*GRID))
+    decode = triplane("t").decode
+    moved = decode(vdm.join_planes([hw, tw[..., order, :], th[..., order, :]]))
+    close(moved, decode(latents)[:, order])
+    half = decode(vdm.join_planes([hw, tw[..., order, :], th]))
+    assert not torch.allclose(half, moved, atol=0.1)
+    order = torch.tensor([1, 5, 0, 4, 2, 3])                                   # of W = 6 patches
+    decode = triplane("hw").decode
+    moved = decode(vdm.join_planes([hw[..., order], tw[..., order], th]))
+    close(moved, decode(latents).unflatten(4, (6, 2))[..., order, :].flatten(4))
+
+@cases("resize", [None, "up", "down"])
+def test_residual_block_of_planes(resize):
+    """Against diffusers', which is built as that of PVDM's code: gain and shift, resized within."""
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    theirs = randomize(resnet.ResnetBlock2D(
+        in_channels=32, out_channels=64, temb_channels=8, groups=32, eps=1e-5,
+        time_embedding_norm="scale_shift", up=resize == "up", down=resize == "down"))
+    layer = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resize, nn.Identity())
+    ours = vdm.PlaneResBlock(32, 64, 8, layer).eval()
+    names = {"conv1.0": "norm1", "conv1.3": "conv1", "emb": "time_emb_proj", "norm2": "norm2",
+             "conv2": "conv2", "skip.1": "conv_shortcut"}
+    weights = theirs.state_dict()
+    ours.load_state_dict({f"{a}.{end}": weights[f"{b}.{end}"] for a, b in names.items()
+                          for end in ("weight", "bias")})
+    x = torch.randn(3, 1, 32, 4, 6)
+    emb = torch.randn(3, 8)
+    close(ours(x, F.silu(emb)[:, None])[:, 0], theirs(x[:, 0], emb))
+
+def test_attention_of_planes():
+    """Against PyTorch's, over all places of a plane."""
+    ours = randomize(vdm.PlaneAttention(32, 4))
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    theirs.load_state_dict(dict(
+        in_proj_weight=ours.qkv.weight, in_proj_bias=ours.qkv.bias,
+        **{"out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias}))
+    x = torch.randn(2, 1, 32, 3, 5)
+    h = ours.norm(x[:, 0]).flatten(2).mT                                               # (2, 15, 32)
+    close(ours(x)[:, 0], x[:, 0] + theirs(h, h, h)[0].mT.unflatten(2, (3, 5)))
+
+def plane_net(**options):
+    return randomize(vdm.PlaneUNet(3, 3, 16, (1, 2), 1, heads=2, sizes=vdm.plane_sizes(4, 2, 6),
+                                   **dict(attention=("joint", "factorised")) | options))
+
+@cases("attention, cut, others", [
+    (("joint", "factorised"), False, True), (("joint", "factorised"), True, False),
+    (("factorised", "none"), True, False)])
+def test_planes_talk_through_attention_among_them_alone(attention, cut, others):
+    """With that cut, a change of one plane changes the estimate of this plane alone."""
+    net = plane_net(attention=attention)
+    for block in net.modules():
+        if cut and isinstance(block, vdm.PlaneBlock):
+            block.across = nn.Identity()
+    x = torch.randn(2, 1, 3, 1, 44)
+    for k in range(3):
+        planes = vdm.split_planes(x, vdm.plane_sizes(*GRID))
+        planes[k] = planes[k] + 1
+        change = net(vdm.join_planes(planes), torch.zeros(2, 1)) - net(x, torch.zeros(2, 1))
+        moved = [plane.abs().max().item() > 1e-3
+                 for plane in vdm.split_planes(change, vdm.plane_sizes(*GRID))]
+        assert moved == [others or i == k for i in range(3)]
+
+def test_all_of_the_network_of_planes_learns():
+    """A fresh one estimates 0; and from the joint loss every parameter gets a gradient, those of
+    the clip before too."""
+    torch.manual_seed(0)
+    fresh = vdm.PlaneUNet(3, 3, 16, (1, 2), 1, ("joint", "factorised"), 2, vdm.plane_sizes(*GRID))
+    z = torch.rand(2, 1, 3, 1, 44)
+    assert not fresh(z, torch.zeros(2, 1)).any()
+    net = plane_net().requires_grad_()
+    denoiser = vdm.PreviousClip(net, "v")
+    loss, error = vdm.joint_loss(denoiser, z, z.flip(0), torch.ones(2), torch.randn_like(z))
+    loss.backward()
+    assert error.shape == (2,)
+    assert [name for name, p in net.named_parameters() if not p.grad.abs().max() > 0] == []
+    close(denoiser(z, 1.0, previous=0 * z), denoiser(z, 1.0))            # zeros are no clip (PVDM)
+
+@cases("flags, total, within, across", [
+    (dict(), 528_273_412, 31.8, 58.3), (dict(width=128, head_dim=16), 132_163_588, 8.0, 14.6)])
+def test_pvdm_has_the_published_size(flags, total, within, across):
+    """To the last parameter, but for the first layer of the noise level, which sees 64 waves."""
+    config = dataclasses.replace(vdm.PRESETS["sky"], **flags)
+    assert (config.frames, config.size) == (1, (1, 2048))
+    with torch.device("meta"):
+        net = vdm.build(config).net
+    def count(modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+    blocks = [block for block in net.modules() if isinstance(block, vdm.PlaneBlock)]
+    assert count([net]) + (config.width - 64) * 4 * config.width == total
+    assert count(block.across for block in blocks) / 1e6 == pytest.approx(across, abs=0.05)
+    assert count(layer for block in blocks for layer in block.layers
+                 if isinstance(layer, vdm.PlaneAttention)) / 1e6 == pytest.approx(within, abs=0.05)
+    assert {layer.heads for layer in net.modules() if isinstance(layer, vdm.PlaneAttention)} == {8}
 
 # ---- Drive ---------------------------------------------------------------------------------------
 
@@ -2303,6 +2534,18 @@ def test_long_clips_and_oblong_ones_pass(frames, size):
     world = vdm.MovingShapes(frames, size, seed=3)
     assert world.check(torch.stack([world[i]["video"] for i in range(12)]))["passed"].all()
 
+@cases("size", SIZES)
+@cases("stride", (2, 4))
+def test_stride(size, stride):
+    """Every stride-th frame of the clips without one. In another order they are no path."""
+    world = vdm.MovingShapes(12, (size, size), seed=2, stride=stride)
+    whole = vdm.MovingShapes(11 * stride + 1, (size, size), seed=2)
+    some = torch.stack([world[i]["video"] for i in range(40)])
+    assert all(torch.equal(some[i], whole[i]["video"][::stride]) for i in range(40))
+    assert world.check(some)["passed"].mean() >= 0.95
+    assert world.check(some[:, [2, 0, 4, 1, 3]])["passed"].mean() < 0.2
+    assert world.check(some[:, :1].expand_as(some))["moving"].mean() == 0
+
 # ---- what does not -------------------------------------------------------------------------------
 
 @cases("size", SIZES)
@@ -2490,11 +2733,21 @@ def test_arrays(tmp_path, shape):
     np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
     assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
 
+RAMP = np.linspace(0, 1, 2 * 16 * 32 * 32, dtype=np.float32).reshape(2, 16, 32, 32)
+
 @cases("array, words", [
-    (np.array([print], object), ""), (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, "),
-    (np.zeros((2, 16, 32, 32), np.float32), r"expected uint8 .* found float32 \(2, 16, 32, 32\)")])
-def test_other_arrays_are_refused(tmp_path, array, words):
-    """Code, channels first, floats."""
+    (np.array([print], object), ""),
+    (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, 32, 32\): put the channels last, "),
+    (RAMP, r"expected uint8 .* found float32 \(2, 16, 32, 32\): values are 0 to 1, multiply by 2"),
+    (RAMP > 0.5, "bool .* 0 to 1, multiply by 255 and store uint8$"),
+    (2 * RAMP - 1, "values are -1 to 1, add 1, multiply by 127.5 and"),
+    ((255 * RAMP).astype(int), "values are 0 to 255, round and store"),
+    (RAMP * 1000, "values are 0 to 1000, scale to 0 to 255 and"), (RAMP - 9, "scale to 0 to 255"),
+    (RAMP * np.nan, "nan.*scale to 0 to 255"),
+    (RAMP[:, :3, None], r"channels last, np.moveaxis\(x, -3, -1\): values are 0 to .* and"),
+    (RAMP[0, 0], "float32 .32, 32.: values are 0 to")])
+def test_other_arrays_are_refused_with_the_conversion_that_is_missing(tmp_path, array, words):
+    """Code, channels first, other numbers."""
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match="a.npy: .*" + words):
         vdm.read_video(tmp_path / "a.npy")
@@ -2502,9 +2755,16 @@ def test_other_arrays_are_refused(tmp_path, array, words):
 def test_moving_mnist_and_a_train_folder(tmp_path):
     """The first is stored as (T, N, H, W); of the second, test/ is not looked at."""
     mnist = np.arange(20)[:, None, None, None] + 10 * np.arange(21)[None, :, None, None]
-    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))
-    data = vdm.VideoFolder(tmp_path, 20, (64, 64))
-    assert [clip[:, 0, 0, 0].tolist() for clip in data.clips] == mnist[:, :, 0, 0].T.tolist()
+    mnist = np.tile(mnist.astype(np.uint8), (1, 1, 64, 64))
+    for name, clips in (("mnist_test_seq", mnist.swapaxes(0, 1)), ("twenty_clips", mnist)):
+        np.save(tmp_path / f"{name}.npy", mnist)
+        data = vdm.VideoFolder(tmp_path / f"{name}.npy", 20, (64, 64))
+        assert [c[:, 0, 0, 0].tolist() for c in data.clips] == clips[:, :, 0, 0].tolist()
+        frames = {"mnist_test_seq": 20, "twenty_clips": 21}[name]
+        assert f", {frames} frames each" in data.report
+    np.save(tmp_path / "mnist_test_seq.npy", mnist.astype(float))
+    with pytest.raises(ValueError, match=r"found float64 \(20, 21, 64, 64\): values .*, round"):
+        vdm.decode(tmp_path / "mnist_test_seq.npy")
     for name, n in (("train", 1), ("test", 2)):
         (tmp_path / "own" / name / "class").mkdir(parents=True)
         np.save(tmp_path / "own" / name / "class/x.npy", np.zeros((n, 16, 8, 8, 3), np.uint8))
@@ -2512,12 +2772,52 @@ def test_moving_mnist_and_a_train_folder(tmp_path):
     with pytest.raises(ValueError, match="missing does not exist"):
         vdm.VideoFolder(tmp_path / "missing", 16, (8, 8))
 
+# ---- rates ---------------------------------------------------------------------------------------
+
+UNEVEN = "-vf settb=1/1000,setpts=10*N*N -fps_mode passthrough -enc_time_base 1:1000".split()
+
+def test_frames_of_a_variable_rate(tmp_path):
+    """Frame n is shown from 10 n^2 ms on, and read once. A rate chooses those nearest in time, of
+    an even rate, too. Arrays store no rate: that which is told is believed."""
+    for name in ("a.mp4", "b.mkv"):
+        save(tmp_path / name, flat(16), fps=25, output_params=UNEVEN)
+        (frames,), fps = vdm.decode(tmp_path / name)
+        assert (brightness(frames), fps) == (list(range(16)), round(15 / 2.25, 2))
+        for rate in (4, 10, 50):
+            (frames,), fps = vdm.decode(tmp_path / name, rate=rate)
+            wanted = np.arange(0, 2250.1, 1000 / rate)
+            nearest = abs(wanted[:, None] - 10 * np.arange(16) ** 2).argmin(1)
+            assert (brightness(frames), fps) == (nearest.tolist(), rate)
+    save(tmp_path / "even.mp4", flat(20), fps=20)
+    (frames,), fps = vdm.decode(tmp_path / "even.mp4", rate=10)
+    assert brightness(frames) == list(range(0, 20, 2))
+    save(tmp_path / "a.gif", [Image.fromarray(f) for f in flat(9)], duration=50)
+    assert brightness(vdm.decode(tmp_path / "a.gif", rate=10)[0][0]) == [0, 2, 4, 6, 8]
+    np.save(tmp_path / "a.npy", flat(9))
+    clips, fps = vdm.decode(tmp_path / "a.npy", rate=10)
+    assert clips.shape[1] == 9 and fps == 10
+
+def test_mixed_rates_are_listed_and_made_one(tmp_path):
+    """The rate printed is that of the clips used: three of 8 frames a second, two of 20."""
+    np.save(tmp_path / "a.npy", np.stack([flat(12)] * 3))
+    for name, n, rate in (("b", 12, 20), ("c", 12, 20), ("short", 3, 40)):
+        save(tmp_path / f"{name}.mp4", flat(n), fps=rate)
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
+    assert (data.fps, data.rates, data.lengths) == (8, [8] * 3 + [20] * 2, [12] * 5)
+    assert ("warning: clips have different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses fra"
+            "mes so that they have one") in data.report
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True, data_fps=10)
+    assert data.rates == [10] * 5 and "warning" not in data.report
+    assert brightness(data.clips[4][:]) == [0, 2, 4, 6, 8, 10]
+    assert vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True).lengths == [12] * 5
+
 # ---- a folder ------------------------------------------------------------------------------------
 
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
-                  "10 fps\n", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
+                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
@@ -2525,6 +2825,54 @@ def test_folder_report_and_pixels(made):
         [list(range(n)) for n in (16,) * 7 + (17, 20)] + [MERGED])
     with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, an item takes 22: "):
         vdm.VideoFolder(made / "grey.npy", 8, (24, 24), stride=3)
+
+def test_a_hostile_folder(tmp_path):
+    """Links in circles, runs, odd names, damage: what can be read is read, a real file once."""
+    odd = ["a b", "q'u\"o", "new\nline", "ünï→", "-dash", "100%d", "[x]*?", "c:d", "#1", "\\",
+           os.fsdecode(b"\xff")]
+    (tmp_path / "d/deep").mkdir(parents=True)
+    save(tmp_path / "x.mp4", flat(8), fps=10)
+    for name in odd:
+        shutil.copy(tmp_path / "x.mp4", tmp_path / f"d/{name}.mp4")
+        (tmp_path / f"d/deep/{name}.mkv").write_text("broken")
+    for link, to in (("deep/up", ".."), ("self", "self"), ("deep/here", "."), ("z", "deep"),
+                     ("gone.mp4", "nowhere"), ("0.mp4", "a b.mp4"), ("zz.mp4", "a b.mp4")):
+        (tmp_path / "d" / link).symlink_to(to)
+    (tmp_path / "d/link.mp4").symlink_to(tmp_path / "x.mp4")
+    os.mkfifo(tmp_path / "d/pipe.mp4")
+    for run in ("out", "older"):
+        (tmp_path / "d" / run / "samples").mkdir(parents=True)
+        shutil.copy(tmp_path / "x.mp4", tmp_path / "d" / run / "samples/final.mp4")
+    (tmp_path / "d/older/last.pt").touch()
+    (tmp_path / "d/alias").symlink_to("out")
+    files = vdm.find_files(tmp_path / "d", without=tmp_path / "d/alias")
+    read = [f"{name}.mp4" for name in odd] + ["link.mp4"]
+    assert sorted(p.name for p in files if p.suffix == ".mp4") == sorted(read)
+    assert len(files) == 2 * len(odd) + 1
+    data = vdm.VideoFolder(tmp_path / "d", 4, (8, 8), without=tmp_path / "d/out")
+    assert len(data) == len(odd) + 1 and f"{len(odd)} skipped" in data.report
+    assert data.report.encode() and len(data.report.splitlines()) == 11       # a head, 9, "2 more"
+
+def test_5000_small_files(tmp_path, monkeypatch):
+    """The cache's folder is listed once, not for every file."""
+    one = io.BytesIO()
+    np.save(one, np.zeros((1, 8, 8, 3), np.uint8))
+    for n in range(5000):
+        (tmp_path / f"{n}.npy").write_bytes(one.getvalue())
+    listed = []
+    scan = os.scandir
+
+    def counted(path):
+        listed.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    monkeypatch.setattr(os, "listdir", None)
+    monkeypatch.setattr(vdm, "decode", lambda *a: (np.zeros((1, 1, 8, 8, 3), np.uint8), 8.0))
+    for _ in range(2):
+        data = vdm.VideoFolder(tmp_path, 1, (8, 8), cache=True)
+        assert len(data) == 5000 and data[4999]["video"].shape == (1, 3, 8, 8)
+    assert len(listed) < 20
 
 def test_items_depend_on_seed_and_index_only(tmp_path):
     for n in range(5):
@@ -2557,7 +2905,7 @@ def test_actions_beside_a_clip(tmp_path):
                           ("two", np.stack([told(12, 3), told(12, 4)]))):
         np.save(tmp_path / f"{name}.actions.npy", actions)
     data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
-    assert data.report.endswith(", 4 fps, 4 with actions")
+    assert ", 4 fps, 12 to 14 frames each, 4 with actions\n" in data.report
     seen = set()
     for i in range(25):
         action = data[i]["action"]
@@ -2674,6 +3022,17 @@ def test_without_room_for_a_cache(videos, monkeypatch):
     assert same(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------
+
+@cases("wrong", [np.zeros((9, 16, 24, 3)), np.zeros((9, 3, 16, 24), np.uint8),
+                 torch.zeros(9, 3, 16, 24, dtype=torch.uint8), torch.zeros(9, 16, 24, 3)])
+def test_bytes_and_channels_last_are_refused(tmp_path, wrong):
+    """By what turns pixels into bytes, too, where the height might pass for channels."""
+    with pytest.raises(ValueError, match="channels first|uint8.*from_uint8 makes"):
+        vdm.write_video(tmp_path / "a.gif", wrong)
+    with pytest.raises(ValueError, match="expected floats .*1 or 3, H, W.*from_uint8 makes"):
+        vdm.to_uint8(torch.as_tensor(wrong))
+    right = vdm.write_video(tmp_path / "a.gif", np.full((2, 3, 16, 24), 0.5))
+    assert (vdm.to_uint8(vdm.read_video(right)) == 191).all()
 
 def test_range_and_crop(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
@@ -2960,6 +3319,120 @@ def test_a_run_is_never_overwritten(trained, tmp_path):
         run(tmp_path / "none", "--resume")
     assert (trained / "last.pt").read_bytes() == before and len(rows(trained)) == 12
 
+def copied_run(source, out):
+    """A copy of a run's last checkpoint, for another attempt to go on from it."""
+    out.mkdir()
+    shutil.copy(source / "last.pt", out)
+    return out
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of clips with 10 frames a second, and a run of 2 steps on it by a relative path."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "clips").mkdir()
+    for name in "ab":
+        save(folder / f"clips/{name}.mp4", flat(12), fps=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(Path("run"), "--data clips/ --seed 3 --data-fps 5 --steps 2")
+    return folder
+
+def test_resume_takes_the_data_from_the_checkpoint(own, tmp_path, monkeypatch, capsys):
+    """By no flag, by the path written in other ways, or where the folder was moved to: without a
+    warning, and bit for bit. Worlds are not files, and other settings are other settings."""
+    monkeypatch.chdir(own)
+    shutil.copytree(own / "clips", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved/.vdm_cache")
+    states = []
+    for n, flags in enumerate(("", "--data clips", f"--data {own}/./clips", "--seed 3 --data-fps 5",
+                               f"--data {tmp_path / 'moved'}")):
+        out = copied_run(own / "run", tmp_path / str(n))
+        states.append(run(out, "--steps 3 --resume " + flags, common="--device cpu --dtype fp32 "))
+        said = capsys.readouterr().out
+        assert "warning" not in said and "own data" not in said
+        assert states[n]["seed"] == 3 and states[n]["config"]["fps"] == 5
+    assert all(same_c(states[0] | dict(data=0), state | dict(data=0)) for state in states)
+    assert states[4]["data"] == str(tmp_path / "moved")
+    for flags, words in (("--data shapes", "data is another"), ("--seed 4", "seed is another"),
+                         ("--data-fps 4", "data_fps is another"), ("--data no", "no, the data")):
+        with pytest.raises(ValueError, match=words):
+            train.main(["--resume", "--out", str(own / "run"), "--steps", "9", *flags.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="clips/, the data of this run, is no longer there: name "):
+        train.main(["--resume", "--out", str(own / "run"), "--steps", "9"])
+
+def test_resume_warns_of_changed_files(own, tmp_path, capsys):
+    shutil.copytree(own / "clips", tmp_path / "clips")
+    (tmp_path / "clips/b.mp4").unlink()
+    out = copied_run(own / "run", tmp_path / "run")
+    run(out, f"--steps 3 --resume --data {tmp_path / 'clips'}", common="--device cpu --dtype fp32 ")
+    assert f"warning: the files of {tmp_path / 'clips'} are others than" in capsys.readouterr().out
+
+@cases("flags, name", [("--optimizer adamw", "lr"), ("--optimizer muon", "muon_lr")])
+def test_a_lower_rate_after_a_gradient_that_is_not_finite(tmp_path, monkeypatch, flags, name):
+    """As the message advises. The step after it is as long as the new rate says: half as long."""
+    flags += " --warmup 0 --weight-decay 0 --save-every 2"
+    first = run(tmp_path, flags + " --steps 2")
+    loss_of = train.loss_of
+
+    def broken(*arguments):
+        loss, error = loss_of(*arguments)
+        return loss * math.nan, error
+
+    monkeypatch.setattr(train, "loss_of", broken)
+    with pytest.raises(ValueError, match="gradient is nan at step 3.*lower --lr or --muon-lr"):
+        run(tmp_path, flags + " --steps 4 --resume")
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    rate = first["config"][name]
+    moved = {}
+    for share in (1, 0.5):
+        out = copied_run(tmp_path, tmp_path / str(share))
+        again = run(out, flags + f" --steps 3 --resume --{name.replace('_', '-')} {share * rate}")
+        key = "net.down.0.space_attention.q.weight"
+        moved[share] = again["model"][key] - first["model"][key]
+    agree(moved[0.5], 0.5 * moved[1], rtol=1e-2, atol=1e-7)
+
+def test_fewer_frames_alone(tmp_path, capsys):
+    """What a preset gives of 8 frames shrinks to fit, and that is printed. What fits stays."""
+    few = SMALL_c.replace("--context 0.5 0 0.5 --overlap 2 ", "")
+    config = run(tmp_path / "four", "--steps 1", few)["config"]
+    assert (config["context"], config["overlap"]) == ((0.5, 0, 0.5, 0), 2)
+    said = capsys.readouterr().out
+    assert "context (0.5, 0.0, 0.5, 0.0) instead of (0.5, 0.0, 0.0, 0.0, 0.5), overlap 2 " in said
+    for flags, context, overlap in (
+            ("--frames 5", (0.5, 0, 0, 0, 0.5), 4), ("--frames 2", (0.5, 0.5), 1),
+            ("--frames 1", (1,), 1),
+            ("--preset mnist --frames 8", (0.5, 0, 0, 0, 0.5, 0, 0, 0), 4),
+            ("--frames 3 --overlap 1", (0.5, 0, 0.5), 1), ("--frames 4 --context 1", (1,), 2),
+            ("--preset vista --frames 3", (1 / 15, 14 / 15, 0), 1)):
+        config = train.parse(flags.split())[1]
+        assert config.context == pytest.approx(context) and config.overlap == overlap, flags
+        vdm.check(None, config)
+
+def test_what_own_data_changes_is_printed(own, tmp_path, capsys):
+    """The rate of the files, and the run's own samples are no data, nor is the data its folder."""
+    run(tmp_path / "a", f"--steps 1 --data {own / 'clips'}")
+    assert "own data: fps 10.0 instead of 8.0\n" in capsys.readouterr().out
+    run(tmp_path / "b", f"--steps 1 --data {own / 'clips'} --fps 9")
+    assert "own data" not in capsys.readouterr().out
+    shutil.copytree(own / "clips", tmp_path / "all/clips")
+    flags = f"--data {tmp_path / 'all'} --save-every 1 --sample-every 1"
+    run(tmp_path / "all/run", flags + " --steps 2")
+    run(tmp_path / "all/run", flags + " --steps 3 --resume")
+    said = capsys.readouterr().out
+    assert said.count("data: 2 files in") == 2 and "warning" not in said
+    with pytest.raises(ValueError, match="the folder of --data"):
+        run(tmp_path / "all", f"--steps 1 --data {tmp_path}/./all/")
+
+def test_digits_are_grey(tmp_path):
+    """The preset digits reads Moving MNIST by its name, and refuses the toy worlds."""
+    np.save(tmp_path / "mnist_test_seq.npy", np.zeros((20, 3, 64, 64), np.uint8))
+    out = run(tmp_path / "run", f"--data {tmp_path} --steps 1 --batch 1 --marks 1 "
+              "--sampling-steps 1", common="--preset digits --device cpu ")
+    assert out["config"]["channels"] == 1 and tuple(out["config"]["size"]) == (32, 32)
+    with pytest.raises(ValueError, match="--channels is 1.* or clips of your own"):
+        train.main(["--preset", "digits", "--out", str(tmp_path / "x")])
+
 def test_training_learns(tmp_path):
     """At sigma 1 to 3 the error falls to 3/4 of that of the best constant, the mean clip."""
     world = vdm.MovingShapes(4, (16, 16))
@@ -3052,7 +3525,12 @@ def test_what_saves_memory_changes_nothing(tmp_path):
 def by_hand(model, batch, drawn, config):
     """The loss of a step, written out, and the squared errors that the log is made of."""
     T, stills, noise, sigma = config.frames, config.stills, drawn["noise"], drawn["sigma"]
-    clean, mask = batch["video"][:, -T:], drawn["mask"]
+    videos, mask = batch["video"], drawn["mask"]
+    if config.crop:
+        rows, columns = (drawn["corner"][:, k, None] + torch.arange(config.crop[k]) for k in (0, 1))
+        videos = torch.stack([video[..., y[:, None], x] for video, y, x in
+                              zip(videos, rows, columns)])
+    clean = videos[:, -T:]
     B = len(clean)
     told = dict(temporal=drawn["temporal"])
     if config.labels:
@@ -3066,8 +3544,11 @@ def by_hand(model, batch, drawn, config):
         if config.task == "image":                           # the first frame, in place of all
             shown, unit = clean[:, [0] * T], unit[:, [0] * T]
         if config.task == "upsample":
-            low = clean.unflatten(4, (-1, 4)).unflatten(3, (-1, 4)).mean((4, 6))
-            shown = F.interpolate(low.flatten(0, 1), scale_factor=4, mode="bilinear").view_as(clean)
+            k = config.enlarge
+            low = clean.unflatten(4, (-1, k)).unflatten(3, (-1, k)).mean((4, 6))
+            shown = F.interpolate(low.flatten(0, 1), scale_factor=k, mode="bilinear").view_as(clean)
+        if config.factor:                                    # what the blurred clip was encoded to
+            shown = videos[:, :T]
         ones = mask[:, :, None, None, None].expand_as(clean[:, :, :1])
         noisy = shown + level[:, None, None, None, None] * unit
         given = dict(concat=torch.cat([noisy * ones, ones], 2),
@@ -3104,7 +3585,9 @@ STEPS = dict(
     previous=dict(give="previous", context=(0.7, 0.3), loss="plain", kind="eps", weighting="eps"),
     stills=dict(stills=5, loss="plain", context=(1.0,), weighting="v"),
     hint=dict(give="hint", hint_noise=0.5), image=dict(give="hint", hint_noise=0.5, task="image"),
-    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)))
+    upsample=dict(give="hint", hint_noise=0.5, task="upsample", context=(0.3, 0.7)),
+    crop=dict(give="hint", hint_noise=0.5, task="upsample", enlarge=2, crop=(8, 12)),
+    latents=dict(give="hint", hint_noise=0.5, task="upsample", factor=4, crop=(8, 8)))
 
 @cases("way, micro", [*((way, 4) for way in STEPS), ("labels", 2), ("actions", 1), ("previous", 2)])
 def test_the_gradient_of_a_step(way, micro):
@@ -3113,7 +3596,7 @@ def test_the_gradient_of_a_step(way, micro):
     options.parts = [slice(i, i + micro) for i in range(0, 4, micro)]
     options.seed = 1
     world = vdm.Drive if config.actions else vdm.MovingShapes
-    world = world(8 if config.give == "previous" else 4, (16, 16))
+    world = world(8 if config.give == "previous" or config.factor else 4, (16, 16))
     batch = default_collate([world[i] for i in range(4)])
     drawn, model = train.draw(7, config, 1), random_model(config)
     truth = copy.deepcopy(model)
@@ -3143,6 +3626,22 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
             assert len(x) == 64
             equal = torch.equal(x.nan_to_num(9), drawn[name].nan_to_num(9))
             assert equal == ((step, seed) == (3, 0))
+
+def test_stride_of_the_toy_world():
+    """Key frames: every third frame of the clips that a world without a stride has."""
+    options, config = small(stride=3)
+    data, held_out, _ = train.open_data(options, config, None)
+    for world, seed in ((data, 0), (held_out, 1)):
+        whole = vdm.MovingShapes(10, (16, 16), seed=seed)
+        assert torch.equal(world[5]["video"], whole[5]["video"][::3])
+
+def test_crops_are_from_everywhere():
+    _, config = small(size=(12, 16), crop=(8, 4), batch=2000)
+    drawn = train.draw(0, config, 0)
+    assert drawn["noise"].shape[2:] == (3, 8, 4)
+    y, x = drawn["corner"].T
+    counts = (13 * y + x).bincount(minlength=65)                         # 5 x 13 places
+    assert len(counts) == 65 and (counts - 2000 / 65).abs().max() < 25
 
 def test_odds_of_what_is_drawn():
     """Of 4,000 clips, which are off by 0.008 at one standard deviation."""
@@ -3181,11 +3680,13 @@ WAYS = {                        # flags, and modules that have to learn from the
     "hint": ("--give hint --hint-noise 0.5", "concat augmentation"),
     "image": ("--give hint --task image --hint-noise 0.1", "concat augmentation"),
     "upsample": ("--give hint --task upsample --hint-noise 0.1", "concat augmentation"),
+    "crop": ("--give hint --task upsample --hint-noise 0.1 --crop 8", "concat augmentation"),
     "ends": ("--task ends", "concat"), "any": ("--task any --weighting min_snr", "concat"),
     "previous": ("--give previous --context 0.5 0.5", "concat"),
     "stills": ("--stills 2 --loss plain", "concat"), "vista": ("--loss vista", "concat"),
     "labels": ("--labels 18", "label"), "actions": ("--data drive --schedule cosine", "action"),
-    "simda": ("--adapters simda --kind eps --weighting eps", "branch")}
+    "simda": ("--adapters simda --kind eps --weighting eps", "over_time behind beside"),
+    "sparse": ("--adapters sparse_causal", "q")}
 
 @cases("way", WAYS)
 def test_every_way_trains(tmp_path, way):
@@ -3196,7 +3697,8 @@ def test_every_way_trains(tmp_path, way):
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run"))
     start = read_fresh(state)
     moved = {name for name, w in state["model"].items() if not torch.equal(w, start[name])}
-    for word in ("gate", "embed.0", "input", "output", "space_attention", *names.split()):
+    space = "time.attention" if "adapters" in flags else "space_attention"
+    for word in ("gate", "embed.0", "input", "output", space, *names.split()):
         assert any(word in name.split(".") or word in name for name in moved), word
     assert all(w.isfinite().all() for w in state["ema"].values())
     assert (tmp_path / "run/samples/final.gif").stat().st_size > 0
@@ -3306,7 +3808,8 @@ def test_init_trains_adapters_alone(trained, tmp_path, capsys):
     first = run(tmp_path / "simda", "--steps 3 " + flags)["model"]
     second = run(tmp_path / "simda", "--steps 4 --resume " + flags)["model"]
     moved = {name for name in first if not torch.equal(first[name], second[name])}
-    assert moved and all("branch" in name or "conditions" in name for name in moved)
+    learnt = ("over_time", "behind", "beside", "conditions")
+    assert moved and all(any(word in name for word in learnt) for name in moved)
     with pytest.raises(ValueError, match="is another model, of another .*adapters"):
         run(tmp_path / "less", f"--init {tmp_path}/lora/last.pt --steps 1")
 
@@ -3335,6 +3838,8 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
             flag, default = "--" + name.replace("_", "-"), getattr(vdm.Config, name)
             assert re.sub(r"\s+", "", comment) in said and flag in said, name
             given = {str: "z", int: "7", float: "0.25", tuple: "3 2"}[type(default)]
+            if name == "planes":
+                given = "3 2 4"
             flags += [flag, *given.split()]
             kind = type((*default, 0)[0]) if isinstance(default, tuple) else type(default)
             want[name] = tuple(map(kind, given.split()))
@@ -3357,12 +3862,16 @@ REFUSED = [
     ("--drop 2", "--drop is 2.0, expected 0 to 1"), ("--ema nan", "--ema is nan"),
     ("--lr inf", "--lr is inf, expected 0 or more"), ("--clip-norm 0", "--clip-norm is 0.0"),
     ("--sigma-min 60", "less than --sigma-max"), ("--context 0 1", "and the first not 0"),
-    ("--frames 4", "no more numbers than --frames"), ("--images 0", "--skip-guidance asks"),
-    ("--context nan", "--context is (nan,)"), ("--give previous", "two numbers as --context"),
+    ("--frames 4 --context 1 0 0 0 1", "no more numbers"), ("--images 0", "--skip-guidance asks"),
+    ("--frames 0", "--frames is 0, expected 1"), ("--context nan", "--context is (nan,)"),
+    ("--give previous", "two numbers as --context"),
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),
     ("--task image", "--task image needs --give hint"),
-    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "of 4"),
+    ("--task upsample --give hint --size 30 --patch 2 --mults 1 --attention none", "--enlarge, 4"),
+    ("--crop 12", "--crop is (12, 12), expected multiples of 8, up to --size"),
+    ("--crop 40", "--crop is (40, 40)"), ("--crop 8 8 8", "--crop is (8, 8, 8)"),
+    ("--stride 2 --data drive", "--stride is for files and shapes"),
     ("--stills 2 --give per_frame --independent 0.5", "neither --independent"),
     ("--labels 3", "--labels is 3 and --actions (), but the data has 18"),
     ("--actions 4 2", "but the data has 18 labels and actions ()"),
@@ -3461,6 +3970,109 @@ def test_encoded_once(latent, tmp_path, monkeypatch):
             run(tmp_path / "three", flags + "--encode 4", LATENT)
     run(tmp_path / "four", f"--latents {latent}/ae/last.pt --data drive --steps 1", LATENT)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and not list(tmp_path.glob("*.part"))
+
+@cases("size, most, kept", [((4, 4), 0.5, False), ((1, 16), 0.5, True), ((1, 16), 1.5, False)])
+def test_latents_of_planes_need_no_scale(tmp_path, size, most, kept):
+    """Only planes, a row of numbers in [-1, 1], may have a standard deviation below 0.4."""
+    small = np.zeros((3, 6, 2, *size), np.float32)
+    small[..., 0] = most
+    small[0, 0, 0, 0, 1] = -most
+    assert 0.01 < small.std() < 0.4
+    np.save(tmp_path / "a.npy", small)
+    if kept:
+        assert len(train.Latents(tmp_path, 2, size, 1, 2)) == 3
+    else:
+        with pytest.raises(ValueError, match="multiply it by"):
+            train.Latents(tmp_path, 2, size, 1, 2)
+
+PLANES = ("--preset planes --width 8 --head-dim 4 --mults 1 --attention joint --batch 2 --steps 3 "
+          "--sampling-steps 2 --marks 2 --encode 5 --sample-every 99 --device cpu --dtype fp32 ")
+
+def test_planes_from_the_autoencoder_to_samples(tmp_path, monkeypatch, capsys):
+    """Clips of 4 frames are encoded two in a row. Videos are as long as asked for; the first clips
+    of a longer one, and a given one, are those of their own; the rest is another at other steps."""
+    autoencoder_c([*"--preset planes --planes 4 2 3 --channels 2 --batch 2 --steps 3 --marks 2 "
+                   "--device cpu --dtype fp32".split(), "--out", str(tmp_path / "ae")])
+    assert f"train.py --preset planes --latents {tmp_path}/ae/last.pt" in capsys.readouterr().out
+    state = run(tmp_path / "run", f"--latents {tmp_path}/ae/last.pt", PLANES)
+    assert state["config"]["planes"] == (4, 2, 3) and state["config"]["size"] == (1, 26)
+    assert same_c(state["autoencoder"], read(tmp_path / "ae/last.pt")["ema"])
+    folder, = tmp_path.glob("latents-*")
+    stored = np.load(folder / "video.npy")
+    ae, _ = vdm.load_autoencoder(tmp_path / "ae/last.pt")
+    clip = vdm.MovingShapes(8, (8, 12), seed=0)[0]["video"]
+    by_hand = torch.cat([ae.encode(clip[None, i:i + 4])[0] for i in (0, 4)])     # (2, 2, 1, 26)
+    close(torch.from_numpy(stored[0]).float(), by_hand, atol=2e-3, rtol=2e-3)
+    picture = Image.open(tmp_path / "run/samples/final.png")
+    assert picture.size == (2 * (4 * 13 + 1), 2 * (2 * 9 + 1))
+    monkeypatch.chdir(tmp_path)
+    vdm.write_video("clip.gif", clip)
+    def made(flags):
+        sample.main(["run/last.pt", *f"--n 1 --device cpu --out a.gif {flags}".split()])
+        return np.asarray(Image.open("a.png"))[::2, ::2]           # frames of 12 columns and a line
+    long = made("--length 11")
+    first = made("")
+    fewer = made("--length 11 --later-steps 1")
+    assert long.shape == (10, 11 * 13 + 1, 3) and first.shape == (10, 4 * 13 + 1, 3)
+    assert np.array_equal(long[:, :52], first[:, :52])
+    assert np.array_equal(long[:, :52], fewer[:, :52])
+    assert not np.array_equal(long[:, 53:], fewer[:, 53:])
+    assert made("--context clip.gif").shape == (10, 8 * 13 + 1, 3)
+    for flags, words in (("--context clip.gif --context-frames 3", "a multiple of 4 frames"),
+                         ("--context clip.gif --length 4", "more than the 4 frames given")):
+        with pytest.raises(ValueError, match=words):
+            made(flags)
+    benchmark.main("--run run/last.pt --n 2 --seeds 1 --lengths 4 6".split())
+    assert "| 6 | seed 1 |" in capsys.readouterr().out
+
+@cases("flags, words", [
+    ("--planes 4 4", "expected frames, height and width"), ("--planes 4 3 4 --mults 1 1 "
+     "--attention none none", "that works is --planes 4 4 4"), ("--frames 8", "leave out --frames"),
+    ("--patch 2 --planes 2 2 2", "with --patch 1"), ("--images 0.1", "neither with labels"),
+    ("--give hint --context 1", "with --give previous or concat"), ("--head-dim 16", "is 16"),
+    ("--latents frames.pt", "makes latents of frames"), ("--planes 4 0 4", "--planes is (4, 0, 4)"),
+    ("--latents planes.pt --data drive", "planes have no frames")])
+def test_what_planes_cannot(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("frames", "planes"):
+        config = vdm.PRESETS[dict(frames="latent").get(name, name)]
+        weights = vdm.build_autoencoder(config).state_dict()
+        vdm.save(f"{name}.pt", config=asdict(config), stage="autoencoder", ema=weights)
+    with pytest.raises(ValueError) as caught:
+        train.main([*PLANES.split(), *flags.split(), "--out", "run"])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+def test_an_up_sampler_of_latents(latent, tmp_path, monkeypatch):
+    """It is trained on, and shown at sampling, what the small clip is encoded to once enlarged."""
+    shutil.copytree(latent / "decoder", tmp_path / "decoder")
+    up = "--give hint --task upsample --enlarge 2 --hint-noise 0.1 --context 0.1 0.9 --data drive "
+    run(tmp_path / "up", f"--latents {tmp_path}/decoder/last.pt " + up, LATENT)
+    folder, = tmp_path.glob("latents-*")
+    stored = torch.from_numpy(np.load(folder / "video.npy")).float()
+    told = np.load(folder / "video.actions.npy")
+    ae, _ = vdm.load_autoencoder(latent / "decoder/last.pt")
+
+    def enlarged(small):
+        large = F.interpolate(small.flatten(0, 1), size=(16, 16), mode="bilinear")
+        return ae.encode(large.unflatten(0, small.shape[:2]))
+
+    for i in range(5):
+        item = vdm.Drive(4, (16, 16), seed=0)[i]
+        clip = item["video"][None]
+        small = clip.unflatten(4, (8, 2)).unflatten(3, (8, 2)).mean((4, 6))
+        want = torch.cat([enlarged(small), ae.encode(clip)], dim=1)
+        close(stored[i], want[0], atol=2e-3, rtol=2e-3)
+        assert np.array_equal(told[i, 4:], item["action"])
+    seen, forward = [], vdm.Denoiser.forward
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: seen.append(c) or forward(self, x, sigma, **c))
+    small = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    np.save(tmp_path / "small.npy", small)
+    sample.main(f"{tmp_path}/up --n 1 --steps 1 --context {tmp_path}/small.npy --hint-noise 0 "
+                f"--device cpu --dtype fp32 --out {tmp_path}/a.mp4".split())
+    close(seen[0]["concat"][:, :, :4], enlarged(vdm.from_uint8(small)[None]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="--task upsample needs pixels, or --latents"):
+        run(tmp_path / "no", f"--data {folder} " + up.removesuffix("--data drive "), LATENT)
 
 def settings(out, flags):
     options, config = train.parse([*LATENT.split(), *flags.split(), "--out", str(out / "x")])
@@ -3737,7 +4349,8 @@ def test_layout():
     assert there - made == ours
 
 def test_what_is_to_be_read_is_short():
-    assert len(README.split()) <= 1500 and "@@" not in README
+    words = [word for word in README.split() if re.search(r"\w", word)]      # no bars of tables
+    assert len(words) <= 1500 and "@@" not in README
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     for name in ("train.py", "sample.py"):
@@ -3826,6 +4439,8 @@ WAYS_d = {         # fields of Config, flags, length, which frames of the videos
              ("clip.npy", slice(6), slice(None, None, 3))),
     "image": (HINT | dict(task="image"), "--context picture.png --length 3", 3, None),
     "upsample": (HINT | dict(task="upsample"), "--context small.npy", 4, None),
+    "upsample long": (HINT | dict(task="upsample", frames=3, labels=2, enlarge=2),
+                      "--context clip.npy --label 1", 6, None),
     "reconstruct": (dict(context=(1.0,)),
                     "--context clip.npy --reconstruction 2 --length 6 --context-frames 3", 6,
                     ("clip.npy", slice(3, 6), slice(3))),
@@ -3918,6 +4533,87 @@ def test_hints_are_as_noisy_as_is_said(here, monkeypatch, flags, level, task):
     close(noise.std().item(), level, atol=1e-5, rtol=0.05)
     assert seen[0]["augmentation"].tolist() == pytest.approx([level] * 9)
     assert level == 0 or abs((noise[0] * noise[1]).mean()) < 0.2 * level ** 2
+
+@cases("level", [0.1, 0.8])
+def test_enlarging_against_bayes(level):
+    """Pixels are independent and normal. So of a pixel g that is seen under noise of the level l, a
+    draw has mean g / (1 + l^2), and variance l^2 / (1 + l^2) around the mean given what is seen,
+    g + noise. 11 frames in windows of 4 are all drawn, whatever their windows."""
+    def ask(x, sigma, concat, augmentation):
+        s, l = (v.view(-1, 1, 1, 1, 1) ** 2 for v in (sigma, augmentation))
+        assert (concat[:, :, 3] == 1).all()
+        return (x / s + concat[:, :, :3] / l) / (1 + 1 / s + 1 / l)
+
+    job = SimpleNamespace(config=vdm.Config(**SMALL_d), seed=1, device="cpu", denoise=ask, told={},
+                          level=torch.tensor([level]), sampler=vdm.SAMPLERS["ddpm"], actions=None,
+                          sigmas=vdm.karras_sigmas(60, 0.01, 80.0))
+    given = torch.randn(2, 11, 3, SIDE, SIDE)
+    pieces = list(sample.enlarge(job, range(2), (2, 4, 3, SIDE, SIDE), given))
+    assert [piece.shape[1] for piece in pieces] == [4, 4, 3]
+    noise = torch.cat(pieces, 1) - given / (1 + level ** 2)
+    want = level ** 2 / (1 + level ** 2) ** 2 + level ** 2 / (1 + level ** 2)
+    for frame in noise.unbind(1):                                        # 1536 numbers
+        assert abs(frame.mean()) < 4 * math.sqrt(want / 1536)
+        assert frame.var().item() == pytest.approx(want, rel=0.16)
+    assert abs((noise[0] * noise[1]).mean()) < 4 * want / math.sqrt(noise[0].numel())
+
+def test_a_cascade(here, monkeypatch):
+    """Three checkpoints: 3 key frames, all 5, twice as large. Each stage is given just what the one
+    before has made; key frames stay as they are; a video depends on the seed and its number."""
+    few = dict(size=(8, 8), frames=3, context=(1.0,))
+    checkpoint_d("key.pt", **few)
+    checkpoint_d("fill.pt", **few | dict(task="any", frames=5, context=(0.5, 0.5)))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2, frames=3))
+    made, seeds, told = [], [], []
+    make, noise, forward = sample.make, vdm.clip_noise, vdm.Denoiser.forward
+    monkeypatch.setattr(sample, "make", lambda job: made.append(make(job)) or made[-1])
+    monkeypatch.setattr(vdm, "clip_noise", lambda seed, *args: seeds.append(seed)
+                        or noise(seed, *args))
+    monkeypatch.setattr(vdm.Denoiser, "forward",
+                        lambda self, x, sigma, **c: told.append(c) or forward(self, x, sigma, **c))
+
+    def cascade(names, flags="--n 2"):
+        made.clear(), seeds.clear(), told.clear()
+        flags += " --device cpu --dtype fp32 --out a.mp4 --interpolate 2"
+        sample.main(f"{names} {flags}".split())
+        return made[-1]
+
+    large = cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0")
+    key, fill, _ = made
+    assert [x.shape[1:] for x in made] == [(3, 3, 8, 8), (5, 3, 8, 8), (5, 3, 16, 16)]
+    assert len(set(seeds)) == len(seeds) == 4
+    assert torch.equal(fill[:, ::2], key) and not torch.equal(fill[0], fill[1])
+    hints = [c["concat"] for c in told if "augmentation" in c][::2]      # of the first of two steps
+    shown = torch.cat(hints, 1)[:, :, :3]
+    close(shown, F.interpolate(fill.flatten(0, 1), (16, 16), mode="bilinear").view_as(large))
+    assert len(os.listdir("a")) == 2 and strips("a.png").shape == (2, 5, SIDE, SIDE, 3)
+    close(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0 --batch 1"), large,
+          atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(cascade("key.pt fill.pt up.pt", "--n 2 --hint-noise 0.4"), large,
+                              atol=0.01)
+    clip = cascade("fill.pt up.pt", "--n 1 --context clip.npy --context-frames 2")
+    assert clip.shape == (1, 3, 3, 16, 16)
+    assert torch.equal(made[0][0, ::2], vdm.read_video("clip.npy", (8, 8))[-2:])
+    for names, words in (("key.pt key.pt", "key.pt cannot go on from videos"),
+                         ("up.pt fill.pt", r"fill.pt goes on from frames of \(3, 8, 8\)"),
+                         ("key.pt up.pt last.pt", "no checkpoint last.pt")):
+        with pytest.raises(ValueError, match=words):
+            cascade(names)
+
+def test_ctrl_c_ends_a_cascade(here, monkeypatch):
+    """What is there is written, and no checkpoint goes on from it."""
+    checkpoint_d("last.pt", size=(8, 8))
+    checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2))
+    generate, left = vdm.generate, iter(range(2))
+
+    def interrupted(*args, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vdm, "generate", interrupted)
+    sample.main("last.pt up.pt --n 3 --batch 1 --device cpu --out a.mp4".split())
+    assert strips("a.png", 8).shape == (2, 4, 8, 8, 3)
 
 def fake(**flags):
     usual = dict(config=vdm.Config(**SMALL_d), guidance=[], guidance_shape="constant",
@@ -4084,10 +4780,11 @@ WRONG = [        # fields of Config, flags, words that must be said
     (PREVIOUS, "--context clip.npy --context-frames 3", "gives 3 frames, but .* given 4 frames"),
     (PREVIOUS, "--context clip.npy --length 4", "--length is 4, expected more than the 4"),
     (PREVIOUS | DRIVE, "--actions LLLLL", "nor with SVD or a model of --give previous"),
-    (HINT | dict(task="upsample"), "--context picture.png", "gives 1 frames, but .* 4"),
+    (HINT | dict(task="upsample"), "--context clip.npy --length 5", "--length is 5, expected 6"),
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
     ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
+    ({}, "--later-steps 2", "for models of --give previous"),
     (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"),
     (dict(labels=3), "--label -1", "--label is -1"), ({}, "--label 0", "one of 0 classes"),
     ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
@@ -4174,6 +4871,16 @@ def test_benchmark_of_commands_and_interpolation(tmp_path, capsys, fields, flags
     benchmark.main(["--run", str(tmp_path), "--n", "2", *flags.split()])
     assert words in capsys.readouterr().out
 
+def test_benchmark_of_costs(tmp_path, capsys):
+    """Numbers in a clip and parameters, counted here; 2 GiB is room for at least one clip."""
+    checkpoint_e(tmp_path / "a")
+    benchmark.main(["--costs", str(tmp_path / "a"), "--n", "2"])
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    weights = torch.load(tmp_path / "a/last.pt", weights_only=True)["ema"]
+    millions = sum(w.numel() for w in weights.values()) / 1e6
+    assert row[:4] == ["a", f"{8 * 3 * 16 * 16:,}", "", f"{millions:.2f} M"]
+    assert int(row[5]) > 1 and all(float(x) >= 0 for cell in row[6:8] for x in cell.split(","))
+
 def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path):
     checkpoint_e(tmp_path)
     model = benchmark.Model(tmp_path / "last.pt")
@@ -4185,6 +4892,16 @@ def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path
 def test_flags_of_the_ablation():
     assert [train.check(*train.parse(flags.split())) for flags in ablation.TRAIN]
     assert all(benchmark.parse_changes(train.Parser(), f.split())[1] for f in ablation.DRAW)
+
+def test_table_of_adapters(tmp_path):
+    """Rows of two ways. The number of SimDA's adapters is found by hand, for three places."""
+    small = vdm.Config(frames=4, size=(8, 8), mults=(1,), attention=("factorised",), context=(1.0,),
+                       steps=2, batch=2, sampling_steps=2)
+    adapters.row("image", small, 0, 2, tmp_path)
+    name, trained, share, large, seconds, *marks = adapters.row("SimDA", small, 0, 2, tmp_path)
+    assert [name, trained, large] == ["SimDA", f"{3 * (2 * 16 ** 2 + 6 * 16):,}", "3.1%"]
+    assert float(seconds) > 0 and len(marks) == 10 and (tmp_path / "SimDA-0.png").exists()
+    assert 0.01 < float(share.rstrip("%")) / 100 < 0.05
 
 def test_table_of_claims(tmp_path, monkeypatch):
     """Of two settings, which take part in all claims."""
@@ -4229,3 +4946,253 @@ def test_the_weights_that_come_along():
     assert config == vdm.PRESETS["tiny"]
     clips = train.sample(config, denoiser, 8, torch.device("cpu"), torch.float32, seed=3)
     assert vdm.MovingShapes().check(clips)["passed"].mean() >= 0.6
+
+DRIVE_PT = Path(__file__).parent / "notebooks/drive.pt"
+
+def test_the_model_that_comes_along():
+    """notebooks/drive.pt fits the network of today, is at most 4 MB, and its frames do what each
+    key says, on a map of its own. With the keys exchanged, from the same start and noise, they do
+    what these say."""
+    assert DRIVE_PT.stat().st_size <= 4e6
+    model, config = vdm.load(DRIVE_PT)
+    assert config == dataclasses.replace(
+        vdm.PRESETS["tiny"], frames=4, patch=4, width=32, mults=(1, 3), actions=(4, 2), drop=0.0,
+        attention=("none", "joint"), context=(0.2, 0.1, 0.1, 0.6), overlap=3, images=0.0,
+        skip_guidance=1.0, steps=700)
+    keys = "SSSSRRRRSSLLLLXX"
+    for keys in (keys, keys.translate(str.maketrans("LRSX", "RLXS"))):
+        ride = play.Ride(model, config, steps=2, seed=5)
+        frames = [ride.go(key)[0] for key in keys]
+        seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
+        assert (seen == ["LSRX".index(key) for key in keys[1:]]).mean() >= 0.9
+
+# ---- notebooks/play.py ---------------------------------------------------------------------------
+
+def perfect_driver(x, sigma, action, context=None, mask=None):
+    """A denoiser that knows the world. A frame that is not given is the one before, moved as its
+    action says, on a map of few waves that fit into the frame. The first is made of noise x."""
+    f = torch.fft.fftfreq(32) * 32                                             # cycles per frame
+    frame = torch.fft.ifft2(torch.fft.fft2(x[:, 0]) * (f.abs()[:, None] + f.abs() < 3)).real
+    frame = frame / frame.abs().max()                                              # (1, 3, 32, 32)
+    frames = []
+    for t in range(x.shape[1]):
+        if mask is not None and mask[0, t]:
+            frame = context[:, t]
+        elif t > 0:
+            down, right = 2 * action[0, t, 4:] * (2 * math.pi / 32)
+            moved = torch.fft.fft2(frame) * torch.exp(1j * (down * f[:, None] + right * f))
+            frame = torch.fft.ifft2(moved).real
+        frames.append(frame)
+    return torch.stack(frames, 1)
+
+@pytest.fixture
+def served():
+    """A server of rides on a free port. server.made lists the keys of the frames it was asked."""
+    config = vdm.Config(frames=4, actions=(4, 2), context=(0.5, 0, 0, 0.5))
+    server = play.Server(lambda seed: play.Ride(perfect_driver, config, 2, seed), 0)
+    server.made = []
+    frame = server.frame
+    server.frame = lambda key: server.made.append(key) or frame(key)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+def ask(server, method, path, **headers):
+    """Send a request -> status, body, headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, headers=headers)
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, body, response.headers
+
+def test_page_and_its_frames(served):
+    """The page's own requests: frames move as their keys say, and N starts another ride. The
+    commands are read from the pixels that were sent."""
+    host = f"127.0.0.1:{served.server_port}"
+    status, page, headers = ask(served, "GET", "/")
+    assert status == 200 and b"<canvas>" in page and "text/html" in headers["Content-Type"]
+    keys = "NSSSSRRRRLLLLXXX" "NSSSS"
+    frames = []
+    marks = []
+    for key in keys:
+        status, body, headers = ask(served, "POST", f"/{key}", Origin=f"http://{host}")
+        assert status == 200 and headers["Width"] == "32"
+        pixels = np.frombuffer(body, np.uint8).reshape(32, 32, 4)
+        assert (pixels[..., 3] == 255).all()
+        frames.append(pixels[..., :3])
+        marks.append(headers["Seen"])
+    told = ["LSRX".find(key) for key in keys]                                 # -1 of a new ride
+    seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
+    assert [k for k in seen if k >= 0] == [k for k in told[1:] if k >= 0] and seen[15] == -1
+    assert "".join(marks) == keys.replace("N", "X")
+    assert "".join(served.made) == keys
+
+@cases("method, path, headers, status", [
+    ("POST", "/L", dict(Host="evil.example"), 403),
+    ("POST", "/L", dict(Host="evil.example:PORT"), 403),
+    ("POST", "/L", dict(Host="127.0.0.1:1"), 403),
+    ("POST", "/L", dict(Origin="http://evil.example"), 403),
+    ("POST", "/L", dict(Origin="null"), 403),
+    ("POST", "/L", dict(Origin="http://localhost:PORT"), 403),
+    ("GET", "/", dict(Host="evil.example:PORT", Origin="http://evil.example:PORT"), 403),
+    ("GET", "/L", {}, 404), ("POST", "/Q", {}, 404), ("POST", "/LL", {}, 404),
+    ("POST", "/L?x", {}, 404), ("POST", "/", {}, 404), ("GET", "/../vdm.py", {}, 404)])
+def test_nobody_else_steers(served, method, path, headers, status):
+    """Another name of this machine (DNS rebinding), a page of another site, another path: no frame
+    is made. The server listens to this machine alone."""
+    headers = {name: value.replace("PORT", str(served.server_port))
+               for name, value in headers.items()}
+    assert ask(served, method, path, **headers)[0] == status
+    assert served.made == [] and served.server_address[0] == "127.0.0.1"
+    assert ask(served, "GET", "/", Host=f"localhost:{served.server_port}")[0] == 200
+
+def test_page_that_closes(served, capfd):
+    """A page that goes away while its frame is made costs this frame, stops nobody, and leaves no
+    traceback. Two pages get their frames one after the other."""
+    release, frame = threading.Event(), served.frame
+    served.frame = lambda key: release.wait(60) and frame(key)
+    connection = http.client.HTTPConnection("127.0.0.1", served.server_port)
+    connection.request("POST", "/S")
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()                                                            # by a reset
+    release.set()
+    assert ask(served, "POST", "/R")[0] == 200
+    answers = []
+    pages = [threading.Thread(target=lambda: answers.append(ask(served, "POST", "/R")[0]))
+             for _ in range(2)]
+    for page in pages:
+        page.start()
+    for page in pages:
+        page.join()
+    assert answers == [200, 200]
+    assert sorted(served.made) == [*"RRRS"]
+    assert capfd.readouterr().err == ""
+
+def test_play_as_a_program(tmp_path, capsys, monkeypatch):
+    """--gif writes the ride of PLAN, below each frame the key; without it a page is served. Models
+    of another kind are refused."""
+    monkeypatch.setattr(play, "PLAN", "LSXRLR")
+    path = str(tmp_path / "last.pt")
+    config = vdm.Config(actions=(4, 2), width=8, mults=(1,), attention=("none",))
+    vdm.save(path, config=asdict(config), ema=vdm.build(config).state_dict())
+    play.main([path, "--gif", str(tmp_path / "ride.gif"), "--steps", "1"])
+    frames = iio.imread(tmp_path / "ride.gif").astype(int)
+    assert frames.shape == (6, 160, 128, 3)
+    gold = (np.abs(frames[:, 128:] - [255, 215, 0]).max(-1) < 9).sum(1).reshape(6, 4, 32).sum(-1)
+    assert (gold > 0).nonzero()[1].tolist() == [0, 1, 2, 3, 0, 3]
+
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(play.Server, "serve_forever", interrupted)
+    play.main([path, "--port", "0"])
+    assert re.search(r"open http://127.0.0.1:\d+ in", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="tiny.pt cannot be driven"):
+        play.main([str(DRIVE_PT.with_name("tiny.pt"))])
+
+class Chromium:
+    """A headless Chromium, spoken to by its DevTools protocol through two pipes."""
+
+    def __init__(self, program, folder):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                 "--window-size=700,800", f"--user-data-dir={folder}", "about:blank"]
+        # the browser reads commands from file 3, and writes to file 4
+        command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 >&2', "", program, *flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        self.number = 0
+        self.session = {}
+        page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.target = page["targetId"]
+        self.session = dict(sessionId=self("Target.attachToTarget", targetId=self.target,
+                                           flatten=True)["sessionId"])
+
+    def __call__(self, method, **params):
+        self.number += 1
+        call = dict(id=self.number, method=method, params=params, **self.session)
+        self.process.stdin.write(json.dumps(call).encode() + b"\0")
+        self.process.stdin.flush()
+        while True:                                             # there are events between answers
+            text = b"".join(iter(partial(self.process.stdout.read, 1), b"\0"))
+            answer = json.loads(text)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def value(self, expression):
+        """What an expression of JavaScript is in the page."""
+        return self("Runtime.evaluate", expression=expression, returnByValue=True,
+                    awaitPromise=True)["result"].get("value")
+
+    def key(self, kind, key):
+        self("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def wait(self, expression):
+        end = time.time() + 60
+        while not self.value(expression):
+            assert time.time() < end, expression
+            time.sleep(0.02)
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+def test_in_a_browser(served, tmp_path):
+    """A real browser: the page shows a frame, a held key steers, a tap is not lost, and without a
+    key, hidden or closed it asks for nothing."""
+    browser = Chromium(BROWSER, tmp_path)
+    try:
+        browser("Page.navigate", url=f"http://localhost:{served.server_port}/")
+        browser.wait("typeof times == 'object' && times.length == 1 && !asking")
+        assert served.made == ["N"]
+        pixels = "[...find('canvas').getContext('2d').getImageData(0, 0, 32, 32).data]"
+        frames = [browser.value(pixels)]
+        browser.key("keyDown", "ArrowRight")
+        browser.wait("times.length >= 6")
+        assert browser.value("find('b.on').id") == "R"
+        browser.key("keyDown", "ArrowUp")                           # the newest of two keys held
+        browser.wait("times.length >= 9")
+        assert served.made[-1] == "S"
+        browser.key("keyUp", "ArrowUp")
+        browser.wait("times.length >= 12")
+        assert served.made[-1] == "R"
+        browser.key("keyUp", "ArrowRight")
+        browser.key("keyDown", "ArrowLeft")                                               # a tap
+        browser.key("keyUp", "ArrowLeft")
+        browser.wait("!asking")
+        made = "".join(served.made)
+        assert re.fullmatch("NR+S+R+LX+", made)
+        frames.append(browser.value(pixels))
+        assert np.abs(np.subtract(*frames)).mean() > 5
+        assert f"of {len(made)} frames obey" in browser.value("find('#text').textContent")
+        picture = iio.imread(base64.b64decode(browser("Page.captureScreenshot")["data"]))
+        left, top, width = browser.value("(b => [b.x, b.y, b.width])(find('canvas')"
+                                         ".getBoundingClientRect())")
+        assert width == 512                                            # each pixel is 16 x 16 large
+        view = picture[int(top) + 8:, int(left) + 8:][:512:16, :512:16, :3]
+        agree(view, np.reshape(frames[1], (32, 32, 4))[..., :3], atol=3, rtol=0, check_dtype=False)
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert "".join(served.made) == made                                                # idle
+        browser.value("Object.defineProperty(document, 'hidden', {value: 1, configurable: 1})")
+        browser.key("keyDown", "ArrowRight")
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert "".join(served.made) == made                                                # hidden
+        browser.value("delete document.hidden")
+        browser.key("keyUp", "ArrowRight")
+        browser.key("keyDown", "ArrowRight")
+        browser.wait("asking")
+        browser.session = {}
+        browser("Target.createTarget", url="about:blank")
+        browser("Target.closeTarget", targetId=browser.target)
+        while browser.target in str(browser("Target.getTargets")):
+            time.sleep(0.02)
+        time.sleep(0.3)                                         # a last frame may be under way
+        made = len(served.made)
+        time.sleep(0.5)
+        assert len(served.made) == made                                                    # closed
+    finally:
+        browser.process.kill()
+        browser.process.wait()

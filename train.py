@@ -4,6 +4,7 @@ train.py: train a video diffusion model.
     python train.py --preset tiny                      a toy world: no data, no download, no GPU
     python train.py --preset tiny --data drive         another, whose clips obey commands
     python train.py --preset tiny --data my_videos/    your own videos, GIFs, pictures, arrays
+    python train.py --preset digits --data mnist_test_seq.npy      grey clips of moving digits
     python train.py --preset tiny --resume             go on where a run was stopped
     python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
     python train.py --preset ucf101 --dry-run          what a run would need
@@ -78,7 +79,8 @@ def draw(step, config, seed):
     So --resume needs no generator's state, and many processes learn what one alone would."""
     torch.manual_seed(1_000_003 * seed + step)
     clips = config.batch
-    shape = (clips, config.frames + config.stills, config.channels, *config.size)
+    size = config.crop or config.size
+    shape = (clips, config.frames + config.stills, config.channels, *size)
     u = vdm.stratified(clips)                                                                 # (B,)
     if config.independent:
         u = vdm.independent_levels(u, config.frames, config.independent)                    # (B, T)
@@ -92,12 +94,21 @@ def draw(step, config, seed):
     if config.give == "hint":
         drawn["level"] = config.hint_noise * torch.rand(clips)
         drawn["unit"] = torch.randn(clips, config.frames, *shape[2:])
+    if config.crop:
+        rooms = np.subtract(config.size, config.crop)
+        corners = [torch.randint(room + 1, (clips,)) for room in rooms]
+        drawn["corner"] = torch.stack(corners, dim=1)                                      # (B, 2)
     if config.give in PUBLISHED:                               # the picture is withheld on its own
         drawn["shown"] = (torch.rand(clips) >= config.drop).float()
     if config.actions:                                         # (B, 1, A): 0, or NaN if not told
         zeros = torch.zeros(clips, 1, sum(config.actions))
         drawn["withheld"] = vdm.drop_modes(zeros, config.actions, config.drop)
     return drawn
+
+def cut(clips, corner, size):
+    """Cut (h, w) = size out of every clip (B, T, C, H, W), all frames at its corner, (B, 2)."""
+    h, w = size
+    return torch.stack([clip[..., y:y + h, x:x + w] for clip, (y, x) in zip(clips, corner)])
 
 def conditions(batch, drawn, config):
     """Return what the denoiser is told: given frames, and label and action unless withheld."""
@@ -118,8 +129,9 @@ def conditions(batch, drawn, config):
     if config.task == "image":
         return told | vdm.image_hint(clean[:, :1], drawn["mask"], drawn["level"],
                                      drawn["unit"][:, :1])
-    if config.task == "upsample":
-        clean = vdm.blurred(clean)
+    if config.task == "upsample" and not config.factor:
+        clean = vdm.blurred(clean, config.enlarge)
+    clean = clean[:, :config.frames]                   # of latents, what is blurred comes first
     return told | vdm.hint(clean, drawn["mask"], drawn["level"], drawn["unit"])
 
 def published_conditions(told, batch, drawn, config):
@@ -137,6 +149,8 @@ def published_conditions(told, batch, drawn, config):
 
 def loss_of(model, batch, drawn, config):
     """Return the loss of a batch and, for the log, its squared errors, of the shape of sigma."""
+    if config.crop:
+        batch = batch | dict(video=cut(batch["video"], drawn["corner"], config.crop))
     told = conditions(batch, drawn, config)
     clean = batch["video"][:, -config.frames:]                                     # (B, T, C, H, W)
     loss = LOSSES[config.loss]
@@ -279,23 +293,37 @@ def main(argv=None):
     autoencoder, config = find_autoencoder(options, config, state)
     if options.local:                      # the first process of a machine reads and decodes files
         dist.barrier()
+    if options.note and not options.resume:
+        print(f"preset  {options.preset}, but {options.note}, by --frames or --data")
+    asked = config
     data, held_out, config = open_data(options, config, autoencoder)
+    if options.files and config != asked:
+        print(f"own data: {differing(asked, config)}")
+    if options.files != state.get("files", options.files):
+        print(f"warning: the files of {options.data} are others than this run began with")
     if dist.is_initialized() and not options.local:
         dist.barrier()
     learner = make_learner(options, config, state)
-    told = told_to_samples(held_out, options.marks, config)
+    told = told_to_samples(held_out, options.marks, config, autoencoder, options.device)
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder, **told)
     if train(options, config, data, learner, store, picture, state):
         finish(options, config, held_out, picture)
 
-def told_to_samples(held_out, n, config):
+def told_to_samples(held_out, n, config, autoencoder, device):
     """Return the conditions of n held-out clips, which the samples of a run are told."""
-    if not config.actions and config.give not in PUBLISHED:
+    enlarges = config.task == "upsample"
+    if not config.actions and config.give not in PUBLISHED and not enlarges:
         return {}
     some = default_collate([held_out[i] for i in range(n)])
     told = {}
+    if enlarges:
+        clip = vdm.blurred(some["video"], config.enlarge)
+        if autoencoder is not None:
+            clip = autoencoder.encode(clip.to(device)).cpu()
+        level = torch.full((n,), config.hint_noise / 2)
+        told = vdm.hint(clip, torch.ones(clip.shape[:2]), level, torch.randn(clip.shape))
     if config.actions and held_out.actions:
         told["action"] = some["action"][:, -config.frames:]                              # (N, T, A)
     if config.give in PUBLISHED:
@@ -320,10 +348,7 @@ def make_learner(options, config, state):
     model = spread(net, ema, options)
     optimizers = make_optimizers(config, model)
     if options.resume:
-        whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
-                             optim_state_dict=state["optimizers"], options=WHOLE)
-        whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
-        ema.updates = state["ema_updates"]
+        restore(state, model, ema, optimizers)
     if options.compile:
         net.net.compile()
     total = sum(p.numel() for p in net.parameters())
@@ -332,6 +357,17 @@ def make_learner(options, config, state):
           f"device  {options.device}, {options.dtype} arithmetic, float32 weights\n"
           f"run     {config.steps} steps of {config.batch} clips, to {options.out}/")
     return model, ema, optimizers
+
+def restore(state, model, ema, optimizers):
+    """Load weights, averages and moments of a checkpoint, but no peak rates: --lr may be new."""
+    peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
+    whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
+                         optim_state_dict=state["optimizers"], options=WHOLE)
+    whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
+    ema.updates = state["ema_updates"]
+    for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["peak"] = rate
 
 def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
@@ -427,8 +463,9 @@ def save(options, config, learner, autoencoder, step, seconds):
     weights, moments = whole.get_state_dict(model, optimizers, options=WHOLE)
     average = whole.get_model_state_dict(ema.model, options=WHOLE)
     state = dict(config=dataclasses.asdict(config), seed=options.seed, data=options.data,
-                 encode=options.encode, step=step, seconds=seconds, model=weights,
-                 optimizers=moments, ema=average, ema_updates=ema.updates)
+                 data_fps=options.data_fps, files=options.files, encode=options.encode, step=step,
+                 seconds=seconds, model=weights, optimizers=moments, ema=average,
+                 ema_updates=ema.updates)
     if autoencoder is not None:
         state["autoencoder"] = autoencoder.state_dict()
     if options.rank == 0:
@@ -454,31 +491,31 @@ def finish(options, config, held_out, picture):
 def open_data(options, config, autoencoder):
     """Return what to train on, what to hold out, and config with what the data decides."""
     size, channels = pixels(config)
-    frames = config.frames
-    if config.give == "previous":                                  # an item is two clips in a row
-        frames *= 2
+    clips = 2 if config.give == "previous" else 1                  # an item is two clips in a row
+    frames = clips * vdm.clip_frames(config)
+    options.files = None                                           # a checksum of those there are
     if options.data in WORLDS:
         need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
-        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: expected 3")
+        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: expected 3, "
+             "or clips of your own (--data)")
+        need(config.stride == 1 or options.data == "shapes", "--stride is for files and shapes")
         world = WORLDS[options.data]
+        if options.data == "shapes":
+            world = partial(world, stride=config.stride)
         data = world(frames, size, seed=options.seed)
         held_out = world(frames, size, seed=options.seed + 1)
-        print(f"data    {world.__name__}: made in code, {frames} frames of {size[0]}x{size[1]}")
+        print(f"data    {WORLDS[options.data].__name__}: made in code, {frames} frames of "
+              f"{size[0]}x{size[1]}")
     else:
-        folder = vdm.VideoFolder
-        if config.factor and autoencoder is None:
-            folder = Latents
-            size = config.size
-            channels = config.channels
-        data = held_out = folder(options.data, frames, size, config.stride, channels,
-                                 options.seed, progress=not options.local, cache=True)
-        print(data.report)
-        if folder is vdm.VideoFolder:                              # latents do not tell theirs
-            config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+        data, config = open_files(options, config, frames, clips, autoencoder)
+        held_out = data
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
-        data = Latents(encode(data, options, n, autoencoder), frames, config.size, 1,
+        frames = clips * config.frames
+        if config.task == "upsample":
+            frames *= 2
+        data = Latents(encode(data, options, n, autoencoder, config), frames, config.size, 1,
                        config.channels, options.seed)
     need(config.give != "vista" or "conditions" not in config.train or data.actions, "--train "
          "conditions trains Vista's actions: put clip.actions.npy (T, 19) beside clip.npy")
@@ -490,7 +527,47 @@ def open_data(options, config, autoencoder):
          f"{data.labels} labels and actions {data.actions}")
     return data, held_out, config
 
+def open_files(options, config, frames, clips, autoencoder):
+    """Return a folder of pixels or latents, and config with the frame rate of pixels."""
+    folder = vdm.VideoFolder
+    size, channels = pixels(config)
+    if config.factor and autoencoder is None:
+        need(config.task != "upsample", "--task upsample needs pixels, or --latents")
+        folder = Latents
+        frames = clips * config.frames
+        size = config.size
+        channels = config.channels
+    need(options.out.resolve() != Path(options.data).resolve(), f"--out is {options.out}, the "
+         "folder of --data, where samples would become data: name another")
+    data = folder(options.data, frames, size, config.stride, channels, options.seed,
+                  progress=not options.local, cache=True, data_fps=options.data_fps,
+                  without=options.out)
+    print(data.report)
+    options.files = data.checksum
+    if folder is vdm.VideoFolder:                                  # latents do not tell theirs
+        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+    return data, config
+
+def differing(before, after):
+    """Return the fields in which two configs differ, as words."""
+    return ", ".join(f"{name} {value} instead of {getattr(before, name)}"
+                     for name, value in vars(after).items() if value != getattr(before, name))
+
 # ---- flags ---------------------------------------------------------------------------------------
+
+RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)   # what --resume takes from last.pt
+
+def fewer_given(preset, frames):
+    """Return odds of given frames, and overlap, where those of a preset do not fit into as few.
+
+    They shrink in proportion: where of 8 frames 4 are given, so are 2 of 4 frames."""
+    if frames < 1 or len(preset.context) <= frames > preset.overlap:
+        return {}
+    odds = [0.0] * frames
+    for n, chance in enumerate(preset.context):
+        odds[min(math.ceil(n * frames / preset.frames), frames - 1)] += chance
+    overlap = min(math.ceil(preset.overlap * frames / preset.frames), frames - 1)
+    return dict(context=tuple(odds), overlap=max(1, overlap))
 
 def parse(argv):
     """Read flags into (options, Config). The comment beside each field of Config is its help."""
@@ -498,13 +575,14 @@ def parse(argv):
                allow_abbrev=False)
     add = p.add_argument
     add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
-    add("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder")
+    add("--data", help="shapes or drive (toy worlds), or a file or folder (shapes)")
+    add("--data-fps", type=float, help="choose frames of files to have this rate, whatever theirs")
     add("--out", type=Path, help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
-    add("--encode", type=int, default=2048, help="with --latents: clips that are encoded, once")
+    add("--encode", type=int, help="with --latents: clips that are encoded, once (2048)")
     add("--init", type=Path, help="a last.pt to start from, or .safetensors of SVD or Vista")
-    add("--seed", type=int, default=0, help="fixes weights, data and noise")
+    add("--seed", type=int, help="fixes weights, data and noise (0)")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
@@ -527,16 +605,24 @@ def parse(argv):
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
                      for name, value in vars(options).items() if name in comments}
-    if len(options.given.get("size", "no")) == 1:                                    # square frames
-        options.given["size"] *= 2
+    for name in ("size", "crop"):
+        if len(options.given.get(name, "no")) == 1:                                  # square frames
+            options.given[name] *= 2
+    data = options.data or RUN["data"]
     name = options.preset
-    usual = {}
-    if options.data != "shapes":
-        name += "-" + Path(options.data).stem
-    if options.data == "drive":
-        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    if data != "shapes":
+        name += "-" + Path(data).stem
     options.out = options.out or Path("out", name)
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **usual | options.given)
+    if not options.resume:
+        vars(options).update({name: value for name, value in RUN.items()
+                              if getattr(options, name) is None})
+    preset = vdm.PRESETS[options.preset]
+    usual = fewer_given(preset, options.given.get("frames", preset.frames))
+    if data == "drive":
+        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    usual = {name: value for name, value in usual.items() if name not in options.given}
+    options.note = differing(preset, dataclasses.replace(preset, **usual))
+    return options, dataclasses.replace(preset, **usual | options.given)
 
 # ##################################################################################################
 # In a small run what follows has next to nothing to do.
@@ -587,19 +673,32 @@ class Latents(vdm.VideoFolder):
              f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
              f"{', '.join(map(str, shape))}); videos need --latents CKPT")
         std = np.std(x[:64], dtype=np.float64)
-        need(0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
-             f"it by {1 / max(std, 1e-9):.4g}")
+        planes = shape[1] == 1 and np.abs(x[:64]).max() <= 1             # a row that tanh bounds
+        need(planes or 0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: "
+             f"multiply it by {1 / max(std, 1e-9):.4g}")
         return list(x.reshape(-1, *x.shape[-4:])), 8.0
 
     def to_float(self, latents):
         return torch.from_numpy(np.array(latents, np.float32))                        # (T, c, h, w)
 
-def encode(data, options, n, autoencoder):
+def encode(data, options, n, autoencoder, config):
     """Encode items 0 ... n - 1 of a dataset, once: return a folder of .npy files, and actions.
 
     It is named after a checksum of the autoencoder and some items, by which the next run finds it.
-    Frames are cut in pixels, then encoded, as latents cannot be resized."""
-    some = [data[i]["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int)]
+    Frames are cut or blurred in pixels, then encoded, as latents cannot be resized. For an
+    up-sampler the frames of a clip as it is given, blurred, come before the clip's own."""
+    need(not (data.actions and config.planes), "--data has actions, but planes have no frames that "
+         "could be told them: choose another --preset")
+
+    def item(i):
+        found = data[i]
+        if config.task == "upsample":
+            clip = found["video"][None]
+            clip = torch.cat([vdm.blurred(clip, config.enlarge), clip], dim=1)[0]
+            found = found | dict(video=clip)
+        return found
+
+    some = [item(i)["video"] for i in np.linspace(0, n - 1, min(n, 16)).astype(int)]
     tensors = [*autoencoder.state_dict().values(), *some]
     checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in tensors), n)
     folder = options.out.parent / f"latents-{checksum:08x}"
@@ -607,15 +706,16 @@ def encode(data, options, n, autoencoder):
         return folder
     items = []
     for i in tqdm(range(n), "encoding", **BAR):
-        item = data[i]
-        latent = autoencoder.encode(item["video"][None].to(options.device))[0]        # (T, c, h, w)
-        items.append(item | dict(video=latent.half().cpu()))
+        found = item(i)
+        latent = autoencoder.encode(found["video"][None].to(options.device))[0]       # (T, c, h, w)
+        items.append(found | dict(video=latent.half().cpu()))
     items = default_collate(items)
     part = folder.with_suffix(".part")                        # gets its name when it is whole
     part.mkdir(parents=True, exist_ok=True)
     np.save(part / "video.npy", items["video"])
     if data.actions:
-        np.save(part / "video.actions.npy", items["action"])
+        times = items["video"].shape[1] // items["action"].shape[1]
+        np.save(part / "video.actions.npy", items["action"].repeat(1, times, 1))
     return part.rename(folder)
 
 def find_autoencoder(options, config, state):
@@ -627,13 +727,16 @@ def find_autoencoder(options, config, state):
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
     need(autoencoder is not None, f"--latents {path} is no autoencoder, and holds none")
-    config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
+    need(bool(made.planes) == bool(config.planes), f"--latents {path} makes latents of "
+         f"{'planes' if made.planes else 'frames'}: choose another --preset, as planes is one")
+    config = dataclasses.replace(config, channels=made.channels, factor=made.factor,
+                                 planes=made.planes)
     return autoencoder.to(options.device), config
 
 # ---- --resume and --init -------------------------------------------------------------------------
 
 MAY_CHANGE = ("steps", "sampler", "sampling_steps", "skip_guidance", "sigma_min", "sigma_max",
-              "rho", "overlap", "fps")
+              "rho", "overlap", "fps", "lr", "muon_lr")
 
 def resume(options, config):
     """Return the checkpoint to go on from, nearly empty without --resume, and the configuration."""
@@ -643,13 +746,22 @@ def resume(options, config):
              "continues it, another --out starts a new one")
         return dict(step=0, seconds=0.0), config
     state, saved = vdm.read_checkpoint(path)
-    was = vars(saved) | state
-    now = options.given | dict(seed=options.seed, data=options.data, encode=options.encode)
-    changed = [name for name in now if now[name] != was.get(name) and name not in MAY_CHANGE]
+    was = RUN | vars(saved) | state
+    for name in RUN:
+        if getattr(options, name) is None:
+            setattr(options, name, was[name])
+    now = options.given | {name: getattr(options, name) for name in reversed(RUN)}
+    may = list(MAY_CHANGE)
+    if WORLDS.keys().isdisjoint([options.data, was["data"]]):      # a folder may have been moved
+        may.append("data")
+        need(Path(options.data).exists(), f"{options.data}, the data of this run, is no longer "
+             "there: name its new place (--data)")
+    changed = [name for name in now if now[name] != was[name] and name not in may]
     need(not changed, f"--resume goes on with a run's own settings, but {', '.join(changed)} is "
          f"another in {path}: leave the flag out, or name another --out. These may change: "
-         f"{', '.join(MAY_CHANGE)}")
+         f"{', '.join(may)}")
     config = dataclasses.replace(saved, **options.given)
+    options.given["fps"] = config.fps                              # not again that of the files
     need(state["step"] <= config.steps, f"{path} has done {state['step']} steps: raise --steps")
     return state, config
 
@@ -662,7 +774,7 @@ def trim(log, step):
 
 ADDED = ("labels", "actions", "adapters")
 MODEL = ("channels", "width", "mults", "blocks", "attention", "head_dim", "patch", "kind",
-         "sigma_data", "give", *ADDED)
+         "sigma_data", "give", "planes", *ADDED)
 
 def start_from(path, config):
     """Build a model with the averaged weights of a checkpoint (--init).
@@ -766,7 +878,7 @@ def estimate(model, config):
     for block in blocks(model):
         block.register_forward_pre_hook(mark)
         block.register_forward_hook(mark)
-    clip = torch.zeros(1, config.frames, config.channels, *config.size)
+    clip = torch.zeros(1, config.frames, config.channels, *(config.crop or config.size))
     given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
     if config.give == "previous":
         given = dict(previous=clip)

@@ -978,6 +978,205 @@ def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
 # ==================================================================================================
 # 11. PVDM
 # ==================================================================================================
+# PVDM says a clip on three planes, u(t, h, w) ~ (H, W) + (T, W) + (T, H), in far fewer numbers than
+# frames take (sec. 3.1). The planes are one row of L = HW + TW + TH places: a clip of one frame of
+# 1 x L, which all of Part I takes as it is. Its network is one of pictures, which the planes share,
+# with attention among all their places (sec. 3.2).
+
+def plane_sizes(frames, height, width):
+    """Height and width of the planes (H, W), (T, W), (T, H) of a grid T x H x W."""
+    return (height, width), (frames, width), (frames, height)
+
+def join_planes(planes):
+    """Planes (..., h, w), side by side in one row: (..., 1, L)."""
+    return torch.cat([plane.flatten(-2) for plane in planes], dim=-1).unsqueeze(-2)
+
+def split_planes(x, sizes):
+    """What join_planes joined: x (..., 1, L) -> planes (..., h, w) of these sizes."""
+    rows = x.squeeze(-2).split([h * w for h, w in sizes], dim=-1)
+    return [row.unflatten(-1, size) for row, size in zip(rows, sizes)]
+
+class Projection(nn.Module):
+    """u (B, N, dim, X, Y) -> a plane (B, latent, X, Y) with values in (-1, 1). At every place of it
+    a summary token looks along the axis N, which is then dropped."""
+
+    def __init__(self, dim, latent, depth, head_dim):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(dim, 1, 1))
+        self.layers = nn.Sequential(*[Attention(dim, head_dim, "t") for _ in range(depth)])
+        self.out = conv(dim, latent, 1)
+
+    def forward(self, u):
+        token = self.token.expand(len(u), 1, -1, *u.shape[3:])                 # (B, 1, dim, X, Y)
+        return self.out(self.layers(torch.cat([token, u], dim=1))[:, 0]).tanh()
+
+class TriplaneAutoencoder(nn.Module):
+    """encode(clip (B, n T, C, H, W)) -> planes (B, n, latent, 1, L), and decode: the latents of n
+    clips in a row, each on three planes (PVDM sec. 3.1).
+
+    grid is T, H / patch, W / patch. Encoder and decoder look over time, then over space, in turns
+    (TimeSformer); theirs have one feed-forward layer for both. Train it on the error of
+    decode(encode(clip)); PVDM adds LPIPS, and at last a GAN."""
+
+    def __init__(self, channels=3, latent=4, grid=(16, 8, 8), patch=4, dim=64, depth=2,
+                 plane_depth=1, head_dim=16):
+        super().__init__()
+        self.grid = grid
+        self.sizes = plane_sizes(*grid)
+        turns = [Attention(dim, head_dim, over) for _ in range(2 * depth) for over in ("t", "hw")]
+        self.encoder = nn.Sequential(*turns[:2 * depth])
+        self.decoder = nn.Sequential(*turns[2 * depth:])
+        self.input = nn.Sequential(nn.PixelUnshuffle(patch), conv(channels * patch ** 2, dim, 1))
+        self.project = nn.ModuleList(
+            [Projection(dim, latent, plane_depth, head_dim) for _ in range(3)])
+        self.read = nn.ModuleList([conv(latent, dim, 1) for _ in range(3)])
+        self.output = nn.Sequential(
+            normalize(dim), conv(dim, channels * patch ** 2, 1), nn.PixelShuffle(patch))
+
+    def encode(self, clip):
+        T, H, W = self.grid
+        patch = self.input[0].downscale_factor
+        if clip.shape[1] % T or clip.shape[3:] != (H * patch, W * patch):
+            raise ValueError(f"a clip is {tuple(clip.shape)}, expected a multiple of {T} frames of "
+                             f"{H * patch} x {W * patch}")
+        u = self.encoder(each_frame(self.input, clip.unflatten(1, (-1, T)).flatten(0, 1)))
+        alongs = (u, u.permute(0, 3, 2, 1, 4), u.permute(0, 4, 2, 1, 3))           # drop t, h, w
+        planes = join_planes([project(x) for project, x in zip(self.project, alongs)])
+        return planes.unflatten(0, (len(clip), -1))                                # (B, n, c, 1, L)
+
+    def decode(self, latents):
+        planes = split_planes(latents.flatten(0, 1), self.sizes)
+        hw, tw, th = (read(plane) for read, plane in zip(self.read, planes))
+        u = hw[:, None] + tw.transpose(1, 2).unsqueeze(3) + th.transpose(1, 2).unsqueeze(4)
+        clip = each_frame(self.output, self.decoder(u))                      # (B n, T, C, H, W)
+        return clip.unflatten(0, latents.shape[:2]).flatten(1, 2)
+
+    def stream(self, pieces):
+        """Decode latents (B, n, c, 1, L) that come piece by piece."""
+        return map(self.decode, pieces)
+
+def groups_of_planes(channels):
+    """PVDM's GroupNorm: 32 groups, or in a narrow layer as many as divide it."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+class PlaneResBlock(ResBlock):
+    """A ResBlock without time. It may resize a plane: resize is applied on both of its ways."""
+
+    def __init__(self, dim_in, dim, dim_emb, resize=nn.Identity()):
+        super().__init__(dim_in, dim, dim_emb)
+        del self.time                                                 # for the method of that name
+        self.conv1 = nn.Sequential(
+            groups_of_planes(dim_in), nn.SiLU(), resize, conv(dim_in, dim))
+        self.norm2 = groups_of_planes(dim)
+        self.skip = nn.Sequential(resize, self.skip)
+        zero(self.conv2)
+
+    @staticmethod
+    def time(x, temporal):
+        return x
+
+class PlaneAttention(nn.Module):
+    """Self-attention among all places of x (B, 1, C, h, w), which may be all planes in a row. There
+    are neither positions, which convolutions tell, nor a feed-forward layer."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = groups_of_planes(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = zero(nn.Linear(dim, dim))
+
+    def forward(self, x, emb=None):
+        tokens = rearrange(each_frame(self.norm, x), "b 1 c h w -> b (h w) c")          # (B, L, C)
+        qkv = self.qkv(tokens)
+        q, k, v = rearrange(qkv, "b l (n heads d) -> n b heads l d", n=3, heads=self.heads)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        change = self.out(rearrange(seen, "b heads l d -> b l (heads d)"))
+        return x + rearrange(change, "b (h w) c -> b 1 c h w", h=x.shape[3])
+
+class PlaneBlock(Block):
+    """Layers for each plane of x (B, 1, C, 1, L), then attention among all planes (sec. 3.2).
+
+    It is a Block, as by that VideoUNet.forward knows which layers are told the noise level."""
+
+    def __init__(self, sizes, layers, across=nn.Identity()):
+        nn.Module.__init__(self)
+        self.sizes = sizes
+        self.layers = nn.ModuleList(layers)
+        self.across = across
+
+    def forward(self, x, emb, temporal=1.0):
+        planes = split_planes(x, self.sizes)                                 # each (B, 1, C, h, w)
+        for layer in self.layers:
+            planes = [layer(plane, emb) for plane in planes]
+        return self.across(join_planes(planes))                              # (B, 1, C, 1, L)
+
+class EachPlane(nn.Module):
+    """A layer of pictures, applied to each plane of x (N, C, 1, L)."""
+
+    def __init__(self, layer, sizes):
+        super().__init__()
+        self.layer = layer
+        self.sizes = sizes
+
+    def forward(self, x):
+        return join_planes([self.layer(plane) for plane in split_planes(x, self.sizes)])
+
+class PlaneUNet(VideoUNet):
+    """PVDM's network of three planes: net(x (B, 1, channels, 1, L), c_noise (B, 1)) -> like x.
+
+    It is a UNet of pictures, and called as a VideoUNet; there is no time for `temporal` to switch
+    off. All planes pass through the same layers. attention[i] is "none", "joint" (among all places
+    of the three planes) or "factorised" (first within each plane). Every side of a plane must be a
+    multiple of 2^(levels - 1). concat_channels = channels is for a PreviousClip."""
+
+    def __init__(self, channels=4, concat_channels=4, width=128, mults=(1, 2, 4, 4), blocks=2,
+                 attention=(*["factorised"] * 3, "joint"), heads=8, sizes=plane_sizes(16, 32, 32)):
+        nn.Module.__init__(self)
+        E = 4 * width                                           # of the embedded noise level
+        self.conditions = {}
+        self.embed = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.input = EachPlane(conv(channels, width), sizes)
+        self.concat = None
+        if concat_channels > 0:
+            self.concat = ConcatInput(EachPlane(conv(concat_channels, width, bias=False), sizes))
+
+        def within(level, dim):
+            return [PlaneAttention(dim, heads)] if attention[level] == "factorised" else []
+
+        def across(level, dim):
+            return nn.Identity() if attention[level] == "none" else PlaneAttention(dim, heads)
+
+        at = [[(h >> i, w >> i) for h, w in sizes] for i in range(len(mults))]          # by level
+        self.down = nn.ModuleList([PlaneBlock(sizes, [])])      # which leaves the input as a skip
+        skip_dims = [width]
+        dim = width
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                res = PlaneResBlock(dim, width * mult, E)
+                dim = width * mult
+                self.down.append(
+                    PlaneBlock(at[level], [res, *within(level, dim)], across(level, dim)))
+                skip_dims.append(dim)
+            if level < len(mults) - 1:
+                res = PlaneResBlock(dim, dim, E, nn.AvgPool2d(2))
+                self.down.append(PlaneBlock(at[level], [res], across(level, dim)))
+                skip_dims.append(dim)
+        layers = [PlaneResBlock(dim, dim, E) for _ in range(2)]
+        layers.insert(1, PlaneAttention(dim, heads))
+        self.middle = PlaneBlock(at[-1], layers, PlaneAttention(dim, heads))
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(mults))):
+            for i in range(blocks + 1):
+                layers = [PlaneResBlock(dim + skip_dims.pop(), width * mults[level], E)]
+                dim = width * mults[level]
+                layers += within(level, dim)
+                if level > 0 and i == blocks:
+                    layers.append(PlaneResBlock(dim, dim, E, nn.Upsample(scale_factor=2)))
+                self.up.append(PlaneBlock(at[level], layers, across(level, dim)))
+        last = zero(conv(dim, channels))
+        self.output = EachPlane(nn.Sequential(groups_of_planes(dim), nn.SiLU(), last), sizes)
+
 # PVDM goes on clip by clip: the whole clip before is given, as further channels (sec. 3.3). Its
 # network needs concat_channels = channels.
 
@@ -997,10 +1196,16 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, loss=diffusio
     free, error = loss(denoiser, clean, sigma, noise, **options)
     return share * continued + (1 - share) * free, error
 
-def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None, **options):
+def clamped(denoise):
+    """A denoise whose estimate stays in [-1, 1], as all planes do (PVDM's sampling)."""
+    return lambda x, sigma, **conditions: denoise(x, sigma, **conditions).clamp(-1, 1)
+
+def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None,
+                     later_sigmas=None, **options):
     """Yield a video of any length, clip by clip, each given the one before (PVDM).
 
-    previous is a whole clip to start from, and comes first. Other arguments as in rollout."""
+    previous is a whole clip to start from, and comes first. later_sigmas are noise levels for all
+    clips that are given one; fewer will do. Other arguments as in rollout."""
     noise = clip_noise(seed, range(shape[0]) if clips is None else clips, sigmas.device)
     done = 0
     if previous is not None:
@@ -1008,6 +1213,8 @@ def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clip
         done = previous.shape[1]
         yield previous
     while done < length:
+        if previous is not None and later_sigmas is not None:
+            sigmas = later_sigmas
         window = generate(denoise, shape, sigmas, noise=noise, previous=previous, **options)
         yield window[:, :length - done]
         previous = window
@@ -1480,8 +1687,9 @@ def stream(denoise, length, shape, sigmas, lag, context=None, seed=0, clips=None
 # ==================================================================================================
 # 14. Adapters and editing
 # ==================================================================================================
-# To train a few per cent of a trained network. Each adapter wraps a layer, and its last part is 0,
-# so at first nothing changes. adapt puts them in; trainable freezes the rest.
+# To train a few per cent of a trained network: adapt puts adapters in, trainable freezes the rest.
+# The last part of an adapter is 0 at first. LoRA wraps single layers. SimDA and Tune-A-Video make
+# an image model a video model: they also let its frames look at each other, unless temporal is 0.
 
 class LowRank(nn.Sequential):
     """The trained part of LoRA."""
@@ -1528,45 +1736,86 @@ class Bottleneck(nn.Sequential):
     """The trained part of SimDA's adapters."""
 
 def bottleneck(dim):
-    """GELU between two layers, down to a quarter of the channels and up; at first 0 (SimDA)."""
+    """SimDA's adapter of attention or feed-forward layers: GELU on a quarter of the channels."""
     return Bottleneck(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
 
-class SpatialAdapter(nn.Module):
-    """h + up(GELU(down(h))) of h = layer(x), the output of attention (SimDA, S-Adapter)."""
+def temporal_bottleneck(dim):
+    """SimDA's T-Adapter: half of the channels look at three frames, each channel on its own."""
+    half = dim // 2
+    return Bottleneck(nn.Conv3d(dim, half, 1),
+                      nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
+                      zero(nn.Conv3d(half, dim, 1)))
 
-    def __init__(self, layer, dim):
+class Queries(nn.Sequential):
+    """The trained part of Tune-A-Video: the layer that makes the queries."""
+
+SHIFTS = (4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)
+
+def latent_shift(t, h, w):
+    """SimDA's latent-shift attention: frame t looks at itself, and at places of up to four frames
+    ago, which alternate as in the authors' code. Where the clip had not begun, it is frame t."""
+    past = t - torch.tensor(SHIFTS, device=t.device)[h % 4, w % 4]
+    return [t, torch.where(past < 0, t, past)]
+
+def sparse_causal(t, h, w):
+    """Tune-A-Video's sparse-causal attention: frame t looks at frames 0 and t - 1 (section 4)."""
+    return [torch.zeros_like(t), (t - 1).clamp(min=0)]
+
+class FrameAttention(nn.Module):
+    """An image model's attention over space, of which each frame also looks at other frames.
+
+    seen(t, h, w) names them: the token of each place (h, w) is seen as it is in these frames. L
+    tokens look at 2 L, where looking at all T frames would take T L (SimDA section 3.3).
+
+    It stands in the place of a Block's `time`, which is told temporal, and holds that layer and the
+    attention behind it. Adapters: over_time before attention, behind it, and beside the
+    feed-forward layer. At temporal=0 all of this is off, and the image model is as it was."""
+
+    def __init__(self, time, attention, seen, over_time=torch.zeros_like, behind=torch.zeros_like,
+                 beside=torch.zeros_like):
         super().__init__()
-        self.layer = layer
-        self.branch = bottleneck(dim)
+        self.time = time
+        self.attention = attention
+        self.seen = seen
+        self.over_time = over_time
+        self.behind = behind
+        self.beside = beside
 
-    def forward(self, x):                                                                # (N, L, C)
-        h = self.layer(x)
-        return h + self.branch(h)
+    def forward(self, x, temporal=1.0):                                            # (B, T, C, H, W)
+        share = torch.as_tensor(temporal).to(x)
+        x = self.time(x, temporal)
+        x = x + expand(share, x) * self.over_time(x.transpose(1, 2)).transpose(1, 2)
+        tokens = rearrange(x, "b t c h w -> b t (h w) c")
+        share = expand(share, tokens)                                            # (B or 1, 1, 1, 1)
+        h = self.attention.out(self.look(tokens, share, x.shape[3:]))
+        tokens = tokens + h + share * self.behind(h)
+        h = self.attention.feed_forward(tokens)
+        tokens = tokens + h + share * self.beside(tokens)
+        return rearrange(tokens, "b t (h w) c -> b t c h w", h=x.shape[3])
 
-class FeedForwardAdapter(SpatialAdapter):
-    """layer(x) + up(GELU(down(x))), beside a feed-forward layer (SimDA)."""
+    def look(self, tokens, share, size):
+        """What tokens (B, T, L, C) see: their own frame, or a share of the frames of seen."""
+        layer = self.attention
+        T, L = tokens.shape[1:3]
+        h = layer.norm(tokens)
+        q, k, v = (part(h).unflatten(-1, (layer.heads, -1)).transpose(2, 3)    # (B, T, heads, L, d)
+                   for part in (layer.q, layer.k, layer.v))
+        position = places(size, h.device)                                                   # (L, 2)
+        q = rotate(q, position)
+        k = rotate(k, position)                                    # a place is its own in any frame
+        grid = places([T, *size], h.device).unflatten(0, (T, L))
+        frames = torch.stack(self.seen(*grid.unbind(-1)), dim=1)                         # (T, n, L)
 
-    def forward(self, x):                                                                # (N, L, C)
-        return self.layer(x) + self.branch(x)
+        def look_at(k, v):
+            seen = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+            return rearrange(seen, "(b t) heads l d -> b t l (heads d)", t=T)
 
-class TemporalAdapter(nn.Module):
-    """h + up(conv(down(h))) of h = layer(x, emb), the output of a ResBlock (SimDA, T-Adapter).
+        def others(x):                                                     # (B, T, heads, n L, d)
+            x = x.transpose(2, 3)[:, frames, torch.arange(L, device=x.device)]
+            return x.flatten(2, 3).transpose(2, 3)
 
-    conv looks at three frames, each channel on its own, in half of the channels."""
-
-    def __init__(self, layer, dim):
-        super().__init__()
-        self.layer = layer
-        half = dim // 2
-        self.branch = Bottleneck(
-            nn.Conv3d(dim, half, 1),
-            nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
-            zero(nn.Conv3d(half, dim, 1)))
-
-    def forward(self, x, emb, temporal=1.0):                                       # (B, T, C, H, W)
-        h = self.layer(x, emb, temporal)
-        change = self.branch(h.transpose(1, 2)).transpose(1, 2).to(h)
-        return h + expand(torch.as_tensor(temporal).to(h), h) * change
+        own = look_at(k, v)
+        return own + share * (look_at(others(k), others(v)) - own)
 
 def lora_layers(net, rank):
     """LoRA for the matrices of attention and the temporal convolutions of a network, by name."""
@@ -1578,37 +1827,45 @@ def lora_layers(net, rank):
         elif isinstance(layer, TemporalConv):
             yield f"{name}.conv", LoRA(layer.conv, rank)
 
-def simda_layers(net):
-    """SimDA's adapters of a network, by name: behind residual blocks and attention over space, and
-    beside feed-forward layers."""
-    for name, layer in net.named_modules():
-        if isinstance(layer, ResBlock):
-            yield name, TemporalAdapter(layer, layer.conv2.out_channels)
-        elif isinstance(layer, Attention):
+def video_layers(net, kind):
+    """The layers of simda or sparse_causal for a network, by name: where it has attention over
+    space."""
+    for name, block in net.named_modules():
+        if isinstance(block, Block) and isinstance(block.space_attention, Attention):
+            layer = block.space_attention
             dim = layer.out.out_features
-            yield f"{name}.feed_forward", FeedForwardAdapter(layer.feed_forward, dim)
-            if layer.over == "hw":
-                yield f"{name}.out", SpatialAdapter(layer.out, dim)
+            if kind == "simda":
+                new = FrameAttention(block.time, layer, latent_shift, temporal_bottleneck(dim),
+                                     bottleneck(dim), bottleneck(dim))
+            else:
+                layer.q = Queries(layer.q)
+                new = FrameAttention(block.time, layer, sparse_causal)
+            yield f"{name}.time", new
+            yield f"{name}.space_attention", nn.Identity()
 
 def adapt(net, kind="lora", rank=4):
-    """Put adapters, lora (of this rank) or simda, into a network; return their parameters.
+    """Put adapters into a network; return the parameters to be trained.
 
-    SimDA's are for a VideoUNet alone."""
-    if kind not in ("lora", "simda") or rank < 1:
-        raise ValueError(f"adapters are {kind!r} of rank {rank}, expected lora or simda, 1 or more")
-    adapters = dict(lora_layers(net, rank) if kind == "lora" else simda_layers(net))
-    if not adapters:
+    lora has this rank, and changes nothing at first. simda (adapters and latent-shift attention)
+    and sparse_causal (Tune-A-Video: trains the queries of attention) make frames look at each
+    other at once. They are for a VideoUNet with attention over space."""
+    if kind not in ("lora", "simda", "sparse_causal") or rank < 1:
+        raise ValueError(f"adapters are {kind!r} of rank {rank}, expected lora, simda or "
+                         "sparse_causal, 1 or more")
+    layers = dict(lora_layers(net, rank) if kind == "lora" else video_layers(net, kind))
+    if not layers:
         raise ValueError(f"this network has no layers for {kind}: choose lora")
     device = next(net.parameters()).device
-    for name, adapter in adapters.items():
-        net.set_submodule(name, adapter.to(device))
-    return [p for adapter in adapters.values() for p in adapter.branch.parameters()]
+    for name, layer in layers.items():
+        net.set_submodule(name, layer.to(device))
+    part = part_of(net)
+    return [p for p in part if part[p] in ("lora", "adapters")]
 
 # Of StableUNet, shares (mix) and frame numbers (place) count as spatial, as in Vista's training.
 PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput, StableTemporalResidual,
                       StableTemporalAttention),
          "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding, ActionProjection),
-         "lora": (LowRank,), "adapters": (Bottleneck,)}
+         "lora": (LowRank,), "adapters": (Bottleneck, Queries)}
 
 def part_of(model):
     """The part of a model that every parameter belongs to: {parameter: part}.
@@ -1624,9 +1881,9 @@ def part_of(model):
 def trainable(model, parts):
     """Freeze all of a model but some of its parts: spatial, temporal, conditions, lora, adapters.
 
-    Video LDM trains the temporal part of an image model, LoRA and SimDA their adapters. On a CPU
-    let the noisy clip need a gradient: PyTorch 2.13 dies in the backward pass of a GroupNorm that
-    learns behind layers of which none does."""
+    Video LDM trains the temporal part of an image model, LoRA and SimDA train adapters,
+    Tune-A-Video both. On a CPU let the noisy clip need a gradient: PyTorch 2.13 dies in the
+    backward pass of a GroupNorm that learns behind layers of which none does."""
     part = part_of(model)
     unknown = set(parts) - set(part.values())
     if unknown or not parts:
@@ -1634,32 +1891,6 @@ def trainable(model, parts):
                          f"{' '.join(sorted(set(part.values())))}: name some of them")
     for p in model.parameters():
         p.requires_grad_(part[p] in parts)
-
-def shift_tokens(x, shifts=((4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4))):
-    """Each place of x (B, T, H, W, ...) as it was shifts[y % 4][x % 4] frames ago (SimDA's code).
-
-    Where the clip had not begun then, it stays as it is. Four by four places show five frames."""
-    t, h, w = (torch.arange(n, device=x.device) for n in x.shape[1:4])
-    t = t[:, None, None]
-    h = h[:, None]
-    source = t - torch.tensor(shifts, device=x.device)[h % 4, w % 4]                     # (T, H, W)
-    return x[:, torch.where(source < 0, t, source), h, w]
-
-def shift_attention(q, k, v, code=False):
-    """SimDA's latent-shift attention, all (B, T, H, W, heads, d).
-
-    Each frame looks at 2 H W tokens instead of T H W: its own and its own shifted, as in the paper.
-    With code=True, as in its code: those of the frame before, shifted, and its own shifted."""
-    def seen(x):
-        moved = shift_tokens(x)
-        first = x
-        if code:
-            first = moved[:, [0, *range(x.shape[1] - 1)]]          # of frame 0 there is none before
-        return torch.cat([first, moved], dim=2).flatten(2, 3).transpose(2, 3)
-
-    # (B, T, heads, H W, d) looks at (B, T, heads, 2 H W, d)
-    h = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(2, 3), seen(k), seen(v))
-    return h.transpose(2, 3).reshape(q.shape)
 
 @torch.no_grad()
 def invert_ddim(denoise, x, sigmas, iterations=1):
@@ -1688,8 +1919,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
-from glob import glob
 from pathlib import Path
 
 # ==================================================================================================
@@ -1705,7 +1936,8 @@ class MovingShapes:
     A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
     RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
     shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself."""
+    so each has one colour channel to itself. With a stride a clip is every stride-th frame of the
+    same clip, and SPEED is so many times as high."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
@@ -1724,11 +1956,12 @@ class MovingShapes:
     HURRY = 0.017                # one window's speed against the clip's
     TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
-    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0):
+    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0, stride=1):
         self.frames = frames
         self.size = tuple(size)
         self.objects = objects
         self.seed = seed
+        self.SPEED = tuple(stride * speed for speed in self.SPEED)
         self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
         self.labels = 18
         if objects == 2:
@@ -1973,9 +2206,13 @@ class Drive:
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 FPS = 8.0                                          # of pictures and arrays, which store no speed
+STORED_FRAMES = ["-fps_mode", "passthrough"]       # else ffmpeg repeats some, to even out the times
 
 def to_uint8(clip):
-    """float (..., C, H, W), clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
+    """float (..., C, H, W), C 1 or 3, clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
+    if not clip.is_floating_point() or clip.shape[-3:-2] not in ((1,), (3,)):
+        raise ValueError(f"the clip holds {clip.dtype} {tuple(clip.shape)}, expected floats in "
+                         "[-1, 1] (..., 1 or 3, H, W): from_uint8 makes them of (..., H, W, C)")
     if not torch.isfinite(clip).all():
         raise ValueError("the clip holds NaN or infinite values, expected numbers in [-1, 1]")
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
@@ -1999,16 +2236,37 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
+def conversion(x):
+    """What turns an array of other numbers or axes into bytes with the channels last, as words."""
+    words = ""
+    if x.ndim in (4, 5) and x.shape[-3] in (1, 3):
+        words = ": put the channels last, np.moveaxis(x, -3, -1)"
+    if x.dtype != np.uint8 and x.dtype.kind in "biuf" and x.size:
+        some = x.flat[::x.size // 10 ** 6 + 1]                     # all, unless there are millions
+        low = float(some.min())
+        high = float(some.max())
+        cure = "scale to 0 to 255"
+        if 0 <= low and high <= 255:
+            cure = "round"
+        if -1 <= low and high <= 1:
+            cure = "multiply by 255"
+            if low < 0:
+                cure = "add 1, multiply by 127.5"
+        words += f": values are {low:.4g} to {high:.4g}, {cure} and store uint8"
+    return words
+
 def clips_of_array(path):
-    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images."""
+    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images.
+
+    mnist_test_seq.npy, Moving MNIST, is known by its name: it is stored as (T, N, H, W)."""
     from PIL import Image
     x = np.load(path, mmap_mode="r", allow_pickle=False)               # a pickle could run any code
     if not isinstance(x, np.ndarray):
         if len(x) != 1:
             raise ValueError(f"an .npz of {len(x)} arrays, expected one")
         x = np.asarray(x[x.files[0]])
-    found = f"{x.dtype} {x.shape}"
-    if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
+    stored = x
+    if path.name == "mnist_test_seq.npy":
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
         x = x[..., None]
@@ -2016,13 +2274,14 @@ def clips_of_array(path):
         x = x[None]                                                              # (N, T, H, W, C)
     # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}")
+        raise ValueError("expected uint8 ([N,] T, H, W [, C]), found "
+                         f"{stored.dtype} {stored.shape}{conversion(stored)}")
     if x.shape[4] == 1:
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
 
 def frames_of_gif(path):
-    """The frames of a .gif or .webp as PIL images, and frames per second.
+    """The frames of a .gif or .webp as PIL images, and their times in seconds.
 
     Equal frames are stored as one that lasts longer. Here it is repeated."""
     from PIL import Image, ImageSequence
@@ -2031,44 +2290,72 @@ def frames_of_gif(path):
     images = ImageSequence.all_frames(Image.open(path))
     lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])            # ms
     times = np.round(lasts / lasts.min()).astype(int)
-    return [image for image, n in zip(images, times) for _ in range(n)], 1000 / lasts.min()
+    return ([image for image, n in zip(images, times) for _ in range(n)],
+            np.arange(times.sum()) * lasts.min() / 1000)
 
-def open_clips(path):
-    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second."""
-    import imageio.v3 as iio
+def times_of(path):
+    """The times of all frames of a video, in seconds, not always evenly spaced.
+
+    What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell."""
     from imageio_ffmpeg import get_ffmpeg_exe
+    command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
+               *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
+    done = subprocess.run(command, input=b"", capture_output=True)
+    said = done.stderr.decode("latin1")
+    if said:
+        raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+    listed = done.stdout.decode("latin1")           # "#tb 0: 1/600", then "0, dts, pts, ..." a line
+    tick = [int(n) for n in re.search(r"#tb 0: (\d+)/(\d+)", listed).groups()]
+    times = [int(n) for n in re.findall(r"^0, *-?\d+, *(-?\d+)", listed, re.M)]
+    return np.array(times) * tick[0] / tick[1]
+
+def at_rate(frames, times, rate=None):
+    """Frames of these times, and frames per second. A rate chooses, or repeats, those nearest to
+    evenly spaced times, `rate` a second, from the first on."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return frames, rate or FPS
+    if rate is None:
+        return frames, round((len(times) - 1) / (times[-1] - times[0]), 2)
+    wanted = np.arange(times[0], times[-1] + 1e-6, 1 / rate)
+    nearest = np.interp(wanted, times, np.arange(len(times)))                # halfway is rounded up
+    counts = np.bincount((nearest + 0.5 + 1e-6).astype(int), minlength=len(times))
+    return (frame for frame, n in zip(frames, counts) for _ in range(n)), rate
+
+def open_clips(path, rate=None):
+    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second.
+
+    With a rate, frames of videos and GIFs are chosen to have it; of all else it is believed."""
+    import imageio.v3 as iio
     from PIL import Image
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
-        return clips_of_array(path), FPS
+        return clips_of_array(path), rate or FPS
     if suffix in VIDEOS:
-        # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
-        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-        said = subprocess.run(command, input=b"", capture_output=True).stderr.decode("latin1")
-        if said:
-            raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
-        frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
-        return [frames], iio.immeta(path, plugin="FFMPEG")["fps"]
+        times = times_of(path)
+        frames = iio.imiter(path, plugin="FFMPEG", output_params=STORED_FRAMES)
+        frames, fps = at_rate(map(Image.fromarray, frames), times, rate)
+        return [frames], fps
     if suffix in (".gif", ".webp"):
-        frames, fps = frames_of_gif(path)
+        frames, fps = at_rate(*frames_of_gif(path), rate)
         return [frames], fps
     if not path.is_dir():
-        return [[Image.open(path)]], FPS
+        return [[Image.open(path)]], rate or FPS
     files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
     if not files:
         raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
     files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return [map(Image.open, files)], FPS
+    return [map(Image.open, files)], rate or FPS
 
-def decode(path, size=None, channels=3):
+def decode(path, size=None, channels=3, rate=None):
     """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
 
     Only an array holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
-    None leaves them as they are. What is missing or damaged raises a ValueError with the cause."""
+    None leaves them as they are; so it does for the rate, see open_clips. What is missing or
+    damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
     try:
-        clips, fps = open_clips(Path(path))
+        clips, fps = open_clips(Path(path), rate)
         clips = [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips]
         return np.stack(clips), fps
     except (ImportError, NameError, TypeError, AttributeError, MemoryError):
@@ -2110,13 +2397,15 @@ def write_video(path, clip, fps=8.0, scale=None):
     suffix = path.suffix.lower()
     shape = tuple(clip[0].shape)
     if suffix not in (".mp4", ".gif", ".png") or len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and (1 or 3, H, W)")
+        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and channels first,"
+                         " (1 or 3, H, W)")
     k = scale
     if scale is None:
         k = math.ceil(128 / min(*shape[1:], 128))
         if k * shape[1] % 2 or k * shape[2] % 2:                            # H.264 wants even sides
             k += 1
-    frames = (to_uint8(frame.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for frame in clip)
+    frames = (to_uint8(torch.as_tensor(frame).expand(3, -1, -1)).repeat(k, 0).repeat(k, 1)
+              for frame in clip)
     try:
         with replacing(path) as part:
             if suffix == ".mp4":
@@ -2152,24 +2441,47 @@ def grid(clips):
 
 @dataclasses.dataclass
 class StoredClip:
-    """Clip k of an .npy file (N, T, H, W, C). A worker process gets its place, not its pixels."""
+    """Clip k of an .npy file (N, frames, H, W, C). A worker gets its place, not its pixels."""
     path: Path
     k: int
+    frames: int
 
     def __len__(self):
-        return len(self[:])
+        return self.frames
 
     def __getitem__(self, cut):
         return np.load(self.path, mmap_mode="r")[self.k][cut]
 
-def find_files(root):
-    """The files at or below a path, none hidden. A folder stands for the pictures in it."""
+def find_files(root, without=None):
+    """The files at or below a path, none hidden, whatever links lead there each once.
+
+    A folder stands for the pictures in it. Runs, and the folder `without`, are left out."""
     if root.is_file():
         return [root]
-    files = [root / name for name in glob("**", root_dir=root, recursive=True)]
-    files = [p for p in files if p.is_file()
-             and not p.name.endswith((".actions.npy", ".tokens.npy"))]
-    return sorted({p.parent if p.suffix.lower() in PICTURES else p for p in files})
+    files = {}                                                   # the real path of each -> its path
+    seen = {without and os.path.realpath(without)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or "last.pt" in names:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in (Path(folder, name) for name in sorted(names) if name[0] != "."):
+            if path.suffix.lower() in PICTURES:
+                path = path.parent
+            elif path.name.endswith((".actions.npy", ".tokens.npy")) or not path.is_file():
+                continue
+            key = os.path.realpath(path)
+            if key not in files or files[key].is_symlink():
+                files[key] = path
+    return sorted(files.values())
+
+def files_of(path):
+    """The files that a path of find_files stands for: itself or, of a folder, the files in it."""
+    if path.is_dir():
+        return sorted(p for p in path.glob("[!.]*") if p.is_file())
+    return [path]
 
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
@@ -2179,16 +2491,19 @@ class VideoFolder:
 
     cache    keep decoded clips in .vdm_cache/ beside the data for the next run, if that folder can
              be written; else they are kept in memory. OSError if the disk is full
+    data_fps choose frames of videos to have this rate; it is believed of files that store none
+    without  a folder that is not looked into
     actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
              cut like its frames to action=(frames, A). NaN stands for what is not told
     fps      frames per second of an item
+    checksum of names and sizes of the files
     report   what was used, what was skipped, and why"""
 
     labels = 0
     to_float = staticmethod(from_uint8)
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
-                 cache=False):
+                 cache=False, data_fps=None, without=None):
         from tqdm import tqdm
         root = Path(path)
         if not root.exists():
@@ -2200,78 +2515,100 @@ class VideoFolder:
         self.stride = stride
         self.channels = channels
         self.seed = seed
+        self.data_fps = data_fps
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
         self.cache = None                              # then clips are kept in memory
         folder = root if root.is_dir() else root.parent
         if cache and os.access(folder, os.W_OK):
             self.cache = folder / ".vdm_cache"
+        self.cached = {path.name[:32]: path for path in folder.glob(".vdm_cache/[!.]*.npy")}
         self.clips = []
+        self.lengths = []                              # of each clip, in frames
+        self.rates = []                                # of each clip, frames per second
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
-        speeds = []
         skipped = []
-        files = find_files(root)
+        files = find_files(root, without)
+        state = [(p.relative_to(root).as_posix(), p.stat().st_size)
+                 for file in files for p in files_of(file)]
+        self.checksum = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
         for file in tqdm(files, "decoding", disable=not progress):
             try:
-                speeds.append(self.add(file))
+                self.add(file)
             except ValueError as error:
-                skipped.append(f"skipped {error}")
-        self.fps = float(np.median(speeds or [0])) / stride
-        self.report = (f"data: {len(files)} files in {root} -> {len(self)} clips used, "
-                       f"{len(skipped)} skipped, {size[0]}x{size[1]} crop, {channels} channels, "
-                       f"{self.fps:g} fps")
-        if self.actions:
-            self.report += f", {sum(x is not None for x in self.moves)} with actions"
-        if len(skipped) > 9:
-            skipped[9:] = [f"skipped {len(skipped) - 9} more"]
-        self.report = "\n      ".join([self.report, *skipped])
+                skipped.append("skipped " + str(error).replace("\n", "\\n"))
+        self.cached.clear()
+        self.fps = float(np.median(self.rates or [0])) / stride
+        self.report = self.describe(root, len(files), skipped)
         if not self.clips:
             raise ValueError(self.report)
 
+    def describe(self, root, files, skipped):
+        """The report, of a number of files and of the reasons why some were skipped."""
+        report = (f"data: {files} files in {root} -> {len(self)} clips used, {len(skipped)} "
+                  f"skipped, {self.size[0]}x{self.size[1]} crop, {self.channels} channels, "
+                  f"{self.fps:g} fps")
+        if self.clips:
+            ends = sorted({min(self.lengths), max(self.lengths)})
+            report += f", {' to '.join(map(str, ends))} frames each"
+        if self.actions:
+            report += f", {sum(x is not None for x in self.moves)} with actions"
+        lines = [report, *skipped[:9]]
+        if len(skipped) > 9:
+            lines.append(f"skipped {len(skipped) - 9} more")
+        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
+            counts = Counter(f"at {rate:.3g} fps" for rate in self.rates).most_common(6)
+            lines.append("warning: clips have different rates, " + ", ".join(
+                f"{n} {rate}" for rate, n in counts) + f": --data-fps {min(self.rates):.3g} chooses"
+                " frames so that they have one")
+        return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
+
     def add(self, file):
-        """Keep the clips of a file, and their actions. Return its frames per second."""
+        """Keep the clips of a file, and their actions."""
         clips, fps = self.read(file)
         if len(clips[0]) < self.span:
             raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
                              f"{self.span}: lower --frames or --stride")
         self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
         self.clips += clips
-        return fps
+        self.lengths += [len(clips[0])] * len(clips)
+        self.rates += [fps] * len(clips)
 
     def read(self, file):
         """The clips in a file, (N, T, H, W, C), and frames per second, by way of the cache."""
         if self.cache is None:
-            clips, fps = decode(file, self.size, self.channels)
+            clips, fps = decode(file, self.size, self.channels, self.data_fps)
             return list(clips), fps
-        parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
-        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels)).encode()
+        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(file)]
+        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels,
+                    self.data_fps)).encode()
         key = hashlib.sha256(key).hexdigest()[:32]
         try:
-            path, = self.cache.glob(f"{key}-*.npy")
-            n = len(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError):                              # missing, or cut short
-            clips, fps = decode(file, self.size, self.channels)
-            n = len(clips)
+            path = self.cached[key]
+            shape = np.load(path, mmap_mode="r").shape
+        except (KeyError, OSError, ValueError, EOFError):                    # missing, or cut short
+            clips, fps = decode(file, self.size, self.channels, self.data_fps)
+            shape = clips.shape
             path = self.cache / f"{key}-{fps}.npy"
             with replacing(path, os.getpid()) as part:
                 np.save(part, clips)
-        return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
+        clips = [StoredClip(path, k, shape[1]) for k in range(shape[0])]
+        return clips, float(path.stem.partition("-")[2])
 
     def read_actions(self, path, clips):
         """The actions (T, A) of each clip, or None for each if there is no such file."""
         if not path.is_file():
             return [None] * len(clips)
         try:
-            x = np.load(path).astype(np.float32)
+            stored = np.load(path).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
-        x = x.reshape(-1, *x.shape[-2:])                                                # (N, T, A)
+        x = stored.reshape(-1, *stored.shape[-2:])                                      # (N, T, A)
         width = self.actions or x.shape[-1:]
         shape = (len(clips), len(clips[0]), *width)
         if x.shape != shape or np.isinf(x).any():
-            raise ValueError(f"{path}: {x.shape}, expected {shape}, a row per frame, of finite "
-                             "numbers, or NaN where none is told")
+            raise ValueError(f"{path}: {stored.shape}, expected {shape}, a row per frame, of finite"
+                             " numbers, or NaN where none is told")
         self.actions = width
         return list(x)
 
@@ -2282,7 +2619,7 @@ class VideoFolder:
         """The number of the clip that item i is cut from, and the slice of its frames."""
         turn, k = divmod(i, len(self))
         number = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))[k]
-        starts = len(self.clips[number]) - self.span + 1
+        starts = self.lengths[number] - self.span + 1
         start = int(np.random.default_rng([self.seed, 1, i]).integers(starts))
         return number, slice(start, start + self.span, self.stride)
 
@@ -2307,9 +2644,10 @@ class Config:
     frames: int = 8                 # frames per clip
     size: tuple = (32, 32)          # height and width in pixels; with factor, of the latents
     channels: int = 3               # 3 for colour, 1 for grey; with factor, of the latents
-    stride: int = 1                 # take every stride-th frame of a file
+    stride: int = 1                 # take every stride-th frame of a file, or of shapes
     fps: float = 8.0                # frames per second of the videos written
     factor: int = 0                 # pixels to a latent along each side (0: no latents)
+    planes: tuple = ()              # frames, height, width of latents on planes; sets frames, size
     width: int = 16                 # channels of the first level
     mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
     blocks: int = 1                 # blocks per level and way
@@ -2321,7 +2659,7 @@ class Config:
     give: str = "concat"            # concat, hint, replace, per_frame, previous, svd or vista
     labels: int = 0                 # classes of clips (shapes: 18; 0: no labels)
     actions: tuple = ()             # lengths of the modes of an action (default: as the data has)
-    adapters: str = ""              # put lora or simda into the network ("": neither)
+    adapters: str = ""              # put in lora, simda or sparse_causal ("": none of them)
     rank: int = 4                   # rank of LoRA
     # what noise it sees, and what it is given
     schedule: str = "lognormal"     # linear, scaled_linear, cosine, sigmoid, uniform, lognormal
@@ -2331,6 +2669,8 @@ class Config:
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
     task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
+    enlarge: int = 4                # task upsample: how many times as large as what is given
+    crop: tuple = ()                # train on random crops of this size (default: whole frames)
     independent: float = 0.0        # give per_frame: odds that every frame has its own noise level
     drop: float = 0.15              # odds that label and actions are withheld
     images: float = 0.08            # share of clips trained as loose frames, temporal=0
@@ -2358,6 +2698,13 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at low noise
     overlap: int = 4                # frames that a window of a long video is given
 
+    def __post_init__(self):
+        if self.planes:                              # to the network a clip is one row of places
+            if len(self.planes) != 3:
+                raise ValueError(f"planes are {self.planes}, expected frames, height and width")
+            self.frames = 1
+            self.size = (1, sum(h * w for h, w in plane_sizes(*self.planes)))
+
 # A preset is a set of defaults; any flag after it wins. The comments say what differs from the
 # papers; "unverified" is what neither paper nor code tells.
 
@@ -2368,11 +2715,17 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), kind="v",
                  sigma_min=0.002, sigma_max=700.0)
 PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
+    # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
+    "digits": Config(channels=1, batch=8, steps=3000),
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=("none", "joint"), steps=1500),
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set
+    # PVDM on a laptop: the toy world, 16 frames of 32 x 32 pixels, on planes of 4 x 320 in all
+    "planes": Config(planes=(16, 8, 8), channels=4, factor=4, width=48, mults=(1, 2), head_dim=12,
+                     attention=("joint", "factorised"), patch=1, give="previous",
+                     context=(0.5, 0.5), images=0.0, loss="plain", skip_guidance=1.0, steps=1500),
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set, at full size
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels. Theirs has three blocks on the way up and two in the middle, no
@@ -2383,10 +2736,11 @@ PRESETS = {
                     schedule="cosine", weighting="eps", context=(1.0,), stills=8, steps=60_000,
                     batch=128, lr=3e-4, weight_decay=0.0, sampler="ddpm", sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
-    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs has latents on three
-    # planes and a network without time; ours has latents of frames. Unverified: fps, clip_norm
-    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), kind="eps",
-                 attention=(*["factorised"] * 3, "none"), give="previous", context=(0.8, 0.2),
+    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 16 --sampling-steps 100. All layers
+    # of its network are theirs but the first of the noise level, which sees 64 waves, not width.
+    # Their autoencoder is larger, and learns by LPIPS and a GAN, too. Unverified: fps, clip_norm
+    "sky": paper(planes=(16, 32, 32), width=256, mults=(1, 2, 4, 4), kind="eps", head_dim=32,
+                 attention=(*["factorised"] * 3, "joint"), give="previous", context=(0.8, 0.2),
                  schedule="scaled_linear", weighting="eps", steps=850_000, batch=64, lr=1e-4,
                  sampler="ddpm", sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
     # Video LDM, key frames, 128 x 256 pixels. Theirs trains temporal layers alone, after an image
@@ -2422,7 +2776,7 @@ CHOICES = dict(kind=KINDS, schedule=SCHEDULES, sampler=SAMPLERS, give=GIVES,
                weighting=("inverse", "min_snr", *KINDS),
                task=("predict", "ends", "any", "image", "upsample"),
                loss=("plain", "change", "vista"), optimizer=("adamw", "muon"),
-               adapters=("", "lora", "simda"))
+               adapters=("", "lora", "simda", "sparse_causal"))
 
 def check_config(config):
     """ValueError, one sentence, for names and sizes of which no model can be built."""
@@ -2434,19 +2788,23 @@ def check_config(config):
     if len(config.attention) != levels or set(config.attention) - {"none", "factorised", "joint"}:
         raise ValueError(f"attention is {' '.join(map(str, config.attention))}, expected none, "
                          f"factorised or joint for each of the {levels} levels of mults")
+    flag = "planes" if config.planes else "size"
+    sides = getattr(config, flag)
     multiple = config.patch * 2 ** (levels - 1)                 # every level halves the tiled frame
-    near = [max(multiple, round(n / multiple) * multiple) for n in config.size]
-    if near != [*config.size]:
-        raise ValueError(f"size is {config.size}, patch and mults need multiples of {multiple}: "
-                         f"the nearest that works is --size {' '.join(map(str, near))}")
+    near = [max(multiple, round(n / multiple) * multiple) for n in sides]
+    if near != [*sides]:
+        raise ValueError(f"{flag} is {sides}, patch and mults need multiples of {multiple}: "
+                         f"the nearest that works is --{flag} {' '.join(map(str, near))}")
     wide = [config.width * mult for mult, attention in zip(config.mults, config.attention)
             if attention != "none"]
+    if config.planes:                                      # the first level decides how many heads
+        wide = [config.width]
     if any(n % config.head_dim for n in wide) or (wide and config.head_dim % 2):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
 
 def build_network(config):
-    """Config -> VideoUNet or, for give svd and vista, StableUNet, with fresh weights."""
+    """Config -> VideoUNet, for planes PlaneUNet, for give svd and vista StableUNet, all fresh."""
     if config.give in ("svd", "vista"):
         return StableUNet(config.channels, config.channels, config.width, config.mults,
                           config.blocks, config.attention, config.head_dim,
@@ -2462,6 +2820,10 @@ def build_network(config):
         conditions["given"] = LabelEmbedding(1)
     concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
                            previous=config.channels).get(config.give, 0)
+    if config.planes:
+        return PlaneUNet(config.channels, concat_channels, config.width, config.mults,
+                         config.blocks, config.attention, config.width // config.head_dim,
+                         plane_sizes(*config.planes))
     return VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
                      config.attention, config.head_dim, config.patch, conditions=conditions)
 
@@ -2474,7 +2836,9 @@ def build(config):
     return GIVES[config.give](net, config.kind, config.sigma_data)
 
 def build_autoencoder(config):
-    """Config -> Autoencoder with fresh weights, of colour frames."""
+    """Config -> Autoencoder or, for planes, TriplaneAutoencoder, with fresh weights, of colour."""
+    if config.planes:
+        return TriplaneAutoencoder(3, config.channels, config.planes, config.factor)
     return Autoencoder(channels=3, latent=config.channels, factor=config.factor)
 
 def save(path, **state):
@@ -2762,14 +3126,15 @@ def limit(names, expected, low, high, *sources):
 MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
-        "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every",
+        "steps batch frames stride size planes channels width mults blocks patch rank head_dim "
+        "actions sampling_steps overlap marks encode micro save_every sample_every keep_every "
+        "enlarge crop",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
         "spatial_lr skip_guidance",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema",
-    ("0.1 to 1000", 0.1, 1000): "fps",
+    ("0.1 to 1000", 0.1, 1000): "fps data_fps",
     ("-1000 to 1000", -1000, 1000): "mean",
     ("0 to 10^9", 0, 10 ** 9): "seed"}
 
@@ -2780,26 +3145,43 @@ def check(options, config):
     odds = config.context
     need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
     need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
-    need(odds[0] > 0 and len(odds) <= config.frames, f"--context is {odds}, expected odds of 0, 1, "
-         "2 ... given frames, no more numbers than --frames, and the first not 0")
+    most = 2 if config.give == "previous" else config.frames
+    need(odds[0] > 0 and len(odds) <= most, f"--context is {odds}, expected odds of 0, 1, 2 ... "
+         "given frames, no more numbers than --frames, and the first not 0")
     need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
          "--give previous needs two numbers as --context, and --task predict")
     need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
          f"--task {config.task} needs --give hint")
-    need(config.task != "upsample" or not (config.factor or np.mod(config.size, 4).any()),
-         "--task upsample needs pixels, and --size in multiples of 4")
+    need(config.task != "upsample" or not np.mod(config.size + config.crop, config.enlarge).any(),
+         f"--task upsample needs --size and --crop in multiples of --enlarge, {config.enlarge}")
+    multiple = config.patch * 2 ** (len(config.mults) - 1)
+    fits = [n <= whole and n % multiple == 0 for n, whole in zip(config.crop, config.size)]
+    need(len(config.crop) in (0, 2) and all(fits), f"--crop is {config.crop}, expected multiples of"
+         f" {multiple}, up to --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
+    check_planes(options, config)
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
          " which --images above 0 teaches: without, it must be 1")
     check_config(config)
 
+def check_planes(options, config):
+    """Refuse what planes cannot do: they have no frames to be told anything of their own."""
+    if not config.planes:
+        return
+    alone = ("labels", "actions", "adapters", "stills", "images", "independent")
+    need(config.give in ("concat", "previous") and config.patch == 1
+         and not any(getattr(config, name) for name in alone), "--planes goes with --give previous "
+         f"or concat and with --patch 1, but neither with {', '.join(alone[:-1])} nor {alone[-1]}")
+    need(not {"frames", "size"} & getattr(options, "given", {}).keys(),
+         "--planes has three numbers for frames, height and width: leave out --frames and --size")
+
 def pixels(config):
     """Return size and channels of a run's frames, of which the network may know only latents."""
     if config.factor:
-        return tuple(n * config.factor for n in config.size), 3
+        return tuple(n * config.factor for n in config.planes[1:] or config.size), 3
     return tuple(config.size), config.channels
 
 def sampling(config):
@@ -2807,8 +3189,14 @@ def sampling(config):
     sigmas = karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
     return sigmas, SAMPLERS[config.sampler]
 
+def clip_frames(config):
+    """Return the frames of video that a clip of the network stands for."""
+    return config.planes[0] if config.planes else config.frames
+
 def skip_guided_by(config, denoise):
-    """Return denoise with a config's skip guidance, if it has any."""
+    """Return denoise with a config's skip guidance, if it has any; with planes, clamped."""
+    if config.planes:
+        return clamped(denoise)
     if config.skip_guidance == 1:
         return denoise
     return skip_guided(denoise, config.skip_guidance)

@@ -95,12 +95,12 @@ def animate_figure(draw, moments, size=(4, 4), fps=8.0, about="an animated figur
 
 # ---- marks ---------------------------------------------------------------------------------------
 
-def marks(world, rows):
+def marks(world, rows, laws=LAWS):
     """Print a table: for each name of rows the share of its clips that keep each law."""
-    print(" " * 22, *(f"{law:>7}" for law in LAWS))
+    print(" " * 26, *(f"{law:>7}" for law in laws))
     for name, clips in rows.items():
         found = world.check(clips)
-        print(f"{name:>22}", *(f"{found[law].mean():7.0%}" for law in LAWS))
+        print(f"{name:>26}", *(f"{found[law].mean():7.0%}" for law in laws))
 
 # ---- exercises -----------------------------------------------------------------------------------
 

@@ -68,6 +68,85 @@ def denoising():
               va="center", color=RED)
     axes.text(3.6, 2.25, "estimated noise\n(x - guess) / s", ha="center", va="center", color=GREY)
 
+# ---- lesson 02 -----------------------------------------------------------------------------------
+
+@drawing
+def unet():
+    """The UNet: three sizes, skip connections, and the noise level in every block."""
+    axes = canvas(9, 4.4)
+    down = ((1.5, 3.2), (2.4, 2.1), (3.3, 1.0))
+    up = ((7.5, 3.2), (6.6, 2.1), (5.7, 1.0))
+    middle = (4.5, 0.3)
+    for (x, y), (x2, _), size, width in zip(down, up, ("8 x 8", "4 x 4", "2 x 2"), (1.4, 1.1, 0.8)):
+        for place in (x, x2):
+            box(axes, place, y, "block", width, 0.5)
+        arrow(axes, (x + width / 2, y), (x2 - width / 2, y), GREY)
+        label = size if size == "2 x 2" else f"{size}: skip connection"
+        axes.text((x + x2) / 2, y + 0.14, label, ha="center", color=GREY)
+    box(axes, *middle, "block", 0.8, 0.45)
+    for way, ends in ((down, (middle,)), (up[::-1], ())):
+        for a, b in zip(way, [*way[1:], *ends]):
+            side = 0.55 if b[1] < a[1] else -0.55
+            arrow(axes, (a[0] + side / 3, a[1] - 0.27 if b[1] < a[1] else a[1] + 0.27),
+                  (b[0] - side / 3, b[1] + 0.27 if b[1] < a[1] else b[1] - 0.27), BLUE)
+    arrow(axes, (4.9, 0.35), (5.55, 0.73), BLUE)
+    arrow(axes, (0.35, 3.2), (0.8, 3.2), BLUE)
+    arrow(axes, (8.2, 3.2), (8.65, 3.2), BLUE)
+    axes.text(0.3, 3.45, "noisy", ha="center", color=BLUE)
+    axes.text(8.6, 3.45, "guess", ha="center", color=BLUE)
+    axes.text(0.9, 1.5, "half the size,\nmore channels", ha="center", va="center", color=BLUE)
+    axes.text(8.1, 1.5, "twice the size,\nfewer channels", ha="center", va="center", color=BLUE)
+    box(axes, 4.5, 4.05, "noise level: 64 waves, two layers  →  gain and shift in every block", 6.4, 0.45, RED)
+
+# ---- lesson 03 -----------------------------------------------------------------------------------
+
+def frames(axes, left, bottom, lit, T=4, side=3, cell=0.22, color=BLUE):
+    """T frames of side x side places, where lit(t, h, w) says which are coloured."""
+    for t in range(T):
+        for h in range(side):
+            for w in range(side):
+                place = (left + t * (side + 1) * cell + w * cell, bottom + (side - 1 - h) * cell)
+                shade = lit(t, h, w)
+                axes.add_patch(Rectangle(place, cell, cell, edgecolor="black", linewidth=0.8,
+                                         facecolor=color if shade else "white"))
+                if (t, h, w) == (1, 1, 1):
+                    axes.plot(place[0] + cell / 2, place[1] + cell / 2, "o", color="black",
+                              markersize=5)
+
+@drawing
+def attention_over():
+    """Which tokens the dotted one looks at: space, time, or both."""
+    axes = canvas(9, 4.2)
+    rows = (("over space", "(b t) (h w) c", lambda t, h, w: t == 1, BLUE, "its own frame"),
+            ("over time", "(b h w) t c", lambda t, h, w: (h, w) == (1, 1), RED, "its place in all frames"),
+            ("joint", "b (t h w) c", lambda t, h, w: True, GREY, "everything"))
+    for i, (name, fold, lit, color, sees) in enumerate(rows):
+        y = 3.05 - 1.3 * i
+        axes.text(0.2, y + 0.42, name, weight="bold", color=color, va="center")
+        axes.text(0.2, y + 0.12, fold, family="monospace", va="center", fontsize=11)
+        frames(axes, 2.3, y, lit, color=color)
+        axes.text(6.2, y + 0.33, sees, va="center")
+    for t in range(4):
+        axes.text(2.63 + t * 0.88, 3.95, f"frame {t}", ha="center", fontsize=10)
+
+@drawing
+def gate():
+    """A temporal layer: x + gate * f(x)."""
+    axes = canvas(9, 2.6)
+    axes.text(0.4, 1.8, "x", ha="center", va="center", fontsize=14)
+    arrow(axes, (0.6, 1.8), (7.55, 1.8), "black")
+    axes.text(4.4, 2.08, "nothing is changed on this way: the image model", ha="center", color=BLUE)
+    axes.plot([1.2, 1.2], [1.8, 0.7], color=RED, linewidth=1.8)
+    arrow(axes, (1.2, 0.7), (2.0, 0.7), RED)
+    box(axes, 3.5, 0.7, "temporal layer f(x)", 3.0, 0.6, RED)
+    arrow(axes, (5.0, 0.7), (5.7, 0.7), RED)
+    box(axes, 6.6, 0.7, "× gate", 1.8, 0.6, RED)
+    axes.text(6.6, 0.2, "a number, at first 0", ha="center", color=RED)
+    axes.plot([7.5, 7.75], [0.7, 0.7], color=RED, linewidth=1.8)
+    arrow(axes, (7.75, 0.7), (7.75, 1.62), RED)
+    axes.text(7.75, 1.8, "+", ha="center", va="center", fontsize=18)
+    arrow(axes, (7.95, 1.8), (8.7, 1.8), "black")
+
 # ---- lesson 06 -----------------------------------------------------------------------------------
 
 @drawing
@@ -117,7 +196,6 @@ def level_matrix():
     axes.text(0.55, 2.2, "steps of the sampler", color=RED, rotation=90, ha="center", va="center")
     axes.text(4.9, 0.12, "columns: frames 0 to 3.   Numbers: steps to go, 4 is pure noise, 0 is done",
               ha="center", va="center")
-
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "figures")
     folder.mkdir(parents=True, exist_ok=True)
