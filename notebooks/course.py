@@ -45,7 +45,7 @@ def strip(clips, rows=(), columns=(), title="", scale=3):
     axes.set_title(title)
     plt.show()
 
-def gif(frames, fps=8.0, about="an animation", colors=32):
+def gif(frames, fps=8.0, about="an animation", colors=32, zoom=1):
     """Frames, uint8 (T, H, W, 3) -> an animation to show. about is read to those who cannot see."""
     pages = [Image.fromarray(frame) for frame in frames]
     palette = Image.fromarray(np.concatenate(frames)).quantize(
@@ -55,7 +55,8 @@ def gif(frames, fps=8.0, about="an animation", colors=32):
     pages[0].save(file, "gif", save_all=True, append_images=pages[1:], duration=round(1000 / fps),
                   loop=0)
     data = base64.b64encode(file.getvalue()).decode()
-    return HTML(f'<img alt="{about}" src="data:image/gif;base64,{data}">')
+    wide = zoom * pages[0].width
+    return HTML(f'<img alt="{about}" width="{wide}" src="data:image/gif;base64,{data}">')
 
 def animate(clips, names=(), columns=8, scale=4, fps=8.0, about="an animation of clips"):
     """Show clips (B, T, C, H, W) side by side, each under its name."""

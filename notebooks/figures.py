@@ -229,6 +229,56 @@ def shown():
     axes.text(6.8, 1.1, "as they are", ha="center", color=BLUE, fontsize=11)
     axes.text(8.25, 1.1, "estimated", ha="center", fontsize=11)
 
+# ---- lesson 06 -----------------------------------------------------------------------------------
+
+@drawing
+def windows_of_a_rollout():
+    """Three windows of a roll-out, each given the last frames of the one before."""
+    axes = canvas(10, 3.6)
+    side = 0.52
+    overlap = 4
+    for window in range(3):
+        y = 2.45 - 0.9 * window
+        for i in range(8):
+            given = window > 0 and i < overlap
+            x = 1.5 + (window * (8 - overlap) + i) * side
+            axes.add_patch(Rectangle((x, y), side - 0.05, side - 0.05, linewidth=2, edgecolor=BLUE,
+                                     facecolor=BLUE if given else "white"))
+            axes.text(x + side / 2, y + side / 2, window * (8 - overlap) + i, ha="center",
+                      va="center", color="white" if given else "black")
+        axes.text(1.3, y + side / 2, f"window {window + 1}", ha="right", va="center")
+        if window > 0:
+            x = 1.5 + (window * (8 - overlap) + overlap / 2) * side
+            arrow(axes, (x, y + 0.85), (x, y + side + 0.02), RED)
+    axes.text(5.8, 3.2, "time", color=RED, ha="right", va="center")
+    arrow(axes, (5.9, 3.2), (9.8, 3.2), RED)
+    axes.text(1.5, 0.25, "blue: given, the last frames of the window before (here 4).   "
+              "white: generated", va="center")
+
+@drawing
+def level_matrix():
+    """Three orders of denoising: a row is a step, a column a frame, dark is noise."""
+    axes = canvas(10, 4.6)
+    steps, frames, side = 4, 4, 0.215
+    orders = ("together", 0), ("a pyramid", 2), ("one by one", 4)
+    for k, (name, lag) in enumerate(orders):
+        left = 1.2 + 2.9 * k
+        rows = steps + lag * (frames - 1) + 1
+        for i in range(rows):
+            for t in range(frames):
+                togo = steps - min(max(i - lag * t, 0), steps)            # steps still to be made
+                axes.add_patch(Rectangle((left + 0.36 * t, 3.75 - side * i), 0.36, side,
+                                         edgecolor="white", facecolor=str(1 - 0.2 * togo)))
+                axes.text(left + 0.36 * (t + 0.5), 3.75 - side * (i - 0.45), togo, ha="center",
+                          va="center", fontsize=8, color="white" if togo > 2 else "black")
+        axes.text(left + 0.72, 4.2, name, ha="center", color=BLUE)
+        axes.text(left + 1.6, 3.75 - side * (rows / 2 - 1), f"{rows - 1} steps", va="center",
+                  color=GREY)
+    arrow(axes, (0.85, 3.95), (0.85, 0.5), RED)
+    axes.text(0.55, 2.2, "steps of the sampler", color=RED, rotation=90, ha="center", va="center")
+    axes.text(4.9, 0.12, "columns: frames 0 to 3.   Numbers: steps to go, 4 is pure noise, 0 is done",
+              ha="center", va="center")
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "figures")
     folder.mkdir(parents=True, exist_ok=True)
