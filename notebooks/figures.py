@@ -68,6 +68,40 @@ def denoising():
               va="center", color=RED)
     axes.text(3.6, 2.25, "estimated noise\n(x - guess) / s", ha="center", va="center", color=GREY)
 
+# ---- lesson 09 -----------------------------------------------------------------------------------
+
+@drawing
+def lora():
+    """A frozen matrix, and a branch of low rank beside it."""
+    axes = canvas(9, 3.6)
+    box(axes, 0.8, 1.8, "x", 0.8, 1.6, GREY)
+    box(axes, 4.0, 2.7, "W, frozen\nd_out × d_in", 2.2, 1.2, GREY)
+    box(axes, 2.9, 0.8, "A, random\nr × d_in", 1.5, 1.0, RED)
+    box(axes, 5.1, 0.8, "B, 0 at first\nd_out × r", 1.5, 1.0, RED)
+    box(axes, 6.7, 1.8, "+", 0.6, 0.6, "black")
+    box(axes, 8.3, 1.8, "W x + B A x", 1.3, 1.6, GREY)
+    arrow(axes, (1.2, 2.2), (2.88, 2.7))
+    arrow(axes, (1.2, 1.4), (2.13, 0.9), RED)
+    arrow(axes, (3.65, 0.8), (4.33, 0.8), RED)
+    axes.text(4.0, 0.12, "through r channels", ha="center", va="center", color=RED)
+    arrow(axes, (5.1, 2.7), (6.4, 1.95))
+    arrow(axes, (5.85, 0.8), (6.4, 1.6), RED)
+    arrow(axes, (7.0, 1.8), (7.63, 1.8))
+
+@drawing
+def inversion():
+    """Up to the noise of a clip, and down again to an edited one."""
+    axes = canvas(9, 3.4)
+    box(axes, 1.2, 0.7, "the clip", 1.6, 0.8, BLUE)
+    box(axes, 7.6, 0.7, "the edited clip", 1.9, 0.8, RED)
+    box(axes, 3.6, 2.8, "its own noise", 1.9, 0.7, GREY)
+    box(axes, 6.3, 2.8, "fresh noise", 1.7, 0.7, GREY)
+    arrow(axes, (1.5, 1.1), (3.2, 2.45), GREY, text="up: invert", shift=(-0.75, 0.1))
+    arrow(axes, (3.9, 2.45), (7.0, 1.1), RED)
+    arrow(axes, (6.4, 2.45), (7.4, 1.1), RED, text="down: sample", shift=(0.85, 0.1))
+    arrow(axes, (2.0, 0.7), (6.65, 0.7), BLUE, text="first frames, edited by hand, are given",
+          shift=(0, -0.25))
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "figures")
     folder.mkdir(parents=True, exist_ok=True)
