@@ -102,6 +102,32 @@ def inversion():
     arrow(axes, (2.0, 0.7), (6.65, 0.7), BLUE, text="first frames, edited by hand, are given",
           shift=(0, -0.25))
 
+# ---- lesson 10 -----------------------------------------------------------------------------------
+
+@drawing
+def file_to_clip():
+    """A long, wide video becomes a clip for the network."""
+    axes = canvas(9, 3.2)
+    for k in range(10):                                          # the file: frames wider than high
+        here = k in (3, 6, 9)
+        left = 0.3 + 0.24 * k
+        bottom = 1.0 + 0.1 * k
+        axes.add_patch(Rectangle((left, bottom), 1.0, 0.75, facecolor="white", linewidth=1.5,
+                                 edgecolor=RED if here else GREY))
+        if here:                                                           # its middle is a square
+            axes.add_patch(Rectangle((left + 0.125, bottom), 0.75, 0.75, linewidth=1.5,
+                                     facecolor="#dbe5f3", edgecolor=BLUE))
+    axes.text(1.9, 0.5, "a file: crop the middle,\ntake every third frame", ha="center",
+              va="center")
+    arrow(axes, (4.0, 1.6), (5.0, 1.6), text="shrink", shift=(0, 0.25))
+    for k in range(3):
+        axes.add_patch(Rectangle((5.3 + 0.3 * k, 1.1 + 0.15 * k), 0.7, 0.7, facecolor="#dbe5f3",
+                                 edgecolor=BLUE, linewidth=1.5))
+    axes.text(6.0, 0.5, "bytes 0 ... 255\n(T, h, w, C)", ha="center", va="center")
+    arrow(axes, (6.9, 1.6), (7.5, 1.6), text="scale", shift=(0, 0.25))
+    box(axes, 8.2, 1.6, "-1 ... 1", 1.2, 0.9)
+    axes.text(8.2, 0.5, "for the network\n(T, C, h, w)", ha="center", va="center")
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "figures")
     folder.mkdir(parents=True, exist_ok=True)
