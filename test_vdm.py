@@ -3992,6 +3992,96 @@ def test_every_command_of_the_readme_runs(project, monkeypatch):
     assert (project / "demo.gif").exists() and (project / "samples.mp4").exists()
     assert len(list(project.glob("out/*/samples/final.gif"))) >= 10
 
+LESSONS = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+           if f"(solutions/{path.name[:2]}.py)" in path.read_text()]
+
+def printed(cell):
+    """What a code cell of a notebook printed."""
+    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
+
+def answers_of(path):
+    """The blocks of a file of solutions: (number, "mistake: which" or "solution", code)."""
+    parts = re.split(r"^# Exercise (\d+), (.*)\n", path.read_text(), flags=re.M)[1:]
+    return list(zip(map(int, parts[::3]), parts[1::3], parts[2::3]))
+
+def with_solutions(book, path):
+    """Put into a lesson, behind every exercise's check, each answer of the file and the check once
+    more; then the empty answer, so that the rest runs as it is. Returns the cells that check."""
+    answers = answers_of(path)
+    cells = []
+    expected = []
+    for cell in book.cells:
+        cells.append(cell)
+        found = re.match(r"@exercise\((\d+)", cell.source)
+        if not found:
+            continue
+        number = int(found[1])
+        empty = cells[-2]
+        assert empty.source.startswith(f"# Exercise {number}"), empty.source
+        expected.append((cell, (number, "nothing")))
+        for _, answer, code in [a for a in answers if a[0] == number]:
+            filled = copy.deepcopy(empty)
+            filled.source = code
+            check = copy.deepcopy(cell)
+            cells += [filled, check]
+            expected.append((check, (number, answer)))
+        assert expected[-1][1][1] == "solution", (number, path)
+        cells.append(copy.deepcopy(empty))
+    assert {number for _, (number, _) in expected} == {a[0] for a in answers}
+    book.cells = cells
+    for i, cell in enumerate(cells):
+        cell.id = f"cell-{i}"
+    return expected
+
+@cases("path", LESSONS, ids=lambda path: path.name)
+def test_lesson_keeps_the_rules(path):
+    """Of a lesson as it is stored: its size, its parts, and that each number of its prose with a
+    decimal point, a per cent sign or three digits stands in the code of its section or was printed
+    by it."""
+    nbformat = pytest.importorskip("nbformat")
+    book = nbformat.read(path, as_version=4)
+    assert path.stat().st_size <= 400 * 1024
+    head = book.cells[0].source
+    for part in ("# " + path.name[:2], "**You will be able to**", "**You need**", "**Reading:**",
+                 "**Computing:**", f"(solutions/{path.name[:2]}.py)"):
+        assert part in head, part
+    prose = "\n".join(c.source for c in book.cells if c.cell_type == "markdown")
+    assert prose.count("**Predict.**") == prose.count("**Answer.**") >= 2
+    assert "in vdm.py" in prose
+    quiz = prose[prose.index("## Quiz"):]
+    assert re.findall(r"<summary>(\d)\. .*\?</summary>", quiz) == list("12345")
+    assert prose.count("<details>") == prose.count("</details>")
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
+        assert (path.parent / name).exists() or re.match(r"\d\d_", name), name
+    sections = [[]]
+    for cell in book.cells[1:]:
+        if cell.cell_type == "code":
+            assert cell.execution_count, cell.source
+        if cell.source.startswith("## "):
+            sections.append([])
+        sections[-1].append(cell)
+    for section in sections:
+        code = [c for c in section if c.cell_type == "code"]
+        known = " ".join(c.source + printed(c) for c in code).replace(" %", "%")
+        known = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?%?", known.replace("_", "")))
+        for cell in section:
+            if cell.cell_type == "code":
+                continue
+            text = re.sub(r"(?s)\$.*?\$|`.*?`|<[^>]*>|\]\([^)]*\)", " ", cell.source)
+            claims = re.findall(r"(?<![\w.])(\d+(?:\.\d+)? ?%|\d+\.\d+|\d{3,})", text)
+            for claim in claims:
+                assert claim.replace(" ", "") in known | {str(y) for y in range(2000, 2040)}, \
+                    f"{claim} in: {cell.source[:200]}"
+
+def test_figures_are_drawn_by_the_script(tmp_path):
+    """Each diagram has its function, and each is shown by a lesson."""
+    pytest.importorskip("matplotlib")
+    subprocess.run([sys.executable, ROOT / "notebooks/figures.py", tmp_path], check=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (ROOT / "notebooks/figures").iterdir()}
+    shown = " ".join(path.read_text() for path in LESSONS)
+    assert {name for name in drawn if f"(figures/{name})" not in shown} == set()
+
 @cases("notebook", sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
 def test_notebook_runs(notebook, project, monkeypatch):
     """Every cell, top to bottom, with the tiny budget that VDM_FAST asks for."""
@@ -4003,8 +4093,21 @@ def test_notebook_runs(notebook, project, monkeypatch):
     monkeypatch.setenv("VDM_FAST", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     where = dict(metadata=dict(path=str(project / "notebooks")))
+    expected = []
+    if ROOT / "notebooks" / notebook in LESSONS:
+        expected = with_solutions(book, project / f"notebooks/solutions/{notebook[:2]}.py")
     nbclient.NotebookClient(book, timeout=600, startup_timeout=600, resources=where).execute()
     assert all(cell.execution_count for cell in book.cells if cell.cell_type == "code")
+    sentences = {}
+    for cell, (number, answer) in expected:
+        said = printed(cell)
+        if answer == "solution":
+            assert f"Exercise {number}: right." in said, said
+        elif answer == "nothing":
+            assert f"Exercise {number}: not answered yet." in said, said
+        else:
+            assert f"Exercise {number}: not yet." in said, (answer, said)
+            assert sentences.setdefault(said, answer) == answer, said  # a sentence for each mistake
 
 def test_layout():
     """At the top there is what a reader needs, and no more."""
