@@ -19,7 +19,9 @@ SVD and Vista they are the latents of their autoencoder times 0.18215: divide, t
 
 import argparse
 import dataclasses
+import itertools
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -113,17 +115,15 @@ def choose(job):
         need(ends or (config.task == "any" and config.give != "hint"), "--interpolate needs a model"
              f" of --task any or, to be {T - 1}, of --task ends, or else --reconstruction 2")
         return interpolate, range(2, MANY)
-    if config.give == "previous":
-        return follow_clip, [T]
     if config.give in PUBLISHED:
         need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
         need(job.reconstruction is None, "--reconstruction is for models of other kinds")
-    if config.give == "svd":
-        return animate, [1]
-    if job.context and config.task == "upsample":
-        return enlarge, range(1, MANY)
-    if job.context and config.task == "image":
-        return follow_hint, [1]
+    by_give = dict(previous=(follow_clip, [T]), svd=(animate, [1]))
+    by_task = dict(upsample=(enlarge, range(1, MANY)), image=(follow_hint, [1]))
+    if config.give in by_give:
+        return by_give[config.give]
+    if job.context and config.task in by_task:
+        return by_task[config.task]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
     return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
 
@@ -235,60 +235,79 @@ def parse(argv):
     add("--batch", type=int, help="videos made at a time (as --n); fewer take less memory")
     add("--device", default="auto", help="auto (a GPU if there is one), or a name torch knows")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
-    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
+    add("--raw", action="store_true", help="the last weights instead of their average (see EMA)")
+    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each; "
+        "if there are older ones, a number is added: samples-2.mp4 and so on")
     job = p.parse_args(argv)
     limit("n length context_frames interpolate overlap batch later_steps", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed lag", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
-    job.folder = job.out.with_suffix("")
-    need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
-         f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
-    path = Path(job.context or "").absolute()
-    need(job.folder.absolute() not in (path.with_suffix(""), path.parent),
-         f"{job.context} might be overwritten by what is written to {job.out}: name another --out")
+    need(job.out.suffix in (".mp4", ".gif"),
+         f"--out is {job.out}, expected a name that ends in .mp4 or .gif")
     return job
 
-def open_model(job):
-    """Load the model that a name means: by default the newest, or the one that comes along."""
+def find_checkpoint(name):
+    """Return the path of a checkpoint: by default of the newest, or the one that comes along."""
     ours = Path(__file__).with_name("notebooks") / "tiny.pt"
     newest = max(Path("out").glob("**/last.pt"), key=lambda p: p.stat().st_mtime, default=ours)
-    path = Path(job.checkpoint or newest)
+    path = Path(name or newest)
     if path.is_dir():
         path = path / "last.pt"
-    model, config = vdm.load(path)
+    return path
+
+def open_model(job):
+    """Load the model that a name means. job gets what belongs to it: config, autoencoder, n ..."""
+    path = find_checkpoint(job.checkpoint)
+    model, config = vdm.load(path, job.raw)
     knows = job.interpolate and config.task in ("any", "ends")
     need(job.stage == 0 or config.task == "upsample" or knows, f"{job.checkpoint} cannot go on "
          "from videos: it is neither of --task upsample nor, with --interpolate, of --task any")
-    if config.give in PUBLISHED and job.context:                 # their networks know any size
-        shape = read_array(job.context).shape
-        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
-        config.size = tuple(shape[2:])
     job.autoencoder, _ = vdm.load_autoencoder(path)
     job.latents = config.factor > 0 and job.autoencoder is None
     for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
         if getattr(job, name) is not None:
             setattr(config, name, getattr(job, name))
+    job.config = config
+    if config.give in PUBLISHED:
+        open_published(job)
     vdm.check(None, config)
-    need(not job.lag or (config.give == "per_frame" and config.independent and not job.interpolate
-                         and job.reconstruction is None and config.sampler != "heun"),
+    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    job.n = job.n or 16
+    job.batch = job.batch or min(job.n, 16)
+    check_lag(job)
+    check_hint_noise(job)
+    if job.reconstruction is not None or config.independent:       # then any frames may be given
+        job.config = dataclasses.replace(config, task="any", give="concat")
+    which = ", its last weights" if job.raw else ""
+    print(f"model   {path}{which}")
+    return model
+
+def open_published(job):
+    """What is usual for SVD and Vista: one video, of any size, of a picture without noise."""
+    if job.context:
+        shape = read_array(job.context).shape
+        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
+        job.config.size = tuple(shape[2:])
+    job.n = job.n or 1
+    job.config.hint_noise = 1.0                # of the picture, which was put on before encoding
+    job.hint_noise = job.hint_noise or 0.0
+
+def check_lag(job):
+    """Refuse --lag where frames cannot have noise levels of their own."""
+    config = job.config
+    able = config.give == "per_frame" and config.independent and config.sampler != "heun"
+    need(not job.lag or (able and not job.interpolate and job.reconstruction is None),
          "--lag needs a model of --give per_frame with --independent above 0, and goes neither with"
          " --interpolate nor with --reconstruction nor with --sampler heun")
-    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
-    job.n = job.n or (1 if config.give in PUBLISHED else 16)
-    job.batch = job.batch or min(job.n, 16)
-    if config.give in PUBLISHED:                         # of the picture, before it was encoded
-        config.hint_noise = 1.0
-        job.hint_noise = job.hint_noise or 0.0
-    if len(job.checkpoints) > 1 and not config.hint_noise:                # it is for another one
+
+def check_hint_noise(job):
+    """Find the noise level of hints: by default half of the largest that was trained."""
+    most = job.config.hint_noise
+    if len(job.checkpoints) > 1 and not most:                             # it is for another one
         job.hint_noise = None
-    limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
+    limit("hint_noise", f"at most {most:g}, as in training", 0, most, job)
     if job.hint_noise is None:
-        job.hint_noise = config.hint_noise / 2
-    if job.reconstruction is not None or config.independent:       # then any frames may be given
-        config = dataclasses.replace(config, task="any", give="concat")
-    job.config = config
-    print(f"model   {path}")
-    return model
+        job.hint_noise = most / 2
 
 def read_array(path, shape=None):
     """Read an .npy file of numbers (T, *shape), by default of any shape."""
@@ -353,19 +372,31 @@ def read_context(job):
     if shrink > 1:
         large = F.interpolate(clip.flatten(0, 1), scale_factor=shrink, mode="bilinear")
         clip = large.unflatten(0, clip.shape[:2])
-    clip = clip[:, (clip.shape[1] - 1) % stride::stride].to(job.device)
+    total = clip.shape[1]
+    clip = clip[:, (total - 1) % stride::stride].to(job.device)
     n = clip.shape[1]
     limit("context_frames", f"at most {n}, as --context has", 1, n, job)
     clip = clip[:, -(job.context_frames or usual):]
+    apart = f", {stride} apart" if stride > 1 else ""
+    print(f"context {total} frames, of which the last {clip.shape[1]}{apart} are used")
     if job.autoencoder:
         return job.autoencoder.encode(clip)
     return clip
 
+def fresh(out):
+    """Return out or, if there are videos of this name, out-2, out-3 ..., and make its folder."""
+    path = out
+    for number in itertools.count(2):
+        if not any(path.with_suffix(suffix).exists() for suffix in (".mp4", ".gif", ".png")):
+            with suppress(FileExistsError):
+                path.with_suffix("").mkdir(parents=True)         # of two programs one succeeds
+                return path
+        path = out.with_stem(f"{out.stem}-{number}")
+
 def record(job):
-    """Make all videos (n, T, C, H, W). After Ctrl-C these are the ones that are complete or, of
-    the first, the frames that are."""
+    """Make all videos (n, T, C, H, W), and write each once it is complete. After a signal these are
+    the ones that are complete or, of the first, the frames that are."""
     every = job.given.expand(job.n, *job.given.shape[1:])                       # (N, n, C, H, W)
-    job.stopped = False
     made = []                                                    # the pieces of each batch
     bar = tqdm(total=job.n * job.pieces * job.unit, unit="frame", **vdm.BAR)
     try:
@@ -380,22 +411,31 @@ def record(job):
             for piece in pieces:
                 made[-1].append(piece.cpu())
                 bar.update(len(clips) * piece.shape[1])
+            write_each(job, clips, torch.cat(made[-1], 1))
     except KeyboardInterrupt:
-        job.stopped = True
-        print("\nstopped by Ctrl-C")
-        made = made[:-1] or made
-    need(made and made[0], "there was no frame yet: nothing is written")
+        if len(made) > 1:                                     # what is complete is written already
+            made.pop()
+        elif made and made[0]:
+            write_each(job, clips, torch.cat(made[0], 1))
+        elif job.stage > 0:
+            return job.made
+        else:
+            raise ValueError("there was no frame yet: nothing is written") from None
+    finally:
+        with suppress(OSError):                                     # if there is nothing in it
+            job.folder.rmdir()
     return torch.cat([torch.cat(pieces, 1) for pieces in made])[:, :job.length]
 
-def write(job, videos):
-    """Write every video into the folder; all of them as a grid, the first ones as a film strip."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if job.latents:
-        for i, video in enumerate(videos):
+def write_each(job, clips, videos):
+    """Write the videos of these numbers into the folder."""
+    for i, video in zip(clips, videos[:, :job.length]):
+        if job.latents:
             np.save(job.folder / f"{i:03d}.npy", video)
-        return
-    for i, video in enumerate(videos):
-        vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+        else:
+            vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+
+def write_all(job, videos):
+    """Write all videos as a grid, the first ones as a film strip."""
     grid = vdm.grid(videos)
     vdm.write_video(job.out, grid, job.config.fps)
     if len(grid) <= 64:                                                  # more make a huge file
@@ -422,8 +462,14 @@ def make(job):
     job.later_sigmas = vdm.sampling(later)[0].to(job.device)
     print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
           f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
-    with vdm.autocast(job.device, dtype):
-        videos = record(job)
+    if job.stage == 0:
+        job.out = fresh(job.out)
+    job.folder = job.out.with_suffix("")
+    with vdm.stop_signals("stopping: videos that are complete are kept") as stops:
+        job.denoise = vdm.stoppable(job.denoise, stops)
+        with vdm.autocast(job.device, dtype):
+            videos = record(job)
+    job.stopped = len(stops) > 0
     if job.actions is not None and len(videos) > 1:
         spread = videos.clamp(-1, 1).var(0).mean().item()
         print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
@@ -447,11 +493,14 @@ def main(argv=None):
     videos = None
     for job in jobs:
         job.made = videos
+        job.out = jobs[0].out                                     # for which there is a name by now
         videos = make(job)
         if job.stopped:
             break
-    write(job, videos)
-    print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
+    if not job.latents:
+        write_all(job, videos)
+    many = f"{len(videos)} of {job.n}" if len(videos) < job.n else job.n
+    print(f"files   {many} videos of {videos.shape[1]} frames in {job.folder}/")
 
 if __name__ == "__main__":
-    vdm.run_program(main)
+    vdm.run_program(main, "make fewer videos at a time (--batch 1)")

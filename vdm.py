@@ -1914,13 +1914,16 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
-from glob import glob
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # ==================================================================================================
@@ -2206,9 +2209,13 @@ class Drive:
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 FPS = 8.0                                          # of pictures and arrays, which store no speed
+STORED_FRAMES = ["-fps_mode", "passthrough"]       # else ffmpeg repeats some, to even out the times
 
 def to_uint8(clip):
-    """float (..., C, H, W), clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
+    """float (..., C, H, W), C 1 or 3, clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
+    if not clip.is_floating_point() or clip.shape[-3:-2] not in ((1,), (3,)):
+        raise ValueError(f"the clip holds {clip.dtype} {tuple(clip.shape)}, expected floats in "
+                         "[-1, 1] (..., 1 or 3, H, W): from_uint8 makes them of (..., H, W, C)")
     if not torch.isfinite(clip).all():
         raise ValueError("the clip holds NaN or infinite values, expected numbers in [-1, 1]")
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
@@ -2232,16 +2239,37 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
+def conversion(x):
+    """What turns an array of other numbers or axes into bytes with the channels last, as words."""
+    words = ""
+    if x.ndim in (4, 5) and x.shape[-3] in (1, 3):
+        words = ": put the channels last, np.moveaxis(x, -3, -1)"
+    if x.dtype != np.uint8 and x.dtype.kind in "biuf" and x.size:
+        some = x.flat[::x.size // 10 ** 6 + 1]                     # all, unless there are millions
+        low = float(some.min())
+        high = float(some.max())
+        cure = "scale to 0 to 255"
+        if 0 <= low and high <= 255:
+            cure = "round"
+        if -1 <= low and high <= 1:
+            cure = "multiply by 255"
+            if low < 0:
+                cure = "add 1, multiply by 127.5"
+        words += f": values are {low:.4g} to {high:.4g}, {cure} and store uint8"
+    return words
+
 def clips_of_array(path):
-    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images."""
+    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images.
+
+    mnist_test_seq.npy, Moving MNIST, is known by its name: it is stored as (T, N, H, W)."""
     from PIL import Image
     x = np.load(path, mmap_mode="r", allow_pickle=False)               # a pickle could run any code
     if not isinstance(x, np.ndarray):
         if len(x) != 1:
             raise ValueError(f"an .npz of {len(x)} arrays, expected one")
         x = np.asarray(x[x.files[0]])
-    found = f"{x.dtype} {x.shape}"
-    if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
+    stored = x
+    if path.name == "mnist_test_seq.npy":
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
         x = x[..., None]
@@ -2249,13 +2277,14 @@ def clips_of_array(path):
         x = x[None]                                                              # (N, T, H, W, C)
     # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}")
+        raise ValueError("expected uint8 ([N,] T, H, W [, C]), found "
+                         f"{stored.dtype} {stored.shape}{conversion(stored)}")
     if x.shape[4] == 1:
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
 
 def frames_of_gif(path):
-    """The frames of a .gif or .webp as PIL images, and frames per second.
+    """The frames of a .gif or .webp as PIL images, and their times in seconds.
 
     Equal frames are stored as one that lasts longer. Here it is repeated."""
     from PIL import Image, ImageSequence
@@ -2264,44 +2293,75 @@ def frames_of_gif(path):
     images = ImageSequence.all_frames(Image.open(path))
     lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])            # ms
     times = np.round(lasts / lasts.min()).astype(int)
-    return [image for image, n in zip(images, times) for _ in range(n)], 1000 / lasts.min()
+    return ([image for image, n in zip(images, times) for _ in range(n)],
+            np.arange(times.sum()) * lasts.min() / 1000)
 
-def open_clips(path):
-    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second."""
-    import imageio.v3 as iio
+def times_of(path):
+    """The times of all frames of a video, in seconds, not always evenly spaced.
+
+    What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell."""
     from imageio_ffmpeg import get_ffmpeg_exe
+    try:
+        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
+                   *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
+        done = subprocess.run(command, input=b"", capture_output=True)
+    except (RuntimeError, FileNotFoundError) as e:
+        raise ImportError(f"ffmpeg is missing, which reads {path}") from e
+    said = done.stderr.decode("latin1")
+    if said:
+        raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+    listed = done.stdout.decode("latin1")           # "#tb 0: 1/600", then "0, dts, pts, ..." a line
+    tick = [int(n) for n in re.search(r"#tb 0: (\d+)/(\d+)", listed).groups()]
+    times = [int(n) for n in re.findall(r"^0, *-?\d+, *(-?\d+)", listed, re.M)]
+    return np.array(times) * tick[0] / tick[1]
+
+def at_rate(frames, times, rate=None):
+    """Frames of these times, and frames per second. A rate chooses, or repeats, those nearest to
+    evenly spaced times, `rate` a second, from the first on."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return frames, rate or FPS
+    if rate is None:
+        return frames, round((len(times) - 1) / (times[-1] - times[0]), 2)
+    wanted = np.arange(times[0], times[-1] + 1e-6, 1 / rate)
+    nearest = np.interp(wanted, times, np.arange(len(times)))                # halfway is rounded up
+    counts = np.bincount((nearest + 0.5 + 1e-6).astype(int), minlength=len(times))
+    return (frame for frame, n in zip(frames, counts) for _ in range(n)), rate
+
+def open_clips(path, rate=None):
+    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second.
+
+    With a rate, frames of videos and GIFs are chosen to have it; of all else it is believed."""
+    import imageio.v3 as iio
     from PIL import Image
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
-        return clips_of_array(path), FPS
+        return clips_of_array(path), rate or FPS
     if suffix in VIDEOS:
-        # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
-        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-        said = subprocess.run(command, input=b"", capture_output=True).stderr.decode("latin1")
-        if said:
-            raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
-        frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
-        return [frames], iio.immeta(path, plugin="FFMPEG")["fps"]
+        times = times_of(path)
+        frames = iio.imiter(path, plugin="FFMPEG", output_params=STORED_FRAMES)
+        frames, fps = at_rate(map(Image.fromarray, frames), times, rate)
+        return [frames], fps
     if suffix in (".gif", ".webp"):
-        frames, fps = frames_of_gif(path)
+        frames, fps = at_rate(*frames_of_gif(path), rate)
         return [frames], fps
     if not path.is_dir():
-        return [[Image.open(path)]], FPS
+        return [[Image.open(path)]], rate or FPS
     files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
     if not files:
         raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
     files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return [map(Image.open, files)], FPS
+    return [map(Image.open, files)], rate or FPS
 
-def decode(path, size=None, channels=3):
+def decode(path, size=None, channels=3, rate=None):
     """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
 
     Only an array holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
-    None leaves them as they are. What is missing or damaged raises a ValueError with the cause."""
+    None leaves them as they are; so it does for the rate, see open_clips. What is missing or
+    damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
     try:
-        clips, fps = open_clips(Path(path))
+        clips, fps = open_clips(Path(path), rate)
         clips = [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips]
         return np.stack(clips), fps
     except (ImportError, NameError, TypeError, AttributeError, MemoryError):
@@ -2326,8 +2386,11 @@ def replacing(path, mark="part"):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:                   # RuntimeError is torch's, of a full disk
-        raise OSError(f"could not write {path} ({e}); what was there is untouched") from e
+    except (OSError, RuntimeError) as e:                # RuntimeError is torch's, of an OSError
+        codes = [getattr(error, "errno", 0) for error in (e, e.__context__)]
+        full = errno.ENOSPC in codes or shutil.disk_usage(path.parent).free < 1e6
+        reason = "the disk is full" if full else e
+        raise OSError(f"could not write {path} ({reason}); what was there is untouched") from e
     finally:
         if part.exists():
             part.unlink()
@@ -2343,13 +2406,15 @@ def write_video(path, clip, fps=8.0, scale=None):
     suffix = path.suffix.lower()
     shape = tuple(clip[0].shape)
     if suffix not in (".mp4", ".gif", ".png") or len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and (1 or 3, H, W)")
+        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and channels first,"
+                         " (1 or 3, H, W)")
     k = scale
     if scale is None:
         k = math.ceil(128 / min(*shape[1:], 128))
         if k * shape[1] % 2 or k * shape[2] % 2:                            # H.264 wants even sides
             k += 1
-    frames = (to_uint8(frame.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for frame in clip)
+    frames = (to_uint8(torch.as_tensor(frame).expand(3, -1, -1)).repeat(k, 0).repeat(k, 1)
+              for frame in clip)
     try:
         with replacing(path) as part:
             if suffix == ".mp4":
@@ -2385,24 +2450,47 @@ def grid(clips):
 
 @dataclasses.dataclass
 class StoredClip:
-    """Clip k of an .npy file (N, T, H, W, C). A worker process gets its place, not its pixels."""
+    """Clip k of an .npy file (N, frames, H, W, C). A worker gets its place, not its pixels."""
     path: Path
     k: int
+    frames: int
 
     def __len__(self):
-        return len(self[:])
+        return self.frames
 
     def __getitem__(self, cut):
         return np.load(self.path, mmap_mode="r")[self.k][cut]
 
-def find_files(root):
-    """The files at or below a path, none hidden. A folder stands for the pictures in it."""
+def find_files(root, without=None):
+    """The files at or below a path, none hidden, whatever links lead there each once.
+
+    A folder stands for the pictures in it. Runs, and the folder `without`, are left out."""
     if root.is_file():
         return [root]
-    files = [root / name for name in glob("**", root_dir=root, recursive=True)]
-    files = [p for p in files if p.is_file()
-             and not p.name.endswith((".actions.npy", ".tokens.npy"))]
-    return sorted({p.parent if p.suffix.lower() in PICTURES else p for p in files})
+    files = {}                                                   # the real path of each -> its path
+    seen = {without and os.path.realpath(without)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or "last.pt" in names:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in (Path(folder, name) for name in sorted(names) if name[0] != "."):
+            if path.suffix.lower() in PICTURES:
+                path = path.parent
+            elif path.name.endswith((".actions.npy", ".tokens.npy")) or not path.is_file():
+                continue
+            key = os.path.realpath(path)
+            if key not in files or files[key].is_symlink():
+                files[key] = path
+    return sorted(files.values())
+
+def files_of(path):
+    """The files that a path of find_files stands for: itself or, of a folder, the files in it."""
+    if path.is_dir():
+        return sorted(p for p in path.glob("[!.]*") if p.is_file())
+    return [path]
 
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
@@ -2412,16 +2500,19 @@ class VideoFolder:
 
     cache    keep decoded clips in .vdm_cache/ beside the data for the next run, if that folder can
              be written; else they are kept in memory. OSError if the disk is full
+    data_fps choose frames of videos to have this rate; it is believed of files that store none
+    without  a folder that is not looked into
     actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
              cut like its frames to action=(frames, A). NaN stands for what is not told
     fps      frames per second of an item
+    checksum of names and sizes of the files
     report   what was used, what was skipped, and why"""
 
     labels = 0
     to_float = staticmethod(from_uint8)
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
-                 cache=False):
+                 cache=False, data_fps=None, without=None):
         from tqdm import tqdm
         root = Path(path)
         if not root.exists():
@@ -2433,78 +2524,105 @@ class VideoFolder:
         self.stride = stride
         self.channels = channels
         self.seed = seed
+        self.data_fps = data_fps
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
         self.cache = None                              # then clips are kept in memory
         folder = root if root.is_dir() else root.parent
         if cache and os.access(folder, os.W_OK):
             self.cache = folder / ".vdm_cache"
+        self.cached = {path.name[:32]: path for path in folder.glob(".vdm_cache/[!.]*.npy")}
         self.clips = []
+        self.lengths = []                              # of each clip, in frames
+        self.rates = []                                # of each clip, frames per second
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
-        speeds = []
         skipped = []
-        files = find_files(root)
+        files = find_files(root, without)
+        if not files:
+            kinds = " ".join(sorted(VIDEOS | PICTURES | {".gif", ".webp", ".npy", ".npz"}))
+            raise ValueError(f"{root} is an empty folder, expected files of these types: {kinds}")
+        state = [(p.relative_to(root).as_posix(), p.stat().st_size)
+                 for file in files for p in files_of(file)]
+        self.checksum = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
         for file in tqdm(files, "decoding", disable=not progress):
             try:
-                speeds.append(self.add(file))
+                self.add(file)
             except ValueError as error:
-                skipped.append(f"skipped {error}")
-        self.fps = float(np.median(speeds or [0])) / stride
-        self.report = (f"data: {len(files)} files in {root} -> {len(self)} clips used, "
-                       f"{len(skipped)} skipped, {size[0]}x{size[1]} crop, {channels} channels, "
-                       f"{self.fps:g} fps")
-        if self.actions:
-            self.report += f", {sum(x is not None for x in self.moves)} with actions"
-        if len(skipped) > 9:
-            skipped[9:] = [f"skipped {len(skipped) - 9} more"]
-        self.report = "\n      ".join([self.report, *skipped])
+                skipped.append("skipped " + str(error).replace("\n", "\\n"))
+        self.cached.clear()
+        self.fps = float(np.median(self.rates or [0])) / stride
+        self.report = self.describe(root, len(files), skipped)
         if not self.clips:
             raise ValueError(self.report)
 
+    def describe(self, root, files, skipped):
+        """The report, of a number of files and of the reasons why some were skipped."""
+        report = (f"data: {files} files in {root} -> {len(self)} clips used, {len(skipped)} "
+                  f"skipped, {self.size[0]}x{self.size[1]} crop, {self.channels} channels, "
+                  f"{self.fps:g} fps")
+        if self.clips:
+            ends = sorted({min(self.lengths), max(self.lengths)})
+            report += f", {' to '.join(map(str, ends))} frames each"
+        if self.actions:
+            report += f", {sum(x is not None for x in self.moves)} with actions"
+        lines = [report, *skipped[:9]]
+        if len(skipped) > 9:
+            lines.append(f"skipped {len(skipped) - 9} more")
+        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
+            counts = Counter(f"at {rate:.3g} fps" for rate in self.rates).most_common(6)
+            lines.append("warning: clips have different rates, " + ", ".join(
+                f"{n} {rate}" for rate, n in counts) + f": --data-fps {min(self.rates):.3g} chooses"
+                " frames so that they have one")
+        return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
+
     def add(self, file):
-        """Keep the clips of a file, and their actions. Return its frames per second."""
+        """Keep the clips of a file, and their actions."""
         clips, fps = self.read(file)
         if len(clips[0]) < self.span:
             raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
                              f"{self.span}: lower --frames or --stride")
         self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
         self.clips += clips
-        return fps
+        self.lengths += [len(clips[0])] * len(clips)
+        self.rates += [fps] * len(clips)
 
     def read(self, file):
         """The clips in a file, (N, T, H, W, C), and frames per second, by way of the cache."""
         if self.cache is None:
-            clips, fps = decode(file, self.size, self.channels)
+            clips, fps = decode(file, self.size, self.channels, self.data_fps)
             return list(clips), fps
-        parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
-        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels)).encode()
+        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(file)]
+        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels,
+                    self.data_fps)).encode()
         key = hashlib.sha256(key).hexdigest()[:32]
         try:
-            path, = self.cache.glob(f"{key}-*.npy")
-            n = len(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError):                              # missing, or cut short
-            clips, fps = decode(file, self.size, self.channels)
-            n = len(clips)
+            path = self.cached[key]
+            fps = float(path.stem.partition("-")[2])
+            shape = np.load(path, mmap_mode="r").shape
+        except (KeyError, OSError, ValueError, EOFError):                    # missing, or damaged
+            if key in self.cached:
+                self.cached[key].unlink(missing_ok=True)
+            clips, fps = decode(file, self.size, self.channels, self.data_fps)
+            shape = clips.shape
             path = self.cache / f"{key}-{fps}.npy"
             with replacing(path, os.getpid()) as part:
                 np.save(part, clips)
-        return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
+        return [StoredClip(path, k, shape[1]) for k in range(shape[0])], fps
 
     def read_actions(self, path, clips):
         """The actions (T, A) of each clip, or None for each if there is no such file."""
         if not path.is_file():
             return [None] * len(clips)
         try:
-            x = np.load(path).astype(np.float32)
+            stored = np.load(path).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
-        x = x.reshape(-1, *x.shape[-2:])                                                # (N, T, A)
+        x = stored.reshape(-1, *stored.shape[-2:])                                      # (N, T, A)
         width = self.actions or x.shape[-1:]
         shape = (len(clips), len(clips[0]), *width)
         if x.shape != shape or np.isinf(x).any():
-            raise ValueError(f"{path}: {x.shape}, expected {shape}, a row per frame, of finite "
-                             "numbers, or NaN where none is told")
+            raise ValueError(f"{path}: {stored.shape}, expected {shape}, a row per frame, of finite"
+                             " numbers, or NaN where none is told")
         self.actions = width
         return list(x)
 
@@ -2515,7 +2633,7 @@ class VideoFolder:
         """The number of the clip that item i is cut from, and the slice of its frames."""
         turn, k = divmod(i, len(self))
         number = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))[k]
-        starts = len(self.clips[number]) - self.span + 1
+        starts = self.lengths[number] - self.span + 1
         start = int(np.random.default_rng([self.seed, 1, i]).integers(starts))
         return number, slice(start, start + self.span, self.stride)
 
@@ -2561,9 +2679,9 @@ class Config:
     schedule: str = "lognormal"     # linear, scaled_linear, cosine, sigmoid, uniform, lognormal
     mean: float = 1.5               # lognormal: mean of log(sigma)
     std: float = 1.2                # lognormal: standard deviation of log(sigma)
-    offset: float = 0.0             # strength of offset noise
+    offset: float = 0.0             # strength of noise that all pixels of a frame share (section 9)
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
-    task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
+    task: str = "predict"           # given frames: predict (the first), ends, any, image, upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
     enlarge: int = 4                # task upsample: how many times as large as what is given
     crop: tuple = ()                # train on random crops of this size (default: whole frames)
@@ -2574,7 +2692,7 @@ class Config:
     # how it is trained
     loss: str = "change"            # plain, change (plus the change between frames), or vista
     weighting: str = "inverse"      # weight: inverse, min_snr, or that of a kind (loss_weight)
-    steps: int = 2000               # optimiser steps
+    steps: int = 2000               # steps of training
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -2611,6 +2729,8 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), kind="v",
                  sigma_min=0.002, sigma_max=700.0)
 PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
+    # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
+    "digits": Config(channels=1, batch=8, steps=3000),
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
@@ -2619,7 +2739,7 @@ PRESETS = {
     "planes": Config(planes=(16, 8, 8), channels=4, factor=4, width=48, mults=(1, 2), head_dim=12,
                      attention=("joint", "factorised"), patch=1, give="previous",
                      context=(0.5, 0.5), images=0.0, loss="plain", skip_guidance=1.0, steps=1500),
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set, at full size
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels. Theirs has three blocks on the way up and two in the middle, no
@@ -2769,9 +2889,10 @@ def with_weights(model, weights, path):
         raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
     return model.eval().requires_grad_(False)
 
-def load(path):
+def load(path, raw=False):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config).
 
+    raw takes the last weights instead, which last.pt of a run has, too.
     A .safetensors or .ckpt file holds published weights, for the preset svd or vista."""
     if Path(path).suffix in (".safetensors", ".ckpt"):
         denoiser, found = read_published(path)
@@ -2784,7 +2905,10 @@ def load(path):
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
-    return with_weights(build(config), state.get("ema", {}), path), config
+    weights = state.get("model" if raw else "ema")
+    if weights is None:
+        raise ValueError(f"{path} does not hold these weights; last.pt of a run holds both kinds")
+    return with_weights(build(config), weights, path), config
 
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model of its latents -> (Autoencoder, Config).
@@ -3003,7 +3127,7 @@ BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)           
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
     def error(self, message):
-        sys.exit(f"error: {message} (--help lists all flags)")
+        sys.exit(f"error: {message} (see --help)")
 
 def need(met, sentence):
     """Refuse, by this sentence, what does not meet a condition."""
@@ -3028,7 +3152,7 @@ LIMITS = {
         "spatial_lr skip_guidance",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema",
-    ("0.1 to 1000", 0.1, 1000): "fps",
+    ("0.1 to 1000", 0.1, 1000): "fps data_fps",
     ("-1000 to 1000", -1000, 1000): "mean",
     ("0 to 10^9", 0, 10 ** 9): "seed"}
 
@@ -3039,11 +3163,11 @@ def check(options, config):
     odds = config.context
     need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
     need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
+    need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
+         "--give previous needs two numbers as --context, and --task predict")
     most = 2 if config.give == "previous" else config.frames
     need(odds[0] > 0 and len(odds) <= most, f"--context is {odds}, expected odds of 0, 1, 2 ... "
          "given frames, no more numbers than --frames, and the first not 0")
-    need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
-         "--give previous needs two numbers as --context, and --task predict")
     need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
@@ -3117,17 +3241,56 @@ def autocast(device, dtype):
     """Return a context in which networks compute in a dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-def run_program(main):
-    """Run a program, and end it with one sentence if it fails by what its user can change."""
+STOPS = {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+
+@contextmanager
+def stop_signals(said):
+    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are added, and say so.
+
+    They end nothing, however often they come: whoever asks for the list stops where nothing is
+    lost. A signal that is ignored, as under nohup, stays ignored."""
+    stops = []
+
+    def note(number, frame):
+        stops.append(number)
+        with suppress(OSError):                                      # of a terminal that is gone
+            os.write(2, f"\n{said} (Ctrl-\\ ends at once)\n".encode())    # print may be at work
+
+    before = {number: signal.signal(number, note) for number in STOPS
+              if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def stoppable(denoise, stops):
+    """Return denoise, which raises KeyboardInterrupt as soon as stops holds a signal."""
+    def ask(x, sigma, **conditions):
+        if stops:
+            raise KeyboardInterrupt
+        return denoise(x, sigma, **conditions)
+    return ask
+
+def run_program(main, memory):
+    """Run a program, and end it with one sentence if it fails by what its user can change.
+
+    memory says what to do if there is too little."""
     try:
         main()
-    except torch.OutOfMemoryError:
-        sys.exit("error: the memory of the GPU is full: sample.py takes less with a smaller "
-                 "--batch, train.py with --micro 1, --checkpoint-activations or --shard")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; if a run has saved a checkpoint, train.py --resume goes on from it")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit("\nstopped")
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        sentence = str(e)
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", sentence):
+            sentence = f"the memory is full: {memory}"
+        elif isinstance(e, RuntimeError):
+            raise
+        elif isinstance(e, ImportError):
+            sentence += ": pip install -r requirements.txt"
+        elif getattr(e, "errno", 0) == errno.ENOSPC:
+            sentence = "the disk is full"
+        sys.exit(f"error: {sentence}")
 
 if __name__ == "__main__":
     demo()

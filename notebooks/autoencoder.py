@@ -123,6 +123,7 @@ def main(argv=None):
     options.local = 0
     options.workers = 0
     options.parts = [slice(0, config.batch)]
+    options.data_fps = None
     torch.manual_seed(options.seed)
     if options.latents:
         model, config = train.find_autoencoder(options, config, {})
