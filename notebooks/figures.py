@@ -278,13 +278,15 @@ def level_matrix():
     axes.text(0.55, 2.2, "steps of the sampler", color=RED, rotation=90, ha="center", va="center")
     axes.text(4.9, 0.12, "columns: frames 0 to 3.   Numbers: steps to go, 4 is pure noise, 0 is done",
               ha="center", va="center")
+
 # ---- lesson 08 -----------------------------------------------------------------------------------
 
 @drawing
 def latent_pipeline():
     """Three trainings in a row: what learns in each has a colour."""
     axes = canvas(10, 4.0)
-    rows = (3.5, "1. frames", BLUE, BLUE), (2.3, "2. clips", GREY, RED), (0.9, "3. clips", GREY, GREY)
+    rows = ((3.5, "1. frames", BLUE, BLUE), (2.3, "2. clips", GREY, RED),
+            (0.9, "3. clips", GREY, GREY))
     for y, name, encoder, decoder in rows:
         axes.text(0.1, y, name, va="center")
         arrow(axes, (1.1, y), (1.6, y))
@@ -308,10 +310,10 @@ def three_planes():
     """A clip on three planes: each loses one axis, and every place reads three numbers off."""
     axes = canvas(10, 3.4)
     axes.add_patch(Rectangle((0.7, 0.9), 1.5, 1.5, facecolor="#dbe6f3", edgecolor=BLUE))
-    axes.add_patch(plt.Polygon([(0.7, 2.4), (1.3, 2.9), (2.8, 2.9), (2.2, 2.4)], facecolor="#f5ddd8",
-                               edgecolor=RED))
-    axes.add_patch(plt.Polygon([(2.2, 0.9), (2.8, 1.4), (2.8, 2.9), (2.2, 2.4)], facecolor="#f5ddd8",
-                               edgecolor=RED))
+    top = [(0.7, 2.4), (1.3, 2.9), (2.8, 2.9), (2.2, 2.4)]
+    right = [(2.2, 0.9), (2.8, 1.4), (2.8, 2.9), (2.2, 2.4)]
+    for side in (top, right):
+        axes.add_patch(plt.Polygon(side, facecolor="#f5ddd8", edgecolor=RED))
     axes.text(1.45, 0.65, "W", ha="center", va="center", color=BLUE)
     axes.text(0.5, 1.65, "H", ha="center", va="center", color=BLUE)
     axes.text(2.7, 1.0, "T", ha="center", va="center", color=RED)
