@@ -326,6 +326,7 @@ def three_planes():
         axes.text(5.3, y, said, va="center", color=color)
     axes.text(8.9, 2.2, "read off at (t, h, w):", ha="center", va="center")
     axes.text(8.9, 1.65, "hw[h, w]\n+ tw[t, w]\n+ th[t, h]", ha="center", va="top")
+
 # ---- lesson 09 -----------------------------------------------------------------------------------
 
 @drawing
