@@ -327,6 +327,54 @@ def ride():
     axes.text(7.2, 3.15, "leads to the frame\nbelow it", va="center", color=RED)
     axes.text(7.2, 1.6, "blue: given\nwhite: generated", va="center", color=BLUE)
 
+# ---- lesson 08 -----------------------------------------------------------------------------------
+
+@drawing
+def latent_pipeline():
+    """Three trainings in a row: what learns in each has a colour."""
+    axes = canvas(10, 4.0)
+    rows = ((3.5, "1. frames", BLUE, BLUE), (2.3, "2. clips", GREY, RED),
+            (0.9, "3. clips", GREY, GREY))
+    for y, name, encoder, decoder in rows:
+        axes.text(0.1, y, name, va="center")
+        arrow(axes, (1.1, y), (1.6, y))
+        box(axes, 2.3, y, "encoder", color=encoder)
+        box(axes, 7.2, y, "decoder", color=decoder)
+        arrow(axes, (7.9, y), (8.4, y))
+    for y in (3.5, 2.3):
+        arrow(axes, (3.0, y), (6.5, y), text="latents", shift=(0, 0.2))
+    axes.text(9.2, 3.5, "both learn", color=BLUE, ha="center", va="center")
+    axes.text(9.2, 2.3, "its temporal\nlayers learn", color=RED, ha="center", va="center")
+    axes.text(9.2, 0.9, "video", ha="center", va="center")
+    axes.text(2.3, 1.65, "measure: deviation 1", color=GREY, ha="center", va="center")
+    arrow(axes, (3.0, 0.9), (4.1, 0.9), text="latents", shift=(0, 0.2))
+    box(axes, 4.9, 0.9, "diffusion\nmodel", width=1.6, height=0.9, color=RED)
+    arrow(axes, (5.7, 0.9), (6.5, 0.9))
+    axes.text(4.9, 0.2, "the model learns. Sampling starts here, from noise", color=RED,
+              ha="center", va="center")
+
+@drawing
+def three_planes():
+    """A clip on three planes: each loses one axis, and every place reads three numbers off."""
+    axes = canvas(10, 3.4)
+    axes.add_patch(Rectangle((0.7, 0.9), 1.5, 1.5, facecolor="#dbe6f3", edgecolor=BLUE))
+    top = [(0.7, 2.4), (1.3, 2.9), (2.8, 2.9), (2.2, 2.4)]
+    right = [(2.2, 0.9), (2.8, 1.4), (2.8, 2.9), (2.2, 2.4)]
+    for side in (top, right):
+        axes.add_patch(plt.Polygon(side, facecolor="#f5ddd8", edgecolor=RED))
+    axes.text(1.45, 0.65, "W", ha="center", va="center", color=BLUE)
+    axes.text(0.5, 1.65, "H", ha="center", va="center", color=BLUE)
+    axes.text(2.7, 1.0, "T", ha="center", va="center", color=RED)
+    axes.text(1.6, 3.15, "features u(t, h, w)", ha="center", va="center")
+    planes = (("(H, W)", "what lasts", BLUE, 2.55), ("(T, W)", "who is in which column, when", RED,
+              1.65), ("(T, H)", "who is in which row, when", RED, 0.75))
+    for name, said, color, y in planes:
+        arrow(axes, (3.0, 1.65), (4.0, y), color)
+        box(axes, 4.6, y, name, width=1.1, color=color)
+        axes.text(5.3, y, said, va="center", color=color)
+    axes.text(8.9, 2.2, "read off at (t, h, w):", ha="center", va="center")
+    axes.text(8.9, 1.65, "hw[h, w]\n+ tw[t, w]\n+ th[t, h]", ha="center", va="top")
+
 # ---- lesson 09 -----------------------------------------------------------------------------------
 
 @drawing
