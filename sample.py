@@ -19,7 +19,9 @@ SVD and Vista they are the latents of their autoencoder times 0.18215: divide, t
 
 import argparse
 import dataclasses
+import itertools
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ MANY = 10 ** 9                         # --seed is at most this: seed + MANY has
 # ---- the ways to sample --------------------------------------------------------------------------
 # job holds the flags, and what main adds to them. clips are the numbers of B videos, shape is that
 # of a window, given are the frames to start from, or None. What comes are pieces (B, n, C, H, W).
+# With planes a piece is a clip of job.unit frames; job.pieces is job.length in such units.
 
 def roll_out(job, clips, shape, given):
     """Start from nothing or from given frames, and go on window by window (Video LDM, Vista), or
@@ -54,13 +57,13 @@ def roll_out(job, clips, shape, given):
             frames = vdm.hint(context, mask, job.level, noise(*shape[1:]))
         return told(job, start) | frames
 
-    return vdm.rollout(job.denoise, job.length, shape, job.sigmas, job.overlap, given, job.seed,
+    return vdm.rollout(job.denoise, job.pieces, shape, job.sigmas, job.overlap, given, job.seed,
                        clips, tell, sampler=job.sampler)
 
 def follow_clip(job, clips, shape, given):
     """Start from nothing or from a given clip, and let clip follow clip (PVDM)."""
-    return vdm.rollout_previous(job.denoise, job.length, shape, job.sigmas, given, job.seed, clips,
-                                sampler=job.sampler, **told(job))
+    return vdm.rollout_previous(job.denoise, job.pieces, shape, job.sigmas, given, job.seed, clips,
+                                job.later_sigmas, sampler=job.sampler, **told(job))
 
 def follow_hint(job, clips, shape, given):
     """Animate a given picture (SVD)."""
@@ -103,7 +106,7 @@ def interpolate(job, clips, shape, given):
 def choose(job):
     """Return the way to sample, and the numbers of frames that can be given, e.g. [1, 2, 3, 4]."""
     config = job.config
-    T = config.frames
+    T = config.frames * job.unit
     if len(job.checkpoints) > 1 and (not job.context or config.task not in ("any", "ends")):
         job.interpolate = []                                  # another of the checkpoints does it
     if job.interpolate:
@@ -112,17 +115,15 @@ def choose(job):
         need(ends or (config.task == "any" and config.give != "hint"), "--interpolate needs a model"
              f" of --task any or, to be {T - 1}, of --task ends, or else --reconstruction 2")
         return interpolate, range(2, MANY)
-    if config.give == "previous":
-        return follow_clip, [T]
     if config.give in PUBLISHED:
         need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
         need(job.reconstruction is None, "--reconstruction is for models of other kinds")
-    if config.give == "svd":
-        return animate, [1]
-    if job.context and config.task == "upsample":
-        return enlarge, range(1, MANY)
-    if job.context and config.task == "image":
-        return follow_hint, [1]
+    by_give = dict(previous=(follow_clip, [T]), svd=(animate, [1]))
+    by_task = dict(upsample=(enlarge, range(1, MANY)), image=(follow_hint, [1]))
+    if config.give in by_give:
+        return by_give[config.give]
+    if job.context and config.task in by_task:
+        return by_task[config.task]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
     return roll_out, dict(any=range(1, T), predict=trained).get(config.task, [])
 
@@ -130,14 +131,14 @@ def plan(job):
     """Find the way to sample, read what is given and told, and find the length of the videos."""
     if job.config.give == "svd":                             # it may draw windows of any length
         job.config.frames = job.length or job.config.frames
-    T = job.config.frames
+    T = job.config.frames * job.unit
     job.way, known = choose(job)
     usual = job.config.overlap
     if usual not in known:
         usual = max(known[:T], default=1)
     job.overlap = job.overlap or usual
     job.given = read_context(job)
-    n = job.given.shape[1]
+    n = job.given.shape[1] * job.unit
     some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
     need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
          f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
@@ -153,6 +154,7 @@ def plan(job):
     if by_actions or job.way in (interpolate, enlarge):
         limit("length", f"{length}, by --actions, --interpolate or --context", length, length, job)
     job.length = job.length or length
+    job.pieces = math.ceil(job.length / job.unit)
     if job.way not in (follow_hint, enlarge, animate):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
     need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
@@ -227,65 +229,85 @@ def parse(argv):
     add("--skip-guidance", type=float, help="above 1 exaggerates what frames tell each other")
     add("--sampler", choices=vdm.SAMPLERS, help="default, as for the next two: the checkpoint's")
     add("--sampling-steps", "--steps", type=int, help="noise levels visited")
+    add("--later-steps", type=int, help="--give previous: those of all clips that are given one")
     add("--fps", type=float, help="frames per second of the files; SVD and Vista are told it")
     add("--seed", type=int, default=0, help="video i depends on the seed and on i alone (0)")
     add("--batch", type=int, help="videos made at a time (as --n); fewer take less memory")
     add("--device", default="auto", help="auto (a GPU if there is one), or a name torch knows")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
-    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each")
+    add("--raw", action="store_true", help="the last weights instead of their average (see EMA)")
+    add("--out", type=Path, default="samples.mp4", help="file of all videos, and folder of each; "
+        "if there are older ones, a number is added: samples-2.mp4 and so on")
     job = p.parse_args(argv)
-    limit("n length context_frames interpolate overlap batch", "1 up", 1, MANY, job)
+    limit("n length context_frames interpolate overlap batch later_steps", "1 up", 1, MANY, job)
     limit("reconstruction guidance hint_noise seed lag", "0 to 10^9", 0, MANY, job)
     limit("motion_bucket", "0 to 255", 0, 255, job)
-    job.folder = job.out.with_suffix("")
-    need(job.out.suffix in (".mp4", ".gif") and not job.out.is_dir() and not job.folder.is_file(),
-         f"--out is {job.out}, expected a name for an .mp4 or .gif file, and a folder {job.folder}")
-    path = Path(job.context or "").absolute()
-    need(job.folder.absolute() not in (path.with_suffix(""), path.parent),
-         f"{job.context} might be overwritten by what is written to {job.out}: name another --out")
+    need(job.out.suffix in (".mp4", ".gif"),
+         f"--out is {job.out}, expected a name that ends in .mp4 or .gif")
     return job
 
-def open_model(job):
-    """Load the model that a name means: by default the newest, or the one that comes along."""
+def find_checkpoint(name):
+    """Return the path of a checkpoint: by default of the newest, or the one that comes along."""
     ours = Path(__file__).with_name("notebooks") / "tiny.pt"
     newest = max(Path("out").glob("**/last.pt"), key=lambda p: p.stat().st_mtime, default=ours)
-    path = Path(job.checkpoint or newest)
+    path = Path(name or newest)
     if path.is_dir():
         path = path / "last.pt"
-    model, config = vdm.load(path)
+    return path
+
+def open_model(job):
+    """Load the model that a name means. job gets what belongs to it: config, autoencoder, n ..."""
+    path = find_checkpoint(job.checkpoint)
+    model, config = vdm.load(path, job.raw)
     knows = job.interpolate and config.task in ("any", "ends")
     need(job.stage == 0 or config.task == "upsample" or knows, f"{job.checkpoint} cannot go on "
          "from videos: it is neither of --task upsample nor, with --interpolate, of --task any")
-    if config.give in PUBLISHED and job.context:                 # their networks know any size
-        shape = read_array(job.context).shape
-        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
-        config.size = tuple(shape[2:])
     job.autoencoder, _ = vdm.load_autoencoder(path)
     job.latents = config.factor > 0 and job.autoencoder is None
     for name in ("sampler", "sampling_steps", "skip_guidance", "fps"):
         if getattr(job, name) is not None:
             setattr(config, name, getattr(job, name))
+    job.config = config
+    if config.give in PUBLISHED:
+        open_published(job)
     vdm.check(None, config)
-    need(not job.lag or (config.give == "per_frame" and config.independent and not job.interpolate
-                         and job.reconstruction is None and config.sampler != "heun"),
+    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
+    job.n = job.n or 16
+    job.batch = job.batch or min(job.n, 16)
+    check_lag(job)
+    check_hint_noise(job)
+    if job.reconstruction is not None or config.independent:       # then any frames may be given
+        job.config = dataclasses.replace(config, task="any", give="concat")
+    which = ", its last weights" if job.raw else ""
+    print(f"model   {path}{which}")
+    return model
+
+def open_published(job):
+    """What is usual for SVD and Vista: one video, of any size, of a picture without noise."""
+    if job.context:
+        shape = read_array(job.context).shape
+        need(len(shape) == 4, f"{job.context} holds {tuple(shape)}, expected latents (T, 4, h, w)")
+        job.config.size = tuple(shape[2:])
+    job.n = job.n or 1
+    job.config.hint_noise = 1.0                # of the picture, which was put on before encoding
+    job.hint_noise = job.hint_noise or 0.0
+
+def check_lag(job):
+    """Refuse --lag where frames cannot have noise levels of their own."""
+    config = job.config
+    able = config.give == "per_frame" and config.independent and config.sampler != "heun"
+    need(not job.lag or (able and not job.interpolate and job.reconstruction is None),
          "--lag needs a model of --give per_frame with --independent above 0, and goes neither with"
          " --interpolate nor with --reconstruction nor with --sampler heun")
-    limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
-    job.n = job.n or (1 if config.give in PUBLISHED else 16)
-    job.batch = job.batch or min(job.n, 16)
-    if config.give in PUBLISHED:                         # of the picture, before it was encoded
-        config.hint_noise = 1.0
-        job.hint_noise = job.hint_noise or 0.0
-    if len(job.checkpoints) > 1 and not config.hint_noise:                # it is for another one
+
+def check_hint_noise(job):
+    """Find the noise level of hints: by default half of the largest that was trained."""
+    most = job.config.hint_noise
+    if len(job.checkpoints) > 1 and not most:                             # it is for another one
         job.hint_noise = None
-    limit("hint_noise", f"at most {config.hint_noise:g}, as in training", 0, config.hint_noise, job)
+    limit("hint_noise", f"at most {most:g}, as in training", 0, most, job)
     if job.hint_noise is None:
-        job.hint_noise = config.hint_noise / 2
-    if job.reconstruction is not None or config.independent:       # then any frames may be given
-        config = dataclasses.replace(config, task="any", give="concat")
-    job.config = config
-    print(f"model   {path}")
-    return model
+        job.hint_noise = most / 2
 
 def read_array(path, shape=None):
     """Read an .npy file of numbers (T, *shape), by default of any shape."""
@@ -350,21 +372,33 @@ def read_context(job):
     if shrink > 1:
         large = F.interpolate(clip.flatten(0, 1), scale_factor=shrink, mode="bilinear")
         clip = large.unflatten(0, clip.shape[:2])
-    clip = clip[:, (clip.shape[1] - 1) % stride::stride].to(job.device)
+    total = clip.shape[1]
+    clip = clip[:, (total - 1) % stride::stride].to(job.device)
     n = clip.shape[1]
     limit("context_frames", f"at most {n}, as --context has", 1, n, job)
     clip = clip[:, -(job.context_frames or usual):]
+    apart = f", {stride} apart" if stride > 1 else ""
+    print(f"context {total} frames, of which the last {clip.shape[1]}{apart} are used")
     if job.autoencoder:
         return job.autoencoder.encode(clip)
     return clip
 
+def fresh(out):
+    """Return out or, if there are videos of this name, out-2, out-3 ..., and make its folder."""
+    path = out
+    for number in itertools.count(2):
+        if not any(path.with_suffix(suffix).exists() for suffix in (".mp4", ".gif", ".png")):
+            with suppress(FileExistsError):
+                path.with_suffix("").mkdir(parents=True)         # of two programs one succeeds
+                return path
+        path = out.with_stem(f"{out.stem}-{number}")
+
 def record(job):
-    """Make all videos (n, T, C, H, W). After Ctrl-C these are the ones that are complete or, of
-    the first, the frames that are."""
+    """Make all videos (n, T, C, H, W), and write each once it is complete. After a signal these are
+    the ones that are complete or, of the first, the frames that are."""
     every = job.given.expand(job.n, *job.given.shape[1:])                       # (N, n, C, H, W)
-    job.stopped = False
     made = []                                                    # the pieces of each batch
-    bar = tqdm(total=job.n * job.length, unit="frame", **vdm.BAR)
+    bar = tqdm(total=job.n * job.pieces * job.unit, unit="frame", **vdm.BAR)
     try:
         for first in range(0, job.n, job.batch):
             clips = range(first, min(first + job.batch, job.n))
@@ -377,22 +411,31 @@ def record(job):
             for piece in pieces:
                 made[-1].append(piece.cpu())
                 bar.update(len(clips) * piece.shape[1])
+            write_each(job, clips, torch.cat(made[-1], 1))
     except KeyboardInterrupt:
-        job.stopped = True
-        print("\nstopped by Ctrl-C")
-        made = made[:-1] or made
-    need(made and made[0], "there was no frame yet: nothing is written")
-    return torch.cat([torch.cat(pieces, 1) for pieces in made])
+        if len(made) > 1:                                     # what is complete is written already
+            made.pop()
+        elif made and made[0]:
+            write_each(job, clips, torch.cat(made[0], 1))
+        elif job.stage > 0:
+            return job.made
+        else:
+            raise ValueError("there was no frame yet: nothing is written") from None
+    finally:
+        with suppress(OSError):                                     # if there is nothing in it
+            job.folder.rmdir()
+    return torch.cat([torch.cat(pieces, 1) for pieces in made])[:, :job.length]
 
-def write(job, videos):
-    """Write every video into the folder; all of them as a grid, the first ones as a film strip."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if job.latents:
-        for i, video in enumerate(videos):
+def write_each(job, clips, videos):
+    """Write the videos of these numbers into the folder."""
+    for i, video in zip(clips, videos[:, :job.length]):
+        if job.latents:
             np.save(job.folder / f"{i:03d}.npy", video)
-        return
-    for i, video in enumerate(videos):
-        vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+        else:
+            vdm.write_video(job.folder / f"{i:03d}{job.out.suffix}", video, job.config.fps)
+
+def write_all(job, videos):
+    """Write all videos as a grid, the first ones as a film strip."""
     grid = vdm.grid(videos)
     vdm.write_video(job.out, grid, job.config.fps)
     if len(grid) <= 64:                                                  # more make a huge file
@@ -404,17 +447,29 @@ def make(job):
     """Return the videos of one checkpoint, (n, T, C, H, W)."""
     job.device = vdm.pick_device(job.device)
     dtype = vdm.pick_dtype(job.dtype, job.device)
+    job.unit = 1                                # frames that one frame of the network stands for
     if job.autoencoder:
         job.autoencoder.to(job.device)
+        job.unit = vdm.clip_frames(job.config) // job.config.frames
     plan(job)
+    need(not job.later_steps or job.way is follow_clip, "--later-steps is for models of --give "
+         "previous, which go on clip by clip")
     job.denoise = steered(job, job.model.to(job.device))
     job.level = torch.tensor([job.hint_noise], device=job.device)                           # (1,)
     sigmas, job.sampler = vdm.sampling(job.config)
     job.sigmas = sigmas.to(job.device)
+    later = dataclasses.replace(job.config, sampling_steps=job.later_steps or len(sigmas) - 1)
+    job.later_sigmas = vdm.sampling(later)[0].to(job.device)
     print(f"sample  {job.n} videos of {job.length} frames, {job.config.sampler}, {len(sigmas) - 1} "
           f"steps, on {job.device} in {str(dtype).removeprefix('torch.')}")
-    with vdm.autocast(job.device, dtype):
-        videos = record(job)
+    if job.stage == 0:
+        job.out = fresh(job.out)
+    job.folder = job.out.with_suffix("")
+    with vdm.stop_signals("stopping: videos that are complete are kept") as stops:
+        job.denoise = vdm.stoppable(job.denoise, stops)
+        with vdm.autocast(job.device, dtype):
+            videos = record(job)
+    job.stopped = len(stops) > 0
     if job.actions is not None and len(videos) > 1:
         spread = videos.clamp(-1, 1).var(0).mean().item()
         print(f"reward  {math.exp(-spread):.3f}: exp(-variance among the videos)")
@@ -438,11 +493,14 @@ def main(argv=None):
     videos = None
     for job in jobs:
         job.made = videos
+        job.out = jobs[0].out                                     # for which there is a name by now
         videos = make(job)
         if job.stopped:
             break
-    write(job, videos)
-    print(f"files   {len(videos)} videos of {videos.shape[1]} frames in {job.folder}/")
+    if not job.latents:
+        write_all(job, videos)
+    many = f"{len(videos)} of {job.n}" if len(videos) < job.n else job.n
+    print(f"files   {many} videos of {videos.shape[1]} frames in {job.folder}/")
 
 if __name__ == "__main__":
-    vdm.run_program(main)
+    vdm.run_program(main, "make fewer videos at a time (--batch 1)")

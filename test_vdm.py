@@ -13,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 import ast
+import base64
 import builtins
 import copy
 import csv
 import dataclasses
 import dis
+import http.client
 import io
 import json
 import math
@@ -28,8 +30,11 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -54,6 +59,7 @@ import ablation
 import adapters
 import benchmark
 import claims
+import play
 import self_forcing
 
 torch.set_num_threads(1)
@@ -843,6 +849,15 @@ def test_rollout_in_whole_clips():
     assert seen == [[], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert torch.equal(roll(9, previous=count(4)), count(9))
     assert seen[4:] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    seen.clear()                                 # N evaluations of the first clip, M of each other
+    roll(12, sigmas=vdm.karras_sigmas(5), later_sigmas=vdm.karras_sigmas(2))
+    assert [len(given) for given in seen] == 5 * [0] + 2 * [4] + 2 * [4]
+    assert not (seen[5] == seen[7])
+
+def test_clamped_estimate():
+    x = torch.tensor([-3.0, 0.5, 2.0]).view(1, 3, 1, 1, 1)
+    estimate = vdm.clamped(lambda x, sigma, plus: x + plus)(x, 1.0, plus=0.25)
+    assert estimate.flatten().tolist() == [-1, 0.75, 1]
 
 # ---- a noise level per frame ---------------------------------------------------------------------
 
@@ -1842,6 +1857,29 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, module, n
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pt"]
 
+def test_a_full_disk_is_called_that(tmp_path):
+    """Although torch hides the cause behind a position in its archive."""
+    (tmp_path / ".part.a.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="could not write .*a.pt .the disk is full."):
+        vdm.save(tmp_path / "a.pt", x=torch.zeros(10 ** 5))
+    assert os.listdir(tmp_path) == []
+
+def full():
+    with open("/dev/full", "w") as file:
+        file.write("a row")
+
+@cases("main, words", [
+    (lambda: torch.empty(10 ** 15), "the memory is full: buy more"),
+    (lambda: np.zeros(10 ** 17), "the memory is full: buy more"),
+    (lambda: vdm.need(False, "no"), "no"), (full, "the disk is full"),
+    (lambda: __import__("no_such"), "No module named 'no_such': pip install -r requirements.txt")])
+def test_what_users_can_mend_is_one_sentence(main, words):
+    with pytest.raises(SystemExit) as stop:
+        vdm.run_program(main, "buy more")
+    assert stop.value.code == f"error: {words}"
+    with pytest.raises(RuntimeError, match="singular"):                 # what they cannot is a bug
+        vdm.run_program(lambda: torch.linalg.inv(torch.zeros(2, 2)), "buy more")
+
 @cases("changes, words", [
     *[({name: "all"}, f"{name} is 'all', expected one of ") for name in vdm.CHOICES],
     (dict(attention=("none",)), "each of the 2 levels"), (dict(head_dim=7), "head_dim is 7"),
@@ -1930,6 +1968,176 @@ def test_checkpoints_of_autoencoders(tmp_path):
     assert vdm.load(latent)[1] == config
     checkpoint(tmp_path / "pixels.pt")
     assert vdm.load_autoencoder(tmp_path / "pixels.pt")[0] is None
+
+# ---- planes --------------------------------------------------------------------------------------
+
+GRID = (4, 2, 6)                                    # T, H, W, of patches of 2 x 2 pixels
+
+def triplane(*off):
+    """An autoencoder of planes with random weights, without these layers: "t", "hw", all others."""
+    model = randomize(vdm.TriplaneAutoencoder(2, 3, GRID, 2, 16, 1, 1, 8))
+    for turns in (model.encoder, model.decoder):
+        for i, layer in enumerate(turns):
+            if layer.over in off:
+                turns[i] = nn.Identity()
+    return model
+
+def test_planes_in_a_row_and_back():
+    """Place after place: (H, W), then (T, W), then (T, H), each row by row."""
+    sizes = vdm.plane_sizes(*GRID)
+    planes = [torch.randn(5, h, w) for h, w in ((2, 6), (4, 6), (4, 2))]
+    row = vdm.join_planes(planes)
+    assert row.shape == (5, 1, 44)
+    k = 0
+    for plane in planes:
+        for y in range(plane.shape[1]):
+            for x in range(plane.shape[2]):
+                assert torch.equal(row[:, 0, k], plane[:, y, x])
+                k += 1
+    assert all(map(torch.equal, vdm.split_planes(row, sizes), planes))
+
+def test_every_place_is_read_off_three_planes():
+    """By a loop over all places: u(t, h, w) is the sum of what is read from (h, w), (t, w), (t, h).
+    The other way, a plane has what is left when t, h or w is dropped, of each clip in a row."""
+    model = triplane("t", "hw")
+    model.output = nn.Identity()
+    latents = torch.randn(2, 3, 3, 1, 44)
+    u = model.decode(latents)                                                 # (2, 3 T, 16, H, W)
+    T, H, W = GRID
+    for n in range(3):
+        planes = vdm.split_planes(latents[:, n], model.sizes)
+        for t, h, w in np.ndindex(GRID):
+            want = sum(F.linear(plane[:, :, y, x], read.weight[:, :, 0, 0], read.bias)
+                       for plane, read, y, x in zip(planes, model.read, (h, t, t), (w, w, h)))
+            close(u[:, n * T + t, :, h, w], want)
+    mean = SimpleNamespace(forward=lambda u: u.mean(1))                       # drops the axis
+    for project in model.project:
+        project.forward = mean.forward
+    model.input[1] = nn.Conv2d(8, 16, 1).requires_grad_(False)
+    clip = torch.randn(2, 3 * T, 2, 2 * H, 2 * W)
+    u = model.input(clip.flatten(0, 1)).unflatten(0, (2, 3, T))
+    for plane, axis in zip(vdm.split_planes(model.encode(clip), model.sizes), (2, 4, 5)):
+        close(plane, u.mean(axis) if axis == 2 else u.mean(axis).transpose(2, 3))
+
+def test_a_projection_looks_along_one_axis():
+    """A place of a plane depends on all of the axis that is dropped, and on no other place."""
+    project = randomize(vdm.Projection(16, 3, 2, 8))
+    u = torch.randn(1, 5, 16, 3, 4, requires_grad=True)
+    plane = project(u)
+    assert plane.shape == (1, 3, 3, 4) and plane.abs().max() < 1
+    plane[0, :, 0, 2].sum().backward()
+    seen = u.grad.abs().sum((0, 2)) > 0                                             # (5, 3, 4)
+    assert seen[:, 0, 2].all() and seen.sum() == 5
+
+def test_planes_of_a_clip_that_stands_still_are_constant_along_t():
+    """Those of a clip that moves are not, and (H, W) alone tells what stands still."""
+    model = triplane()
+    frame = torch.randn(1, 1, 2, 4, 12)
+    for clip, still in ((frame.expand(1, 4, -1, -1, -1), True),
+                        (torch.randn(1, 4, 2, 4, 12), False)):
+        hw, tw, th = vdm.split_planes(model.encode(clip)[:, 0], model.sizes)
+        for plane in (tw, th):                                                  # (1, 3, T, W or H)
+            assert torch.allclose(plane, plane[:, :, :1].expand_as(plane), atol=1e-5) == still
+        assert hw.std((2, 3)).max() > 0.1
+
+def test_which_plane_tells_what():
+    """Without layers over time, rows of (T, W) and of (T, H) that change places make frames do so.
+    In one alone they do not. Without layers over space, columns of (H, W) and (T, W) do so."""
+    order = torch.tensor([2, 0, 3, 1])
+    latents = torch.randn(1, 1, 3, 1, 44)
+    hw, tw, th = vdm.split_planes(latents, vdm.plane_sizes(*GRID))
+    decode = triplane("t").decode
+    moved = decode(vdm.join_planes([hw, tw[..., order, :], th[..., order, :]]))
+    close(moved, decode(latents)[:, order])
+    half = decode(vdm.join_planes([hw, tw[..., order, :], th]))
+    assert not torch.allclose(half, moved, atol=0.1)
+    order = torch.tensor([1, 5, 0, 4, 2, 3])                                   # of W = 6 patches
+    decode = triplane("hw").decode
+    moved = decode(vdm.join_planes([hw[..., order], tw[..., order], th]))
+    close(moved, decode(latents).unflatten(4, (6, 2))[..., order, :].flatten(4))
+
+@cases("resize", [None, "up", "down"])
+def test_residual_block_of_planes(resize):
+    """Against diffusers', which is built as that of PVDM's code: gain and shift, resized within."""
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    theirs = randomize(resnet.ResnetBlock2D(
+        in_channels=32, out_channels=64, temb_channels=8, groups=32, eps=1e-5,
+        time_embedding_norm="scale_shift", up=resize == "up", down=resize == "down"))
+    layer = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resize, nn.Identity())
+    ours = vdm.PlaneResBlock(32, 64, 8, layer).eval()
+    names = {"conv1.0": "norm1", "conv1.3": "conv1", "emb": "time_emb_proj", "norm2": "norm2",
+             "conv2": "conv2", "skip.1": "conv_shortcut"}
+    weights = theirs.state_dict()
+    ours.load_state_dict({f"{a}.{end}": weights[f"{b}.{end}"] for a, b in names.items()
+                          for end in ("weight", "bias")})
+    x = torch.randn(3, 1, 32, 4, 6)
+    emb = torch.randn(3, 8)
+    close(ours(x, F.silu(emb)[:, None])[:, 0], theirs(x[:, 0], emb))
+
+def test_attention_of_planes():
+    """Against PyTorch's, over all places of a plane."""
+    ours = randomize(vdm.PlaneAttention(32, 4))
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    theirs.load_state_dict(dict(
+        in_proj_weight=ours.qkv.weight, in_proj_bias=ours.qkv.bias,
+        **{"out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias}))
+    x = torch.randn(2, 1, 32, 3, 5)
+    h = ours.norm(x[:, 0]).flatten(2).mT                                               # (2, 15, 32)
+    close(ours(x)[:, 0], x[:, 0] + theirs(h, h, h)[0].mT.unflatten(2, (3, 5)))
+
+def plane_net(**options):
+    return randomize(vdm.PlaneUNet(3, 3, 16, (1, 2), 1, heads=2, sizes=vdm.plane_sizes(4, 2, 6),
+                                   **dict(attention=("joint", "factorised")) | options))
+
+@cases("attention, cut, others", [
+    (("joint", "factorised"), False, True), (("joint", "factorised"), True, False),
+    (("factorised", "none"), True, False)])
+def test_planes_talk_through_attention_among_them_alone(attention, cut, others):
+    """With that cut, a change of one plane changes the estimate of this plane alone."""
+    net = plane_net(attention=attention)
+    for block in net.modules():
+        if cut and isinstance(block, vdm.PlaneBlock):
+            block.across = nn.Identity()
+    x = torch.randn(2, 1, 3, 1, 44)
+    for k in range(3):
+        planes = vdm.split_planes(x, vdm.plane_sizes(*GRID))
+        planes[k] = planes[k] + 1
+        change = net(vdm.join_planes(planes), torch.zeros(2, 1)) - net(x, torch.zeros(2, 1))
+        moved = [plane.abs().max().item() > 1e-3
+                 for plane in vdm.split_planes(change, vdm.plane_sizes(*GRID))]
+        assert moved == [others or i == k for i in range(3)]
+
+def test_all_of_the_network_of_planes_learns():
+    """A fresh one estimates 0; and from the joint loss every parameter gets a gradient, those of
+    the clip before too."""
+    torch.manual_seed(0)
+    fresh = vdm.PlaneUNet(3, 3, 16, (1, 2), 1, ("joint", "factorised"), 2, vdm.plane_sizes(*GRID))
+    z = torch.rand(2, 1, 3, 1, 44)
+    assert not fresh(z, torch.zeros(2, 1)).any()
+    net = plane_net().requires_grad_()
+    denoiser = vdm.PreviousClip(net, "v")
+    loss, error = vdm.joint_loss(denoiser, z, z.flip(0), torch.ones(2), torch.randn_like(z))
+    loss.backward()
+    assert error.shape == (2,)
+    assert [name for name, p in net.named_parameters() if not p.grad.abs().max() > 0] == []
+    close(denoiser(z, 1.0, previous=0 * z), denoiser(z, 1.0))            # zeros are no clip (PVDM)
+
+@cases("flags, total, within, across", [
+    (dict(), 528_273_412, 31.8, 58.3), (dict(width=128, head_dim=16), 132_163_588, 8.0, 14.6)])
+def test_pvdm_has_the_published_size(flags, total, within, across):
+    """To the last parameter, but for the first layer of the noise level, which sees 64 waves."""
+    config = dataclasses.replace(vdm.PRESETS["sky"], **flags)
+    assert (config.frames, config.size) == (1, (1, 2048))
+    with torch.device("meta"):
+        net = vdm.build(config).net
+    def count(modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+    blocks = [block for block in net.modules() if isinstance(block, vdm.PlaneBlock)]
+    assert count([net]) + (config.width - 64) * 4 * config.width == total
+    assert count(block.across for block in blocks) / 1e6 == pytest.approx(across, abs=0.05)
+    assert count(layer for block in blocks for layer in block.layers
+                 if isinstance(layer, vdm.PlaneAttention)) / 1e6 == pytest.approx(within, abs=0.05)
+    assert {layer.heads for layer in net.modules() if isinstance(layer, vdm.PlaneAttention)} == {8}
 
 # ---- Drive ---------------------------------------------------------------------------------------
 
@@ -2548,11 +2756,21 @@ def test_arrays(tmp_path, shape):
     np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
     assert vdm.read_video(tmp_path / "few.npy").shape == (shape[-4], 3, 32, 31)
 
+RAMP = np.linspace(0, 1, 2 * 16 * 32 * 32, dtype=np.float32).reshape(2, 16, 32, 32)
+
 @cases("array, words", [
-    (np.array([print], object), ""), (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, "),
-    (np.zeros((2, 16, 32, 32), np.float32), r"expected uint8 .* found float32 \(2, 16, 32, 32\)")])
-def test_other_arrays_are_refused(tmp_path, array, words):
-    """Code, channels first, floats."""
+    (np.array([print], object), ""),
+    (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, 32, 32\): put the channels last, "),
+    (RAMP, r"expected uint8 .* found float32 \(2, 16, 32, 32\): values are 0 to 1, multiply by 2"),
+    (RAMP > 0.5, "bool .* 0 to 1, multiply by 255 and store uint8$"),
+    (2 * RAMP - 1, "values are -1 to 1, add 1, multiply by 127.5 and"),
+    ((255 * RAMP).astype(int), "values are 0 to 255, round and store"),
+    (RAMP * 1000, "values are 0 to 1000, scale to 0 to 255 and"), (RAMP - 9, "scale to 0 to 255"),
+    (RAMP * np.nan, "nan.*scale to 0 to 255"),
+    (RAMP[:, :3, None], r"channels last, np.moveaxis\(x, -3, -1\): values are 0 to .* and"),
+    (RAMP[0, 0], "float32 .32, 32.: values are 0 to")])
+def test_other_arrays_are_refused_with_the_conversion_that_is_missing(tmp_path, array, words):
+    """Code, channels first, other numbers."""
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match="a.npy: .*" + words):
         vdm.read_video(tmp_path / "a.npy")
@@ -2560,9 +2778,16 @@ def test_other_arrays_are_refused(tmp_path, array, words):
 def test_moving_mnist_and_a_train_folder(tmp_path):
     """The first is stored as (T, N, H, W); of the second, test/ is not looked at."""
     mnist = np.arange(20)[:, None, None, None] + 10 * np.arange(21)[None, :, None, None]
-    np.save(tmp_path / "mnist.npy", np.tile(mnist.astype(np.uint8), (1, 1, 64, 64)))
-    data = vdm.VideoFolder(tmp_path, 20, (64, 64))
-    assert [clip[:, 0, 0, 0].tolist() for clip in data.clips] == mnist[:, :, 0, 0].T.tolist()
+    mnist = np.tile(mnist.astype(np.uint8), (1, 1, 64, 64))
+    for name, clips in (("mnist_test_seq", mnist.swapaxes(0, 1)), ("twenty_clips", mnist)):
+        np.save(tmp_path / f"{name}.npy", mnist)
+        data = vdm.VideoFolder(tmp_path / f"{name}.npy", 20, (64, 64))
+        assert [c[:, 0, 0, 0].tolist() for c in data.clips] == clips[:, :, 0, 0].tolist()
+        frames = {"mnist_test_seq": 20, "twenty_clips": 21}[name]
+        assert f", {frames} frames each" in data.report
+    np.save(tmp_path / "mnist_test_seq.npy", mnist.astype(float))
+    with pytest.raises(ValueError, match=r"found float64 \(20, 21, 64, 64\): values .*, round"):
+        vdm.decode(tmp_path / "mnist_test_seq.npy")
     for name, n in (("train", 1), ("test", 2)):
         (tmp_path / "own" / name / "class").mkdir(parents=True)
         np.save(tmp_path / "own" / name / "class/x.npy", np.zeros((n, 16, 8, 8, 3), np.uint8))
@@ -2570,12 +2795,53 @@ def test_moving_mnist_and_a_train_folder(tmp_path):
     with pytest.raises(ValueError, match="missing does not exist"):
         vdm.VideoFolder(tmp_path / "missing", 16, (8, 8))
 
+# ---- rates ---------------------------------------------------------------------------------------
+
+UNEVEN = "-vf settb=1/1000,setpts=10*N*N -fps_mode passthrough -enc_time_base 1:1000".split()
+
+def test_frames_of_a_variable_rate(tmp_path):
+    """Frame n is shown from 10 n^2 ms on, and read once. A rate chooses those nearest in time, of
+    an even rate, too. Arrays store no rate: that which is told is believed."""
+    for name in ("a.mp4", "b.mkv"):
+        save(tmp_path / name, flat(16), fps=25, output_params=UNEVEN)
+        (frames,), fps = vdm.decode(tmp_path / name)
+        assert (brightness(frames), fps) == (list(range(16)), round(15 / 2.25, 2))
+        for rate in (4, 10, 50):
+            (frames,), fps = vdm.decode(tmp_path / name, rate=rate)
+            wanted = np.arange(0, 2250.1, 1000 / rate)
+            nearest = abs(wanted[:, None] - 10 * np.arange(16) ** 2).argmin(1)
+            assert (brightness(frames), fps) == (nearest.tolist(), rate)
+    save(tmp_path / "even.mp4", flat(20), fps=20)
+    (frames,), fps = vdm.decode(tmp_path / "even.mp4", rate=10)
+    assert brightness(frames) == list(range(0, 20, 2))
+    save(tmp_path / "a.gif", [Image.fromarray(f) for f in flat(9)], duration=50)
+    assert brightness(vdm.decode(tmp_path / "a.gif", rate=10)[0][0]) == [0, 2, 4, 6, 8]
+    np.save(tmp_path / "a.npy", flat(9))
+    clips, fps = vdm.decode(tmp_path / "a.npy", rate=10)
+    assert clips.shape[1] == 9 and fps == 10
+
+def test_mixed_rates_are_listed_and_made_one(tmp_path):
+    """The rate printed is that of the clips used: three of 8 frames a second, two of 20."""
+    np.save(tmp_path / "a.npy", np.stack([flat(12)] * 3))
+    for name, n, rate in (("b", 12, 20), ("c", 12, 20), ("short", 3, 40)):
+        save(tmp_path / f"{name}.mp4", flat(n), fps=rate)
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
+    assert (data.fps, data.rates, data.lengths) == (8, [8] * 3 + [20] * 2, [12] * 5)
+    assert ("warning: clips have different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses fra"
+            "mes so that they have one") in data.report
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True, data_fps=10)
+    assert data.rates == [10] * 5 and "warning" not in data.report
+    assert brightness(data.clips[4][:]) == [0, 2, 4, 6, 8, 10]
+    assert vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True).lengths == [12] * 5
+
 # ---- a folder ------------------------------------------------------------------------------------
 
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
-                  "10 fps\n", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
+                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ",
+                  f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
@@ -2583,6 +2849,54 @@ def test_folder_report_and_pixels(made):
         [list(range(n)) for n in (16,) * 7 + (17, 20)] + [MERGED])
     with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, an item takes 22: "):
         vdm.VideoFolder(made / "grey.npy", 8, (24, 24), stride=3)
+
+def test_a_hostile_folder(tmp_path):
+    """Links in circles, runs, odd names, damage: what can be read is read, a real file once."""
+    odd = ["a b", "q'u\"o", "new\nline", "ünï→", "-dash", "100%d", "[x]*?", "c:d", "#1", "\\",
+           os.fsdecode(b"\xff")]
+    (tmp_path / "d/deep").mkdir(parents=True)
+    save(tmp_path / "x.mp4", flat(8), fps=10)
+    for name in odd:
+        shutil.copy(tmp_path / "x.mp4", tmp_path / f"d/{name}.mp4")
+        (tmp_path / f"d/deep/{name}.mkv").write_text("broken")
+    for link, to in (("deep/up", ".."), ("self", "self"), ("deep/here", "."), ("z", "deep"),
+                     ("gone.mp4", "nowhere"), ("0.mp4", "a b.mp4"), ("zz.mp4", "a b.mp4")):
+        (tmp_path / "d" / link).symlink_to(to)
+    (tmp_path / "d/link.mp4").symlink_to(tmp_path / "x.mp4")
+    os.mkfifo(tmp_path / "d/pipe.mp4")
+    for run in ("out", "older"):
+        (tmp_path / "d" / run / "samples").mkdir(parents=True)
+        shutil.copy(tmp_path / "x.mp4", tmp_path / "d" / run / "samples/final.mp4")
+    (tmp_path / "d/older/last.pt").touch()
+    (tmp_path / "d/alias").symlink_to("out")
+    files = vdm.find_files(tmp_path / "d", without=tmp_path / "d/alias")
+    read = [f"{name}.mp4" for name in odd] + ["link.mp4"]
+    assert sorted(p.name for p in files if p.suffix == ".mp4") == sorted(read)
+    assert len(files) == 2 * len(odd) + 1
+    data = vdm.VideoFolder(tmp_path / "d", 4, (8, 8), without=tmp_path / "d/out")
+    assert len(data) == len(odd) + 1 and f"{len(odd)} skipped" in data.report
+    assert data.report.encode() and len(data.report.splitlines()) == 11       # a head, 9, "2 more"
+
+def test_5000_small_files(tmp_path, monkeypatch):
+    """The cache's folder is listed once, not for every file."""
+    one = io.BytesIO()
+    np.save(one, np.zeros((1, 8, 8, 3), np.uint8))
+    for n in range(5000):
+        (tmp_path / f"{n}.npy").write_bytes(one.getvalue())
+    listed = []
+    scan = os.scandir
+
+    def counted(path):
+        listed.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    monkeypatch.setattr(os, "listdir", None)
+    monkeypatch.setattr(vdm, "decode", lambda *a: (np.zeros((1, 1, 8, 8, 3), np.uint8), 8.0))
+    for _ in range(2):
+        data = vdm.VideoFolder(tmp_path, 1, (8, 8), cache=True)
+        assert len(data) == 5000 and data[4999]["video"].shape == (1, 3, 8, 8)
+    assert len(listed) < 20
 
 def test_items_depend_on_seed_and_index_only(tmp_path):
     for n in range(5):
@@ -2615,7 +2929,7 @@ def test_actions_beside_a_clip(tmp_path):
                           ("two", np.stack([told(12, 3), told(12, 4)]))):
         np.save(tmp_path / f"{name}.actions.npy", actions)
     data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
-    assert data.report.endswith(", 4 fps, 4 with actions")
+    assert ", 4 fps, 12 to 14 frames each, 4 with actions\n" in data.report
     seen = set()
     for i in range(25):
         action = data[i]["action"]
@@ -2689,21 +3003,24 @@ def test_files_are_decoded_once(videos, monkeypatch):
     assert sum((clip[0:1] == 4).all() for clip in data.clips) == 2
 
 def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
-    """A lost or shortened file in the cache is made anew."""
+    """A lost or shortened file in the cache is made anew, and one whose name is garbled."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     cached(monkeypatch, videos)
     kept = sorted((videos / ".vdm_cache").iterdir())
     assert len(kept) == 3 and not [path for path in kept if path.name[0] == "."]   # temporary
     for path in kept:
         data = path.read_bytes()
-        for rest in (None, 0, len(data) - 1):
+        for rest in (None, 0, len(data) - 1, "garbled"):
             path.unlink()
-            if rest is not None:
+            if rest == "garbled":
+                path.with_stem(path.stem.partition("-")[0] + "-x").write_bytes(data)
+            elif rest is not None:
                 path.write_bytes(data[:rest])
             again, names = cached(monkeypatch, videos)
             assert len(names) == 2
             assert same(again, plain)
             assert path.read_bytes() == data
+    assert sorted((videos / ".vdm_cache").iterdir()) == kept
 
 def test_without_room_for_a_cache(videos, monkeypatch):
     """Clips stay in memory where nothing can be written; a full disk is an error that says so."""
@@ -2732,6 +3049,17 @@ def test_without_room_for_a_cache(videos, monkeypatch):
     assert same(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------
+
+@cases("wrong", [np.zeros((9, 16, 24, 3)), np.zeros((9, 3, 16, 24), np.uint8),
+                 torch.zeros(9, 3, 16, 24, dtype=torch.uint8), torch.zeros(9, 16, 24, 3)])
+def test_bytes_and_channels_last_are_refused(tmp_path, wrong):
+    """By what turns pixels into bytes, too, where the height might pass for channels."""
+    with pytest.raises(ValueError, match="channels first|uint8.*from_uint8 makes"):
+        vdm.write_video(tmp_path / "a.gif", wrong)
+    with pytest.raises(ValueError, match="expected floats .*1 or 3, H, W.*from_uint8 makes"):
+        vdm.to_uint8(torch.as_tensor(wrong))
+    right = vdm.write_video(tmp_path / "a.gif", np.full((2, 3, 16, 24), 0.5))
+    assert (vdm.to_uint8(vdm.read_video(right)) == 191).all()
 
 def test_range_and_crop(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
@@ -2885,6 +3213,24 @@ def test_what_a_run_leaves(trained):
     assert Image.open(trained / "samples/final.png").size == (2 * (4 * 17 + 1), 2 * (2 * 17 + 1))
     assert [read(trained / f"step_{k:06d}.pt")["step"] for k in (1, 5, 12)] == [1, 5, 12]
 
+def test_the_picture_of_errors(tmp_path):
+    """A line per noise level, at the height of its error. A level without a clip has no 0."""
+    options = SimpleNamespace(out=tmp_path, rank=0)
+    want = [0.5, 0.2, 0.05, 0.02, 0.005, 0.002]
+    for step in range(10, 1010, 10):
+        seen = slice(step // 10 % 2, 6)                      # the first level in every other row
+        record = dict(loss=1.0, gradient_norm=1.0, lr_share=1.0, error=torch.tensor(want)[seen],
+                      sigma=torch.tensor([0.05, 0.2, 0.5, 2, 5, 20])[seen])
+        train.log(options, step, 1.0, [record])
+    path, = train.draw_errors(options)
+    picture = np.asarray(Image.open(path)).astype(int)[:, 50:480]                     # the axes
+    lines = picture[:, 200:400].transpose(1, 0, 2)
+    inks = [(0, 0, 128), (65, 105, 225), (46, 139, 87), (255, 165, 0), (255, 69, 0), (139, 0, 0)]
+    for error, ink in zip(want, inks):
+        heights = np.nonzero((lines == ink).all(-1))[1]
+        decades = np.log10(1 / error)                                # 70 pixels each, from 1 down
+        assert len(heights) >= 200 and np.abs(heights - 20 - 70 * decades).max() <= 1.5, ink
+
 def test_averaged_weights_by_hand(trained):
     """The share that update n keeps is (1 + n) / (10 + n), which is below 0.995 here."""
     average = read_fresh(read(trained / "last.pt"))
@@ -2977,20 +3323,105 @@ def sigint():
     yield
     signal.signal(signal.SIGINT, before)
 
-def test_ctrl_c(tmp_path, monkeypatch, capsys, sigint):
-    """Once: the step at work is saved. Twice: nothing is. Under nohup, where it is ignored: no."""
+def test_ctrl_c(tmp_path, monkeypatch, capfd, sigint):
+    """However often it comes in a step, that step is saved, and the first answer comes at once; so
+    with a terminal that is closed. Under nohup, where it is ignored, nothing happens."""
     flags = "--steps 3 --save-every 3"
-    stopped(monkeypatch, 1, signal.SIGINT)
-    assert run(tmp_path / "once", flags)["step"] == 2
-    assert "stopped after step 2, all saved" in capsys.readouterr().out
-    stopped(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "twice", flags)
-    assert not (tmp_path / "twice/last.pt").exists()
+    for k, numbers in enumerate(([signal.SIGINT], [signal.SIGINT] * 3, [signal.SIGHUP])):
+        stopped(monkeypatch, 1, *numbers)
+        assert run(tmp_path / str(k), flags)["step"] == 2
+        said = capfd.readouterr()
+        assert "stopped after step 2, all saved" in said.out
+        assert said.err.count("stopping: this step is finished and saved first") == len(numbers)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopped(monkeypatch, 1, signal.SIGINT)
     assert run(tmp_path / "nohup", flags)["step"] == 3
+
+def test_a_signal_ends_samples_early(tmp_path, monkeypatch, capfd, sigint):
+    """Those on the way: sampling stops at its next noise level, and the step before it is saved."""
+    generate = vdm.generate
+    asked = []
+
+    def interrupted(denoise, *args, **options):
+        def ask(x, sigma, **conditions):
+            asked.append(sigma)
+            signal.raise_signal(signal.SIGINT)
+            return denoise(x, sigma, **conditions)
+        return generate(ask, *args, **options)
+
+    monkeypatch.setattr(vdm, "generate", interrupted)
+    assert run(tmp_path / "run", "--steps 9 --sample-every 4 --sampling-steps 20")["step"] == 4
+    assert len(asked) == 1 and not (tmp_path / "run/samples").exists()
+
+def test_checkpoints_and_samples_by_the_clock(tmp_path, monkeypatch):
+    """Of steps of 100 seconds the first that ends after ten minutes is saved. There are samples
+    after a minute, and whenever the time has doubled. The weights are those of a quick run."""
+    flags = "--steps 20 --save-every 99"
+    common = SMALL_c.replace("--sample-every 99", "")
+    whole = run(tmp_path / "whole", flags, common)
+    assert len(list((tmp_path / "whole/samples").glob("step_*.png"))) == 4           # each fifth
+    now = [0.0]
+    draw = train.draw
+    save = vdm.save
+    saved = []
+
+    def slow(*args):
+        now[0] += 100
+        return draw(*args)
+
+    def kept(path, **state):
+        saved.append(state["step"])
+        save(path, **state)
+
+    clock = lambda: now[0]
+    monkeypatch.setattr(train, "draw", slow)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
+    monkeypatch.setattr(vdm, "save", kept)
+    assert same_c(whole, run(tmp_path / "slow", flags, common))
+    assert saved == [7, 14, 20]
+    names = sorted(path.stem for path in (tmp_path / "slow/samples").glob("step_*.png"))
+    assert names == [f"step_{n:06d}" for n in (1, 3, 4, 8, 12, 16)]
+
+def test_samples_that_cannot_be_written_are_a_warning(tmp_path, capsys):
+    out = tmp_path / "Ann's run"                                  # the shell needs quotes for it
+    out.mkdir()
+    (out / "samples").touch()
+    train.main([*SMALL_c.split(), "--steps", "3", "--sample-every", "2", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert said.count("warning: could not write") == 3 and "2 clips of 4 frames" in said
+    assert shlex.split(said.splitlines()[-1]) == ["next", "python", "sample.py", str(out)]
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused. A kill of the first frees the folder, though its worker lives."""
+    options = SimpleNamespace(out=tmp_path / "a/run", dry_run=False)
+    receiver, sender = os.pipe()
+    first = os.fork()
+    if not first:
+        with train.alone(options):
+            worker = os.fork()
+            if worker:
+                os.write(sender, str(worker).encode())
+            signal.pause()
+    worker = int(os.read(receiver, 99))
+    alive = [first, worker]
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another run is writing to .*a/run: wait"):
+                run(options.out, "--steps 1")
+        assert (options.out / "log.csv").exists()
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        alive.remove(first)
+        with pytest.raises(ValueError, match="--ema"):
+            run(options.out, "--steps 1 --ema 2")
+        assert os.listdir(options.out) == []                    # log.csv had nothing in it
+        with pytest.raises(ValueError, match="--ema"):
+            run(tmp_path / "b/c", "--ema 2")
+        assert os.listdir(tmp_path) == ["a"]
+    finally:
+        for process in alive:
+            os.kill(process, signal.SIGKILL)
 
 def test_sigterm_on_the_command_line(tmp_path):
     """To all processes, the one that reads ahead too, as a terminal or a queue sends it."""
@@ -2998,7 +3429,8 @@ def test_sigterm_on_the_command_line(tmp_path):
     process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
-    while not (tmp_path / "run/log.csv").exists() and process.poll() is None:
+    log = tmp_path / "run/log.csv"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     said = process.communicate()[0]
@@ -3017,6 +3449,120 @@ def test_a_run_is_never_overwritten(trained, tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint"):
         run(tmp_path / "none", "--resume")
     assert (trained / "last.pt").read_bytes() == before and len(rows(trained)) == 12
+
+def copied_run(source, out):
+    """A copy of a run's last checkpoint, for another attempt to go on from it."""
+    out.mkdir()
+    shutil.copy(source / "last.pt", out)
+    return out
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of clips with 10 frames a second, and a run of 2 steps on it by a relative path."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "clips").mkdir()
+    for name in "ab":
+        save(folder / f"clips/{name}.mp4", flat(12), fps=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(Path("run"), "--data clips/ --seed 3 --data-fps 5 --steps 2")
+    return folder
+
+def test_resume_takes_the_data_from_the_checkpoint(own, tmp_path, monkeypatch, capsys):
+    """By no flag, by the path written in other ways, or where the folder was moved to: without a
+    warning, and bit for bit. Worlds are not files, and other settings are other settings."""
+    monkeypatch.chdir(own)
+    shutil.copytree(own / "clips", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved/.vdm_cache")
+    states = []
+    for n, flags in enumerate(("", "--data clips", f"--data {own}/./clips", "--seed 3 --data-fps 5",
+                               f"--data {tmp_path / 'moved'}")):
+        out = copied_run(own / "run", tmp_path / str(n))
+        states.append(run(out, "--steps 3 --resume " + flags, common="--device cpu --dtype fp32 "))
+        said = capsys.readouterr().out
+        assert "warning" not in said and "own data" not in said
+        assert states[n]["seed"] == 3 and states[n]["config"]["fps"] == 5
+    assert all(same_c(states[0] | dict(data=0), state | dict(data=0)) for state in states)
+    assert states[4]["data"] == str(tmp_path / "moved")
+    for flags, words in (("--data shapes", "data is another"), ("--seed 4", "seed is another"),
+                         ("--data-fps 4", "data_fps is another"), ("--data no", "no, the data")):
+        with pytest.raises(ValueError, match=words):
+            train.main(["--resume", "--out", str(own / "run"), "--steps", "9", *flags.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="clips/, the data of this run, is no longer there: name "):
+        train.main(["--resume", "--out", str(own / "run"), "--steps", "9"])
+
+def test_resume_warns_of_changed_files(own, tmp_path, capsys):
+    shutil.copytree(own / "clips", tmp_path / "clips")
+    (tmp_path / "clips/b.mp4").unlink()
+    out = copied_run(own / "run", tmp_path / "run")
+    run(out, f"--steps 3 --resume --data {tmp_path / 'clips'}", common="--device cpu --dtype fp32 ")
+    assert f"warning: the files of {tmp_path / 'clips'} are others than" in capsys.readouterr().out
+
+@cases("flags, name", [("--optimizer adamw", "lr"), ("--optimizer muon", "muon_lr")])
+def test_a_lower_rate_after_a_gradient_that_is_not_finite(tmp_path, monkeypatch, flags, name):
+    """As the message advises. The step after it is as long as the new rate says: half as long."""
+    flags += " --warmup 0 --weight-decay 0 --save-every 2"
+    first = run(tmp_path, flags + " --steps 2")
+    loss_of = train.loss_of
+
+    def broken(*arguments):
+        loss, error = loss_of(*arguments)
+        return loss * math.nan, error
+
+    monkeypatch.setattr(train, "loss_of", broken)
+    with pytest.raises(ValueError, match="gradient is nan at step 3.*lower --lr or --muon-lr"):
+        run(tmp_path, flags + " --steps 4 --resume")
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    rate = first["config"][name]
+    moved = {}
+    for share in (1, 0.5):
+        out = copied_run(tmp_path, tmp_path / str(share))
+        again = run(out, flags + f" --steps 3 --resume --{name.replace('_', '-')} {share * rate}")
+        key = "net.down.0.space_attention.q.weight"
+        moved[share] = again["model"][key] - first["model"][key]
+    agree(moved[0.5], 0.5 * moved[1], rtol=1e-2, atol=1e-7)
+
+def test_fewer_frames_alone(tmp_path, capsys):
+    """What a preset gives of 8 frames shrinks to fit, and that is printed. What fits stays."""
+    few = SMALL_c.replace("--context 0.5 0 0.5 --overlap 2 ", "")
+    config = run(tmp_path / "four", "--steps 1", few)["config"]
+    assert (config["context"], config["overlap"]) == ((0.5, 0, 0.5, 0), 2)
+    said = capsys.readouterr().out
+    assert "context (0.5, 0.0, 0.5, 0.0) instead of (0.5, 0.0, 0.0, 0.0, 0.5), overlap 2 " in said
+    for flags, context, overlap in (
+            ("--frames 5", (0.5, 0, 0, 0, 0.5), 4), ("--frames 2", (0.5, 0.5), 1),
+            ("--frames 1", (1,), 1),
+            ("--preset mnist --frames 8", (0.5, 0, 0, 0, 0.5, 0, 0, 0), 4),
+            ("--frames 3 --overlap 1", (0.5, 0, 0.5), 1), ("--frames 4 --context 1", (1,), 2),
+            ("--preset vista --frames 3", (1 / 15, 14 / 15, 0), 1)):
+        config = train.parse(flags.split())[1]
+        assert config.context == pytest.approx(context) and config.overlap == overlap, flags
+        vdm.check(None, config)
+
+def test_what_own_data_changes_is_printed(own, tmp_path, capsys):
+    """The rate of the files, and the run's own samples are no data, nor is the data its folder."""
+    run(tmp_path / "a", f"--steps 1 --data {own / 'clips'}")
+    assert "own data: fps 10.0 instead of 8.0\n" in capsys.readouterr().out
+    run(tmp_path / "b", f"--steps 1 --data {own / 'clips'} --fps 9")
+    assert "own data" not in capsys.readouterr().out
+    shutil.copytree(own / "clips", tmp_path / "all/clips")
+    flags = f"--data {tmp_path / 'all'} --save-every 1 --sample-every 1"
+    run(tmp_path / "all/run", flags + " --steps 2")
+    run(tmp_path / "all/run", flags + " --steps 3 --resume")
+    said = capsys.readouterr().out
+    assert said.count("data: 2 files in") == 2 and "warning" not in said
+    with pytest.raises(ValueError, match="the folder of --data"):
+        run(tmp_path / "all", f"--steps 1 --data {tmp_path}/./all/")
+
+def test_digits_are_grey(tmp_path):
+    """The preset digits reads Moving MNIST by its name, and refuses the toy worlds."""
+    np.save(tmp_path / "mnist_test_seq.npy", np.zeros((20, 3, 64, 64), np.uint8))
+    out = run(tmp_path / "run", f"--data {tmp_path} --steps 1 --batch 1 --marks 1 "
+              "--sampling-steps 1", common="--preset digits --device cpu ")
+    assert out["config"]["channels"] == 1 and tuple(out["config"]["size"]) == (32, 32)
+    with pytest.raises(ValueError, match="--channels is 1.* or clips of your own"):
+        train.main(["--preset", "digits", "--out", str(tmp_path / "x")])
 
 def test_training_learns(tmp_path):
     """At sigma 1 to 3 the error falls to 3/4 of that of the best constant, the mean clip."""
@@ -3414,7 +3960,7 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
     body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Config")
     lines = source.splitlines()
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        train.parse(["--help-all"])
     said = re.sub(r"\s+", "", capsys.readouterr().out)       # lines are broken, also at hyphens
     flags, want = [], {}
     for node in body.body:
@@ -3423,6 +3969,8 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
             flag, default = "--" + name.replace("_", "-"), getattr(vdm.Config, name)
             assert re.sub(r"\s+", "", comment) in said and flag in said, name
             given = {str: "z", int: "7", float: "0.25", tuple: "3 2"}[type(default)]
+            if name == "planes":
+                given = "3 2 4"
             flags += [flag, *given.split()]
             kind = type((*default, 0)[0]) if isinstance(default, tuple) else type(default)
             want[name] = tuple(map(kind, given.split()))
@@ -3432,6 +3980,31 @@ def test_every_field_is_a_flag_with_its_comment(capsys):
     assert train.parse(["--preset", "ucf101", *flags])[1] == vdm.Config(**want)
     config = train.parse("--batch 3 --preset ucf101 --size 24".split())[1]
     assert config == dataclasses.replace(vdm.PRESETS["ucf101"], batch=3, size=(24, 24))
+
+def test_help_is_short_and_has_the_defaults_of_the_preset(capsys):
+    """A line has the value that a run of this preset has; the table agrees with the networks."""
+    for name in ("tiny", "latent", "mnist"):
+        with pytest.raises(SystemExit):
+            train.parse(["--preset", name, "--help"])
+        said = capsys.readouterr().out
+        assert 15 <= len(set(re.findall(r"^  (--\w[\w-]*)", said, re.M))) <= 21
+        config = vdm.PRESETS[name]
+        said = " ".join(said.split())
+        for field in ("frames", "steps", "width"):
+            assert re.search(rf"--{field} [^()]*\({getattr(config, field)}\)", said), field
+        assert f"({config.size[0]} {config.size[1]})" in said and "--clip-norm" not in said
+        with torch.device("meta"):
+            total = sum(p.numel() for p in vdm.build(config).parameters())
+        assert re.search(rf"{name} [^|]*? {config.frames} x \d+ x \d+ +{total / 1e6:.1f} M", said)
+    assert train.ABOUT.keys() == vdm.PRESETS.keys()
+
+def test_a_preset_for_a_gpu_says_so_first(tmp_path, capsys):
+    """mnist, here at toy size."""
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/a.npy", np.zeros((9, 16, 16), np.uint8))
+    flags = SMALL_c + f"--channels 1 --steps 1 --preset mnist --data {tmp_path}/data"
+    run(tmp_path / "run", "", flags)
+    assert capsys.readouterr().out.startswith("note    preset mnist is meant for a GPU (47")
 
 REFUSED = [
     ("--prest tiny", "unrecognized arguments: --prest"), ("--preset huge", "choice: 'huge'"),
@@ -3445,8 +4018,9 @@ REFUSED = [
     ("--drop 2", "--drop is 2.0, expected 0 to 1"), ("--ema nan", "--ema is nan"),
     ("--lr inf", "--lr is inf, expected 0 or more"), ("--clip-norm 0", "--clip-norm is 0.0"),
     ("--sigma-min 60", "less than --sigma-max"), ("--context 0 1", "and the first not 0"),
-    ("--frames 4", "no more numbers than --frames"), ("--images 0", "--skip-guidance asks"),
-    ("--context nan", "--context is (nan,)"), ("--give previous", "two numbers as --context"),
+    ("--frames 4 --context 1 0 0 0 1", "no more numbers"), ("--images 0", "--skip-guidance asks"),
+    ("--frames 0", "--frames is 0, expected 1"), ("--context nan", "--context is (nan,)"),
+    ("--give previous", "two numbers as --context"),
     ("--task any --context 1", "odds of given"), ("--actions 0", "--actions is (0,)"),
     ("--task ends --frames 2 --context 0.5 0.5", "needs 3 --frames"),
     ("--task image", "--task image needs --give hint"),
@@ -3458,6 +4032,7 @@ REFUSED = [
     ("--labels 3", "--labels is 3 and --actions (), but the data has 18"),
     ("--actions 4 2", "but the data has 18 labels and actions ()"),
     ("--data drive --channels 1", "toy worlds are in colour"),
+    ("--preset mnist", "name grey videos by --data, such as mnist_test_seq.npy"),
     ("--data no/such", "no/such does not exist"), ("--device quantum", "is not to be had here"),
     ("--preset latent", "this run needs latents"), ("--latents no.pt", "no checkpoint no.pt"),
     ("--init no.pt", "no checkpoint no.pt"), ("--train temporal", "needs --init"),
@@ -3482,18 +4057,34 @@ def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path, trained):
 
 def test_a_folder_of_ones_own(tmp_path, capsys):
     """Grey stays one channel, files play at their own speed, and numbers beside a clip are told."""
+    data = tmp_path / "data"
+    data.mkdir()
     for k in range(3):
-        np.save(tmp_path / f"clip{k}.npy", np.full((9, 20, 30, 1), 40 * k, np.uint8))
-        np.save(tmp_path / f"clip{k}.actions.npy", np.random.default_rng(k).normal(size=(9, 3)))
-    (tmp_path / "notes.txt").write_text("no video")
-    state = run(tmp_path / "run", f"--steps 3 --data {tmp_path} --channels 1 --stride 2")
+        np.save(data / f"clip{k}.npy", np.full((9, 20, 30, 1), 40 * k, np.uint8))
+        np.save(data / f"clip{k}.actions.npy", np.random.default_rng(k).normal(size=(9, 3)))
+    (data / "notes.txt").write_text("no video")
+    state = run(tmp_path / "run", f"--steps 3 --data {data} --channels 1 --stride 2")
     said = capsys.readouterr().out
     assert "4 files" in said and "3 clips used, 1 skipped" in said and "notes.txt" in said
     config = vdm.Config(**state["config"])
     assert (config.fps, config.actions, config.channels) == (4.0, (3,), 1)
     assert state["model"]["net.conditions.action.linear.weight"].abs().max() > 0
     with pytest.raises(ValueError, match=r"--actions \(2, 2\), but the data has .* actions \(3,\)"):
-        run(tmp_path / "other", f"--data {tmp_path} --channels 1 --actions 2 2")
+        run(tmp_path / "other", f"--data {data} --channels 1 --actions 2 2")
+
+def test_data_that_is_of_no_use_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    with pytest.raises(ValueError, match="data is an empty folder, expected .*.gif .*.mp4 .*.npz"):
+        run(tmp_path / "run", f"--data {data}")
+    clip = vdm.MovingShapes(4, (16, 16))[0]["video"]
+    vdm.write_video(data / "a.mp4", clip)
+    with pytest.raises(ValueError, match="has no latents .* for videos name an autoencoder"):
+        run(tmp_path / "run", f"--preset latent --data {data}")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/program")
+    with pytest.raises(ImportError, match="ffmpeg is missing, which reads .*a.mp4"):
+        run(tmp_path / "run", f"--data {data}")
+    assert os.listdir(tmp_path) == ["data"]
 
 # ---- latents -------------------------------------------------------------------------------------
 
@@ -3552,6 +4143,78 @@ def test_encoded_once(latent, tmp_path, monkeypatch):
             run(tmp_path / "three", flags + "--encode 4", LATENT)
     run(tmp_path / "four", f"--latents {latent}/ae/last.pt --data drive --steps 1", LATENT)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and not list(tmp_path.glob("*.part"))
+
+@cases("size, most, kept", [((4, 4), 0.5, False), ((1, 16), 0.5, True), ((1, 16), 1.5, False)])
+def test_latents_of_planes_need_no_scale(tmp_path, size, most, kept):
+    """Only planes, a row of numbers in [-1, 1], may have a standard deviation below 0.4."""
+    small = np.zeros((3, 6, 2, *size), np.float32)
+    small[..., 0] = most
+    small[0, 0, 0, 0, 1] = -most
+    assert 0.01 < small.std() < 0.4
+    np.save(tmp_path / "a.npy", small)
+    if kept:
+        assert len(train.Latents(tmp_path, 2, size, 1, 2)) == 3
+    else:
+        with pytest.raises(ValueError, match="multiply it by"):
+            train.Latents(tmp_path, 2, size, 1, 2)
+
+PLANES = ("--preset planes --width 8 --head-dim 4 --mults 1 --attention joint --batch 2 --steps 3 "
+          "--sampling-steps 2 --marks 2 --encode 5 --sample-every 99 --device cpu --dtype fp32 ")
+
+def test_planes_from_the_autoencoder_to_samples(tmp_path, monkeypatch, capsys):
+    """Clips of 4 frames are encoded two in a row. Videos are as long as asked for; the first clips
+    of a longer one, and a given one, are those of their own; the rest is another at other steps."""
+    autoencoder_c([*"--preset planes --planes 4 2 3 --channels 2 --batch 2 --steps 3 --marks 2 "
+                   "--device cpu --dtype fp32".split(), "--out", str(tmp_path / "ae")])
+    assert f"train.py --preset planes --latents {tmp_path}/ae/last.pt" in capsys.readouterr().out
+    state = run(tmp_path / "run", f"--latents {tmp_path}/ae/last.pt", PLANES)
+    assert state["config"]["planes"] == (4, 2, 3) and state["config"]["size"] == (1, 26)
+    assert same_c(state["autoencoder"], read(tmp_path / "ae/last.pt")["ema"])
+    folder, = tmp_path.glob("latents-*")
+    stored = np.load(folder / "video.npy")
+    ae, _ = vdm.load_autoencoder(tmp_path / "ae/last.pt")
+    clip = vdm.MovingShapes(8, (8, 12), seed=0)[0]["video"]
+    by_hand = torch.cat([ae.encode(clip[None, i:i + 4])[0] for i in (0, 4)])     # (2, 2, 1, 26)
+    close(torch.from_numpy(stored[0]).float(), by_hand, atol=2e-3, rtol=2e-3)
+    picture = Image.open(tmp_path / "run/samples/final.png")
+    assert picture.size == (2 * (4 * 13 + 1), 2 * (2 * 9 + 1))
+    monkeypatch.chdir(tmp_path)
+    vdm.write_video("clip.gif", clip)
+    def made(flags):
+        name = f"a{len(list(Path().glob('*.png')))}"
+        sample.main(["run/last.pt", *f"--n 1 --device cpu --out {name}.gif {flags}".split()])
+        return np.asarray(Image.open(f"{name}.png"))[::2, ::2]     # frames of 12 columns and a line
+    long = made("--length 11")
+    first = made("")
+    fewer = made("--length 11 --later-steps 1")
+    assert long.shape == (10, 11 * 13 + 1, 3) and first.shape == (10, 4 * 13 + 1, 3)
+    assert np.array_equal(long[:, :52], first[:, :52])
+    assert np.array_equal(long[:, :52], fewer[:, :52])
+    assert not np.array_equal(long[:, 53:], fewer[:, 53:])
+    assert made("--context clip.gif").shape == (10, 8 * 13 + 1, 3)
+    for flags, words in (("--context clip.gif --context-frames 3", "a multiple of 4 frames"),
+                         ("--context clip.gif --length 4", "more than the 4 frames given")):
+        with pytest.raises(ValueError, match=words):
+            made(flags)
+    benchmark.main("--run run/last.pt --n 2 --seeds 1 --lengths 4 6".split())
+    assert "| 6 | seed 1 |" in capsys.readouterr().out
+
+@cases("flags, words", [
+    ("--planes 4 4", "expected frames, height and width"), ("--planes 4 3 4 --mults 1 1 "
+     "--attention none none", "that works is --planes 4 4 4"), ("--frames 8", "leave out --frames"),
+    ("--patch 2 --planes 2 2 2", "with --patch 1"), ("--images 0.1", "neither with labels"),
+    ("--give hint --context 1", "with --give previous or concat"), ("--head-dim 16", "is 16"),
+    ("--latents frames.pt", "makes latents of frames"), ("--planes 4 0 4", "--planes is (4, 0, 4)"),
+    ("--latents planes.pt --data drive", "planes have no frames")])
+def test_what_planes_cannot(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("frames", "planes"):
+        config = vdm.PRESETS[dict(frames="latent").get(name, name)]
+        weights = vdm.build_autoencoder(config).state_dict()
+        vdm.save(f"{name}.pt", config=asdict(config), stage="autoencoder", ema=weights)
+    with pytest.raises(ValueError) as caught:
+        train.main([*PLANES.split(), *flags.split(), "--out", "run"])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 def test_an_up_sampler_of_latents(latent, tmp_path, monkeypatch):
     """It is trained on, and shown at sampling, what the small clip is encoded to once enlarged."""
@@ -3856,11 +4519,13 @@ def test_layout():
     ours = {"README.md", "requirements.txt", "LICENSE", "vdm.py", "train.py", "sample.py",
             "test_vdm.py", "notebooks", ".ci", ".gitignore"}
     made = {".git", "out", "samples", "__pycache__", ".pytest_cache", "demo.gif"}
-    there = {path.name for path in ROOT.iterdir() if not path.name.startswith("samples.")}
+    videos = ("samples.", "samples-")
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(videos)}
     assert there - made == ours
 
 def test_what_is_to_be_read_is_short():
-    assert len(README.split()) <= 1500 and "@@" not in README
+    words = [word for word in README.split() if re.search(r"\w", word)]      # no bars of tables
+    assert len(words) <= 1500 and "@@" not in README
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     for name in ("train.py", "sample.py"):
@@ -4110,7 +4775,7 @@ def test_a_cascade(here, monkeypatch):
         with pytest.raises(ValueError, match=words):
             cascade(names)
 
-def test_ctrl_c_ends_a_cascade(here, monkeypatch):
+def test_ctrl_c_ends_a_cascade(here, monkeypatch, sigint):
     """What is there is written, and no checkpoint goes on from it."""
     checkpoint_d("last.pt", size=(8, 8))
     checkpoint_d("up.pt", **HINT | dict(task="upsample", enlarge=2))
@@ -4118,7 +4783,7 @@ def test_ctrl_c_ends_a_cascade(here, monkeypatch):
 
     def interrupted(*args, **options):
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return generate(*args, **options)
 
     monkeypatch.setattr(vdm, "generate", interrupted)
@@ -4189,8 +4854,10 @@ def test_reward_d(here, capsys):
 
 @cases("batch, length, windows, kept", [(1, 4, 2, (2, 4)), (3, 6, 1, (3, 4)), (2, 6, 3, (2, 6)),
                                         (3, 6, 0, None)])
-def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capsys, batch, length, windows, kept):
+def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capfd, sigint, batch, length, windows,
+                                    kept):
     """The videos that are complete or, if none is, the frames that there are of the first ones."""
+    number = {1: signal.SIGINT, 2: signal.SIGHUP, 3: signal.SIGTERM}[batch]
     flags = f"--n 3 --length {length} --batch {batch}"
     left = iter(range(windows))
     generate = vdm.generate
@@ -4198,17 +4865,60 @@ def test_ctrl_c_keeps_what_is_there(here, monkeypatch, capsys, batch, length, wi
 
     def interrupted(*args, **options):
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
+            signal.raise_signal(number)
         return generate(*args, **options)
 
     monkeypatch.setattr(vdm, "generate", interrupted)
     if kept is None:
         with pytest.raises(ValueError, match="there was no frame yet"):
             run_d(flags)
+        assert not Path("a").exists()
         return
     made = run_d(flags)
     assert np.array_equal(made, whole[:kept[0], :kept[1]]) and len(os.listdir("a")) == kept[0]
-    assert "stopped by Ctrl-C" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert said.err.count("stopping: videos that are complete are kept") == 2
+    assert f"{kept[0]} of 3 videos" in said.out or kept[0] == 3
+
+def test_what_is_complete_is_written_at_once(here, monkeypatch):
+    """A crash in the second batch leaves the videos of the first."""
+    whole = run_d("--n 2 --batch 1", out="b.mp4")
+    generate = vdm.generate
+    calls = []
+
+    def crash(*args, **options):
+        calls.append(args)
+        assert len(calls) < 2, "a crash"
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vdm, "generate", crash)
+    with pytest.raises(AssertionError, match="a crash"):
+        run_d("--n 2 --batch 1")
+    assert os.listdir("a") == ["000.mp4"]
+    assert Path("a/000.mp4").read_bytes() == Path("b/000.mp4").read_bytes()
+
+def test_older_videos_stay(here):
+    """Videos, or files and folders of that name, whatever is in them. They may be given, too."""
+    (here / "file").touch()
+    (here / "folder").mkdir()
+    made = run_d("--n 1")
+    before = {path: path.read_bytes() for path in here.glob("**/*") if path.is_file()}
+    run_d("--n 1 --seed 1 --context a/000.mp4")
+    for name in ("a", "file", "folder"):
+        sample.main(f"last.pt --device cpu --dtype fp32 --n 1 --out {name}.mp4".split())
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert {"a-2.mp4", "a-3.png", "file-2.mp4", "folder-2.gif"} < set(os.listdir())
+    assert near(strips("a-3.png"), made) and not near(strips("a-2.png"), made)
+
+def test_last_weights(here):
+    """--raw: those that training left, not their average."""
+    state = torch.load(checkpoint_d("last.pt"), weights_only=True)
+    run_d("--n 1", out="average.mp4")
+    vdm.save("last.pt", **state | dict(model=state["ema"], ema={k: 0 * w for k, w in
+                                                               state["ema"].items()}))
+    assert near(run_d("--n 1 --raw", out="last.mp4"), strips("average.png"))
+    assert not near(run_d("--n 1", out="zero.mp4"), strips("average.png"))
 
 def test_latents_with_their_autoencoder(here):
     """What is given is encoded, what comes is decoded; the same as decoding a roll-out at once."""
@@ -4294,6 +5004,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     (HINT | dict(task="image"), "--context picture.png --length 5", "--length is 5"),
     (HINT, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0.4"),
     ({}, "--hint-noise 0.5", "--hint-noise is 0.5, expected at most 0"),
+    ({}, "--later-steps 2", "for models of --give previous"),
     (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"),
     (dict(labels=3), "--label -1", "--label is -1"), ({}, "--label 0", "one of 0 classes"),
     ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
@@ -4304,11 +5015,8 @@ WRONG = [        # fields of Config, flags, words that must be said
     (DRIVE, "--actions clip.npy", r"clip.npy holds \(6, 16, 16, 3\), but the model knows"),
     ({}, "--context nothing.mp4", "nothing.mp4"),
     (dict(images=0.0), "--skip-guidance 2", "--skip-guidance .* --images"),
-    ({}, "--context a/x.npy", "x.npy might be overwritten"),
-    ({}, "--context a.png", "a.png might be overwritten .* another --out"),
-    ({}, "--out last.mp4 --context last.gif", "overwritten"),
-    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"),
-    ({}, "--out folder.mp4", "--out is folder.mp4"), ({}, "--out taken.mp4", "and a folder taken"),
+    ({}, "--context a/x.npy", "a/x.npy"),
+    ({}, "--out x.wmv", "--out is x.wmv, expected .* .mp4 or .gif"), ({}, "--raw", "these weights"),
     ({}, "--device quantum", "--device quantum"), ({}, "--n 0", "--n is 0, expected 1"),
     ({}, "--length 0", "--length is 0"), ({}, "--fps nan", "--fps is nan, expected 0.1 to 1000"),
     ({}, "--guidance inf --length 9", "--guidance is .inf"), ({}, "--seed -1", "--seed is -1"),
@@ -4322,12 +5030,10 @@ WRONG = [        # fields of Config, flags, words that must be said
 def test_errors_are_one_sentence(here, fields, flags, words):
     """They name the flag, what was expected, and come before anything is written."""
     checkpoint_d("last.pt", **fields)
-    (here / "folder.mp4").mkdir()
-    (here / "taken").touch()
     before = sorted(os.listdir())
     with pytest.raises(ValueError, match=words) as error:
         sample.main(["last.pt", "--device", "cpu", "--out", "a.mp4", *flags.split(" ")])
-    assert "\n" not in str(error.value) and sorted(set(os.listdir()) - {"a"}) == before
+    assert "\n" not in str(error.value) and sorted(os.listdir()) == before
 
 def test_a_mistake_has_no_traceback(here):
     """Exit 1 with the sentence alone; the command line in the docstring is the one that runs."""
@@ -4379,6 +5085,16 @@ def test_benchmark_of_commands_and_interpolation(tmp_path, capsys, fields, flags
     checkpoint_e(tmp_path, **fields)
     benchmark.main(["--run", str(tmp_path), "--n", "2", *flags.split()])
     assert words in capsys.readouterr().out
+
+def test_benchmark_of_costs(tmp_path, capsys):
+    """Numbers in a clip and parameters, counted here; 2 GiB is room for at least one clip."""
+    checkpoint_e(tmp_path / "a")
+    benchmark.main(["--costs", str(tmp_path / "a"), "--n", "2"])
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    weights = torch.load(tmp_path / "a/last.pt", weights_only=True)["ema"]
+    millions = sum(w.numel() for w in weights.values()) / 1e6
+    assert row[:4] == ["a", f"{8 * 3 * 16 * 16:,}", "", f"{millions:.2f} M"]
+    assert int(row[5]) > 1 and all(float(x) >= 0 for cell in row[6:8] for x in cell.split(","))
 
 def test_long_videos_depend_on_their_number_and_start_with_their_frames(tmp_path):
     checkpoint_e(tmp_path)
@@ -4445,3 +5161,253 @@ def test_the_weights_that_come_along():
     assert config == vdm.PRESETS["tiny"]
     clips = train.sample(config, denoiser, 8, torch.device("cpu"), torch.float32, seed=3)
     assert vdm.MovingShapes().check(clips)["passed"].mean() >= 0.6
+
+DRIVE_PT = Path(__file__).parent / "notebooks/drive.pt"
+
+def test_the_model_that_comes_along():
+    """notebooks/drive.pt fits the network of today, is at most 4 MB, and its frames do what each
+    key says, on a map of its own. With the keys exchanged, from the same start and noise, they do
+    what these say."""
+    assert DRIVE_PT.stat().st_size <= 4e6
+    model, config = vdm.load(DRIVE_PT)
+    assert config == dataclasses.replace(
+        vdm.PRESETS["tiny"], frames=4, patch=4, width=32, mults=(1, 3), actions=(4, 2), drop=0.0,
+        attention=("none", "joint"), context=(0.2, 0.1, 0.1, 0.6), overlap=3, images=0.0,
+        skip_guidance=1.0, steps=700)
+    keys = "SSSSRRRRSSLLLLXX"
+    for keys in (keys, keys.translate(str.maketrans("LRSX", "RLXS"))):
+        ride = play.Ride(model, config, steps=2, seed=5)
+        frames = [ride.go(key)[0] for key in keys]
+        seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
+        assert (seen == ["LSRX".index(key) for key in keys[1:]]).mean() >= 0.9
+
+# ---- notebooks/play.py ---------------------------------------------------------------------------
+
+def perfect_driver(x, sigma, action, context=None, mask=None):
+    """A denoiser that knows the world. A frame that is not given is the one before, moved as its
+    action says, on a map of few waves that fit into the frame. The first is made of noise x."""
+    f = torch.fft.fftfreq(32) * 32                                             # cycles per frame
+    frame = torch.fft.ifft2(torch.fft.fft2(x[:, 0]) * (f.abs()[:, None] + f.abs() < 3)).real
+    frame = frame / frame.abs().max()                                              # (1, 3, 32, 32)
+    frames = []
+    for t in range(x.shape[1]):
+        if mask is not None and mask[0, t]:
+            frame = context[:, t]
+        elif t > 0:
+            down, right = 2 * action[0, t, 4:] * (2 * math.pi / 32)
+            moved = torch.fft.fft2(frame) * torch.exp(1j * (down * f[:, None] + right * f))
+            frame = torch.fft.ifft2(moved).real
+        frames.append(frame)
+    return torch.stack(frames, 1)
+
+@pytest.fixture
+def served():
+    """A server of rides on a free port. server.made lists the keys of the frames it was asked."""
+    config = vdm.Config(frames=4, actions=(4, 2), context=(0.5, 0, 0, 0.5))
+    server = play.Server(lambda seed: play.Ride(perfect_driver, config, 2, seed), 0)
+    server.made = []
+    frame = server.frame
+    server.frame = lambda key: server.made.append(key) or frame(key)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+def ask(server, method, path, **headers):
+    """Send a request -> status, body, headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, headers=headers)
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, body, response.headers
+
+def test_page_and_its_frames(served):
+    """The page's own requests: frames move as their keys say, and N starts another ride. The
+    commands are read from the pixels that were sent."""
+    host = f"127.0.0.1:{served.server_port}"
+    status, page, headers = ask(served, "GET", "/")
+    assert status == 200 and b"<canvas>" in page and "text/html" in headers["Content-Type"]
+    keys = "NSSSSRRRRLLLLXXX" "NSSSS"
+    frames = []
+    marks = []
+    for key in keys:
+        status, body, headers = ask(served, "POST", f"/{key}", Origin=f"http://{host}")
+        assert status == 200 and headers["Width"] == "32"
+        pixels = np.frombuffer(body, np.uint8).reshape(32, 32, 4)
+        assert (pixels[..., 3] == 255).all()
+        frames.append(pixels[..., :3])
+        marks.append(headers["Seen"])
+    told = ["LSRX".find(key) for key in keys]                                 # -1 of a new ride
+    seen = vdm.Drive(len(keys)).check(vdm.from_uint8(np.stack(frames))[None])["commands"][0]
+    assert [k for k in seen if k >= 0] == [k for k in told[1:] if k >= 0] and seen[15] == -1
+    assert "".join(marks) == keys.replace("N", "X")
+    assert "".join(served.made) == keys
+
+@cases("method, path, headers, status", [
+    ("POST", "/L", dict(Host="evil.example"), 403),
+    ("POST", "/L", dict(Host="evil.example:PORT"), 403),
+    ("POST", "/L", dict(Host="127.0.0.1:1"), 403),
+    ("POST", "/L", dict(Origin="http://evil.example"), 403),
+    ("POST", "/L", dict(Origin="null"), 403),
+    ("POST", "/L", dict(Origin="http://localhost:PORT"), 403),
+    ("GET", "/", dict(Host="evil.example:PORT", Origin="http://evil.example:PORT"), 403),
+    ("GET", "/L", {}, 404), ("POST", "/Q", {}, 404), ("POST", "/LL", {}, 404),
+    ("POST", "/L?x", {}, 404), ("POST", "/", {}, 404), ("GET", "/../vdm.py", {}, 404)])
+def test_nobody_else_steers(served, method, path, headers, status):
+    """Another name of this machine (DNS rebinding), a page of another site, another path: no frame
+    is made. The server listens to this machine alone."""
+    headers = {name: value.replace("PORT", str(served.server_port))
+               for name, value in headers.items()}
+    assert ask(served, method, path, **headers)[0] == status
+    assert served.made == [] and served.server_address[0] == "127.0.0.1"
+    assert ask(served, "GET", "/", Host=f"localhost:{served.server_port}")[0] == 200
+
+def test_page_that_closes(served, capfd):
+    """A page that goes away while its frame is made costs this frame, stops nobody, and leaves no
+    traceback. Two pages get their frames one after the other."""
+    release, frame = threading.Event(), served.frame
+    served.frame = lambda key: release.wait(60) and frame(key)
+    connection = http.client.HTTPConnection("127.0.0.1", served.server_port)
+    connection.request("POST", "/S")
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()                                                            # by a reset
+    release.set()
+    assert ask(served, "POST", "/R")[0] == 200
+    answers = []
+    pages = [threading.Thread(target=lambda: answers.append(ask(served, "POST", "/R")[0]))
+             for _ in range(2)]
+    for page in pages:
+        page.start()
+    for page in pages:
+        page.join()
+    assert answers == [200, 200]
+    assert sorted(served.made) == [*"RRRS"]
+    assert capfd.readouterr().err == ""
+
+def test_play_as_a_program(tmp_path, capsys, monkeypatch):
+    """--gif writes the ride of PLAN, below each frame the key; without it a page is served. Models
+    of another kind are refused."""
+    monkeypatch.setattr(play, "PLAN", "LSXRLR")
+    path = str(tmp_path / "last.pt")
+    config = vdm.Config(actions=(4, 2), width=8, mults=(1,), attention=("none",))
+    vdm.save(path, config=asdict(config), ema=vdm.build(config).state_dict())
+    play.main([path, "--gif", str(tmp_path / "ride.gif"), "--steps", "1"])
+    frames = iio.imread(tmp_path / "ride.gif").astype(int)
+    assert frames.shape == (6, 160, 128, 3)
+    gold = (np.abs(frames[:, 128:] - [255, 215, 0]).max(-1) < 9).sum(1).reshape(6, 4, 32).sum(-1)
+    assert (gold > 0).nonzero()[1].tolist() == [0, 1, 2, 3, 0, 3]
+
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(play.Server, "serve_forever", interrupted)
+    play.main([path, "--port", "0"])
+    assert re.search(r"open http://127.0.0.1:\d+ in", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="tiny.pt cannot be driven"):
+        play.main([str(DRIVE_PT.with_name("tiny.pt"))])
+
+class Chromium:
+    """A headless Chromium, spoken to by its DevTools protocol through two pipes."""
+
+    def __init__(self, program, folder):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                 "--window-size=700,800", f"--user-data-dir={folder}", "about:blank"]
+        # the browser reads commands from file 3, and writes to file 4
+        command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 >&2', "", program, *flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        self.number = 0
+        self.session = {}
+        page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.target = page["targetId"]
+        self.session = dict(sessionId=self("Target.attachToTarget", targetId=self.target,
+                                           flatten=True)["sessionId"])
+
+    def __call__(self, method, **params):
+        self.number += 1
+        call = dict(id=self.number, method=method, params=params, **self.session)
+        self.process.stdin.write(json.dumps(call).encode() + b"\0")
+        self.process.stdin.flush()
+        while True:                                             # there are events between answers
+            text = b"".join(iter(partial(self.process.stdout.read, 1), b"\0"))
+            answer = json.loads(text)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def value(self, expression):
+        """What an expression of JavaScript is in the page."""
+        return self("Runtime.evaluate", expression=expression, returnByValue=True,
+                    awaitPromise=True)["result"].get("value")
+
+    def key(self, kind, key):
+        self("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def wait(self, expression):
+        end = time.time() + 60
+        while not self.value(expression):
+            assert time.time() < end, expression
+            time.sleep(0.02)
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+def test_in_a_browser(served, tmp_path):
+    """A real browser: the page shows a frame, a held key steers, a tap is not lost, and without a
+    key, hidden or closed it asks for nothing."""
+    browser = Chromium(BROWSER, tmp_path)
+    try:
+        browser("Page.navigate", url=f"http://localhost:{served.server_port}/")
+        browser.wait("typeof times == 'object' && times.length == 1 && !asking")
+        assert served.made == ["N"]
+        pixels = "[...find('canvas').getContext('2d').getImageData(0, 0, 32, 32).data]"
+        frames = [browser.value(pixels)]
+        browser.key("keyDown", "ArrowRight")
+        browser.wait("times.length >= 6")
+        assert browser.value("find('b.on').id") == "R"
+        browser.key("keyDown", "ArrowUp")                           # the newest of two keys held
+        browser.wait("times.length >= 9")
+        assert served.made[-1] == "S"
+        browser.key("keyUp", "ArrowUp")
+        browser.wait("times.length >= 12")
+        assert served.made[-1] == "R"
+        browser.key("keyUp", "ArrowRight")
+        browser.key("keyDown", "ArrowLeft")                                               # a tap
+        browser.key("keyUp", "ArrowLeft")
+        browser.wait("!asking")
+        made = "".join(served.made)
+        assert re.fullmatch("NR+S+R+LX+", made)
+        frames.append(browser.value(pixels))
+        assert np.abs(np.subtract(*frames)).mean() > 5
+        assert f"of {len(made)} frames obey" in browser.value("find('#text').textContent")
+        picture = iio.imread(base64.b64decode(browser("Page.captureScreenshot")["data"]))
+        left, top, width = browser.value("(b => [b.x, b.y, b.width])(find('canvas')"
+                                         ".getBoundingClientRect())")
+        assert width == 512                                            # each pixel is 16 x 16 large
+        view = picture[int(top) + 8:, int(left) + 8:][:512:16, :512:16, :3]
+        agree(view, np.reshape(frames[1], (32, 32, 4))[..., :3], atol=3, rtol=0, check_dtype=False)
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert "".join(served.made) == made                                                # idle
+        browser.value("Object.defineProperty(document, 'hidden', {value: 1, configurable: 1})")
+        browser.key("keyDown", "ArrowRight")
+        browser.value("new Promise(done => setTimeout(done, 300))")
+        assert "".join(served.made) == made                                                # hidden
+        browser.value("delete document.hidden")
+        browser.key("keyUp", "ArrowRight")
+        browser.key("keyDown", "ArrowRight")
+        browser.wait("asking")
+        browser.session = {}
+        browser("Target.createTarget", url="about:blank")
+        browser("Target.closeTarget", targetId=browser.target)
+        while browser.target in str(browser("Target.getTargets")):
+            time.sleep(0.02)
+        time.sleep(0.3)                                         # a last frame may be under way
+        made = len(served.made)
+        time.sleep(0.5)
+        assert len(served.made) == made                                                    # closed
+    finally:
+        browser.process.kill()
+        browser.process.wait()

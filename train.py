@@ -4,9 +4,11 @@ train.py: train a video diffusion model.
     python train.py --preset tiny                      a toy world: no data, no download, no GPU
     python train.py --preset tiny --data drive         another, whose clips obey commands
     python train.py --preset tiny --data my_videos/    your own videos, GIFs, pictures, arrays
+    python train.py --preset digits --data mnist_test_seq.npy      grey clips of moving digits
     python train.py --preset tiny --resume             go on where a run was stopped
     python train.py --preset latent --latents CKPT     on latents of notebooks/autoencoder.py
     python train.py --preset ucf101 --dry-run          what a run would need
+    python train.py --preset latent --help-all         all flags, with the defaults of a preset
     python train.py --preset vista --init svd.safetensors --data latents/     from published weights
     torchrun --nproc_per_node 8 train.py ...           many GPUs share every step's clips
 
@@ -21,11 +23,12 @@ import inspect
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -237,15 +240,16 @@ def make_optimizers(config, model):
 
 # ---- samples -------------------------------------------------------------------------------------
 
-def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told):
-    """Generate n clips (n, T, C, H, W), 16 at a time, and decode them if there is an autoencoder.
+def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, batch=16, stops=(),
+           **told):
+    """Generate n clips (n, T, C, H, W), a batch at a time, and decode them by an autoencoder.
 
     Clip i depends on (seed, i) alone and on what it is told: label (n,), action (n, T, A)."""
     sigmas, sampler = sampling(config)
-    denoise = vdm.skip_guided_by(config, denoiser)
+    denoise = vdm.stoppable(vdm.skip_guided_by(config, denoiser), stops)
     clips = []
-    for i in range(0, n, 16):
-        shape = (min(16, n - i), config.frames, config.channels, *config.size)
+    for i in range(0, n, batch):
+        shape = (min(batch, n - i), config.frames, config.channels, *config.size)
         noise = vdm.clip_noise(seed, range(i, i + shape[0]), device)
         here = {name: x[i:i + shape[0]].to(device) for name, x in told.items()}
         with autocast(device, dtype):
@@ -255,15 +259,52 @@ def sample(config, denoiser, n, device, dtype, seed=0, autoencoder=None, **told)
         clips.append(clip.cpu())
     return torch.cat(clips)
 
-def write_samples(path, clips, config):
+def write_samples(options, name, clips, config):
     """Write clips as film strip and GIF or, where latents have no decoder here, as .npy."""
+    path = options.out / "samples" / name
     if clips.shape[3:] != pixels(config)[0]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path.with_suffix(".npy"), clips.numpy())
+        with vdm.replacing(path.with_suffix(".npy")) as part:
+            np.save(part, clips.numpy())
         return [path.with_suffix(".npy")]
     strip = vdm.film_strip(clips[:8])[None]
     return [vdm.write_video(path.with_suffix(".png"), strip, scale=2),
             vdm.write_video(path.with_suffix(".gif"), vdm.grid(clips[:16]), config.fps)]
+
+def draw_errors(options):
+    """Draw the squared errors in log.csv over the steps, a line for each range of noise levels."""
+    from PIL import Image, ImageDraw
+    log = options.out / "log.csv"
+    table = np.genfromtxt(log, delimiter=",", names=True, deletechars="", ndmin=1)
+    parts = np.array_split(table, min(len(table), 60))                      # means are less noisy
+    last = table["step"][-1]
+    image = Image.new("RGB", (600, 330), "white")
+    pen = ImageDraw.Draw(image)
+
+    def place(step, error):
+        return 50 + 430 * step / last, 20 - 70 * np.log10(np.clip(error, 1e-4, 1))
+
+    for k in range(5):
+        pen.line([place(0, 0.1 ** k), place(last, 0.1 ** k)], "lightgrey")
+        pen.text((5, 14 + 70 * k), f"{0.1 ** k:g}", "black")
+        pen.text((44 + 430 * k / 4, 310), f"{last * k / 4:.0f}", "black")
+    colors = ("navy", "royalblue", "seagreen", "orange", "orangered", "darkred")
+    for k, (color, low, high) in enumerate(zip(colors, SIGMA_EDGES, SIGMA_EDGES[1:])):
+        pen.text((490, 20 + 15 * k), f"sigma {low} to {high}", color)
+        errors = [(rows["step"].mean(), rows[f"error_sigma_{low}_{high}"]) for rows in parts]
+        pen.line([place(step, np.nanmean(error)) for step, error in errors
+                  if np.isfinite(error).any()], color, width=2)
+    path = options.out / "samples/errors.png"
+    with vdm.replacing(path) as part:
+        image.save(part)
+    return [path]
+
+def try_to_write(write, *arguments):
+    """Return the files that write(*arguments) writes. That it fails is no reason to end a run."""
+    try:
+        return write(*arguments)
+    except (OSError, ValueError) as e:                                      # ValueError is of NaN
+        print(f"\nwarning: {e}; the run goes on")
+        return []
 
 def report(world, videos, action=None):
     """Return the marks of a toy world as text, with those of as many of its own clips."""
@@ -280,26 +321,72 @@ def report(world, videos, action=None):
 
 def main(argv=None):
     options, config = parse(argv)
+    with alone(options):
+        run(options, config)
+
+@contextmanager
+def alone(options):
+    """Keep other runs out of the folder, by a lock on log.csv, which ends with the process.
+
+    Windows and some network disks know no such lock: a second run is not noticed there. If nothing
+    is logged, nothing stays."""
+    if options.dry_run or int(os.environ.get("RANK", 0)):     # the first of torchrun's has the lock
+        yield
+        return
+    new = [folder for folder in (options.out, *options.out.parents) if not folder.exists()]
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "log.csv"
+    with open(log, "a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.register_at_fork(after_in_child=file.close)    # workers outlive a killed process
+        except BlockingIOError as e:
+            raise ValueError(f"another run is writing to {options.out}: wait for it, stop it,"
+                             " or name another --out") from e
+        except (ImportError, OSError):
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if log.stat().st_size == 0:
+                    log.unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+def run(options, config):
+    """Make ready what a run consists of, train, and finish."""
     state, config = resume(options, config)
     check(options, config)
     if options.dry_run:
         return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
+    if options.device.type == "cpu" and "GPU" in ABOUT[options.preset][-1]:
+        print(f"note    preset {options.preset} is meant for a {ABOUT[options.preset][-1]}")
     if config.frames == 2 and options.device.type == "cpu":
         options.dtype = torch.float32              # PyTorch 2.13: Conv3d's gradient in bf16 is NaN
     join(options, config)
     autoencoder, config = find_autoencoder(options, config, state)
     if options.local:                      # the first process of a machine reads and decodes files
         dist.barrier()
+    if options.note and not options.resume:
+        print(f"preset  {options.preset}, but {options.note}, by --frames or --data")
+    asked = config
     data, held_out, config = open_data(options, config, autoencoder)
+    if options.files and config != asked:
+        print(f"own data: {differing(asked, config)}")
+    if options.files != state.get("files", options.files):
+        print(f"warning: the files of {options.data} are others than this run began with")
     if dist.is_initialized() and not options.local:
         dist.barrier()
     learner = make_learner(options, config, state)
     told = told_to_samples(held_out, options.marks, config, autoencoder, options.device)
     store = partial(save, options, config, learner, autoencoder)
     picture = partial(sample, config, learner[1].model, device=options.device,
-                      dtype=options.dtype, autoencoder=autoencoder, **told)
+                      dtype=options.dtype, autoencoder=autoencoder,
+                      batch=options.micro or 16, **told)
     if train(options, config, data, learner, store, picture, state):
         finish(options, config, held_out, picture)
 
@@ -340,10 +427,7 @@ def make_learner(options, config, state):
     model = spread(net, ema, options)
     optimizers = make_optimizers(config, model)
     if options.resume:
-        whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
-                             optim_state_dict=state["optimizers"], options=WHOLE)
-        whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
-        ema.updates = state["ema_updates"]
+        restore(state, model, ema, optimizers)
     if options.compile:
         net.net.compile()
     total = sum(p.numel() for p in net.parameters())
@@ -353,9 +437,19 @@ def make_learner(options, config, state):
           f"run     {config.steps} steps of {config.batch} clips, to {options.out}/")
     return model, ema, optimizers
 
+def restore(state, model, ema, optimizers):
+    """Load weights, averages and moments of a checkpoint, but no peak rates: --lr may be new."""
+    peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
+    whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
+                         optim_state_dict=state["optimizers"], options=WHOLE)
+    whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
+    ema.updates = state["ema_updates"]
+    for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["peak"] = rate
+
 def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
-    options.out.mkdir(parents=True, exist_ok=True)
     start = state["step"]
     seconds = state["seconds"]
     save_every = options.save_every or options.keep_every or max(1, config.steps // 10)
@@ -363,34 +457,52 @@ def train(options, config, data, learner, store, picture, state):
     trim(options.out / "log.csv", start)
     batches = read_batches(data, config, options, start)
     records = []
+    saved = time.monotonic()
+    look = max(60, 2 * seconds)            # at so many seconds of training there are samples, too
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps,
                disable=options.rank > 0, **BAR)
-    with stop_signals() as stops:
+    with vdm.stop_signals("stopping: this step is finished and saved first") as stops:
         for step in bar:
             began = time.perf_counter()
             records.append(train_step(step, config, options, batches, *learner))
             seconds += time.perf_counter() - began
             done = step + 1
-            stop = gather(torch.tensor([len(stops)], device=options.device)).any()
-            saving = stop or done % save_every == 0 or done == config.steps
+            last = done == config.steps
+            stop, early, late = agree(options, stops, seconds > look and not options.sample_every,
+                                      time.monotonic() - saved > 600)
+            if (early or done % sample_every == 0) and not (last or stop):
+                began = time.monotonic()
+                stop = show(options, config, picture, done, stops)
+                look = 2 * max(seconds, time.monotonic() - began)         # drawing may take longer
+            saving = stop or late or last or done % save_every == 0
             if saving or done % 10 == 0:                         # a resumed log then loses no step
                 bar.set_postfix(loss=f"{records[-1]['loss']:.4f}", refresh=False)
                 log(options, done, seconds, records)
                 records = []
             if saving:
                 store(done, seconds)
-            if done == config.steps:
-                break
-            if stop:
+                saved = time.monotonic()
+            if stop and not last:
                 bar.close()
                 print(f"stopped after step {done}, all saved: --resume goes on")
                 return False
-            if done % sample_every == 0:
-                clips = picture(min(6, options.marks))                # always from the same noise
-                if options.rank == 0:
-                    write_samples(options.out / f"samples/step_{done:06d}", clips, config)
     print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
     return True
+
+def agree(options, *wishes):
+    """Return of each wish whether any process has it."""
+    mine = torch.tensor([[bool(wish) for wish in wishes]], device=options.device)
+    return gather(mine).any(0).tolist()
+
+def show(options, config, picture, step, stops):
+    """Write samples of a few clips, always from the same noise. Return whether a signal came."""
+    try:
+        clips = picture(min(6, options.marks), stops=() if dist.is_initialized() else stops)
+    except KeyboardInterrupt:
+        return True
+    if options.rank == 0:
+        try_to_write(write_samples, options, f"step_{step:06d}", clips, config)
+    return False
 
 def read_batches(data, config, options, start):
     """Yield all parts of batches from step `start` on, read ahead by workers if there are any."""
@@ -401,26 +513,8 @@ def read_batches(data, config, options, start):
 
 def deaf(worker):
     """Let a worker leave signals to the process it reads for, which saves and then ends it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-@contextmanager
-def stop_signals():
-    """Yield a list to which SIGTERM and Ctrl-C are added. A second Ctrl-C stops at once."""
-    stops = []
-
-    def ask(number, frame):
-        if number == signal.SIGINT and number in stops:
-            raise KeyboardInterrupt
-        stops.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)
-              if signal.getsignal(number) != signal.SIG_IGN}               # as it is under nohup
-    try:
-        yield stops
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in vdm.STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 def log(options, step, seconds, records):
     """Append a row to log.csv: means over the steps since the last, and errors by noise level."""
@@ -447,8 +541,9 @@ def save(options, config, learner, autoencoder, step, seconds):
     weights, moments = whole.get_state_dict(model, optimizers, options=WHOLE)
     average = whole.get_model_state_dict(ema.model, options=WHOLE)
     state = dict(config=dataclasses.asdict(config), seed=options.seed, data=options.data,
-                 encode=options.encode, step=step, seconds=seconds, model=weights,
-                 optimizers=moments, ema=average, ema_updates=ema.updates)
+                 data_fps=options.data_fps, files=options.files, encode=options.encode, step=step,
+                 seconds=seconds, model=weights, optimizers=moments, ema=average,
+                 ema_updates=ema.updates)
     if autoencoder is not None:
         state["autoencoder"] = autoencoder.state_dict()
     if options.rank == 0:
@@ -461,26 +556,28 @@ def finish(options, config, held_out, picture):
     clips = picture(options.marks, seed=1)                  # by all, as a sharded model needs all
     if options.rank:
         return
-    files = write_samples(options.out / "samples/final", clips, config)
+    files = try_to_write(write_samples, options, "final", clips, config)
+    files += try_to_write(draw_errors, options)
     if options.data in WORLDS:
         print(report(held_out, clips, picture.keywords.get("action")))
     last = options.out / "last.pt"
     print("files  ", *files, last, options.out / "log.csv", sep="\n        ")
     more = ["--context LATENT.npy --clip TOKEN.npy"] if config.give in PUBLISHED else []
-    print("next    python sample.py", last, *more)
+    print("next    python sample.py", shlex.quote(str(options.out)), *more)
 
 # ---- data ----------------------------------------------------------------------------------------
 
 def open_data(options, config, autoencoder):
     """Return what to train on, what to hold out, and config with what the data decides."""
     size, channels = pixels(config)
-    frames = config.frames
-    if config.give == "previous":                                  # an item is two clips in a row
-        frames *= 2
+    clips = 2 if config.give == "previous" else 1                  # an item is two clips in a row
+    frames = clips * vdm.clip_frames(config)
+    options.files = None                                           # a checksum of those there are
     if options.data in WORLDS:
         need(autoencoder or not config.factor, "this run needs latents: name an autoencoder "
              "(--latents CKPT, made by notebooks/autoencoder.py) or, as --data, .npy files")
-        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: expected 3")
+        need(channels == 3, f"--channels is {channels}, but toy worlds are in colour: name grey "
+             "videos by --data, such as mnist_test_seq.npy, the download of Moving MNIST")
         need(config.stride == 1 or options.data == "shapes", "--stride is for files and shapes")
         world = WORLDS[options.data]
         if options.data == "shapes":
@@ -490,19 +587,11 @@ def open_data(options, config, autoencoder):
         print(f"data    {WORLDS[options.data].__name__}: made in code, {frames} frames of "
               f"{size[0]}x{size[1]}")
     else:
-        folder = vdm.VideoFolder
-        if config.factor and autoencoder is None:
-            need(config.task != "upsample", "--task upsample needs pixels, or --latents")
-            folder = Latents
-            size = config.size
-            channels = config.channels
-        data = held_out = folder(options.data, frames, size, config.stride, channels,
-                                 options.seed, progress=not options.local, cache=True)
-        print(data.report)
-        if folder is vdm.VideoFolder:                              # latents do not tell theirs
-            config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+        data, config = open_files(options, config, frames, clips, autoencoder)
+        held_out = data
     if autoencoder is not None:
         n = min(options.encode, config.steps * config.batch)
+        frames = clips * config.frames
         if config.task == "upsample":
             frames *= 2
         data = Latents(encode(data, options, n, autoencoder, config), frames, config.size, 1,
@@ -517,25 +606,99 @@ def open_data(options, config, autoencoder):
          f"{data.labels} labels and actions {data.actions}")
     return data, held_out, config
 
+def open_files(options, config, frames, clips, autoencoder):
+    """Return a folder of pixels or latents, and config with the frame rate of pixels."""
+    folder = vdm.VideoFolder
+    size, channels = pixels(config)
+    if config.factor and autoencoder is None:
+        need(config.task != "upsample", "--task upsample needs pixels, or --latents")
+        folder = Latents
+        frames = clips * config.frames
+        size = config.size
+        channels = config.channels
+        need(any(file.suffix == ".npy" for file in vdm.find_files(Path(options.data))),
+             f"{options.data} has no latents (.npy), which this run needs: for videos name an "
+             "autoencoder, too (--latents CKPT, made by notebooks/autoencoder.py)")
+    need(options.out.resolve() != Path(options.data).resolve(), f"--out is {options.out}, the "
+         "folder of --data, where samples would become data: name another")
+    data = folder(options.data, frames, size, config.stride, channels, options.seed,
+                  progress=not options.local, cache=True, data_fps=options.data_fps,
+                  without=options.out)
+    print(data.report)
+    options.files = data.checksum
+    if folder is vdm.VideoFolder:                                  # latents do not tell theirs
+        config = dataclasses.replace(config, fps=options.given.get("fps", data.fps))
+    return data, config
+
+def differing(before, after):
+    """Return the fields in which two configs differ, as words."""
+    return ", ".join(f"{name} {value} instead of {getattr(before, name)}"
+                     for name, value in vars(after).items() if value != getattr(before, name))
+
 # ---- flags ---------------------------------------------------------------------------------------
 
-def parse(argv):
-    """Read flags into (options, Config). The comment beside each field of Config is its help."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
-    add = p.add_argument
+# of each preset: what it is, its parameters, and how long a run takes
+ABOUT = dict(
+    tiny=("shapes that bounce", "1.7 M", "40 minutes on a core"),
+    digits=("moving digits", "1.7 M", "about as long"),
+    latent=("the toy world, latents", "1.6 M", "about as long"),
+    planes=("the same, PVDM's planes", "2.0 M", "about as long"),
+    mnist=("Moving MNIST", "10.8 M", "GPU (47 hours on two cores)"),
+    ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "528 M", "GPU"),
+    rds=("Video LDM", "736 M", "GPU"), svd=("SVD, published", "1,474 M", "GPU"),
+    vista=("Vista, published", "1,537 M", "GPU"))
+
+def table_of_presets():
+    lines = ["preset  what it is             frames x pixels  parameters  time"]
+    for name, (what, parameters, time) in ABOUT.items():
+        config = vdm.PRESETS[name]
+        size = "{} x {} x {}".format((config.planes or [config.frames])[0], *pixels(config)[0])
+        lines.append(f"{name:7} {what:23} {size:>14} {parameters:>11}  {time}")
+    return "\n".join(lines)
+
+# what --help shows; --help-all shows all
+FIRST = ("preset data out resume steps batch frames size channels stride task width lr seed device "
+         "init latents sample_every micro dry_run help_all").split()
+
+RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)   # what --resume takes from last.pt
+
+def fewer_given(preset, frames):
+    """Return odds of given frames, and overlap, where those of a preset do not fit into as few.
+
+    They shrink in proportion: where of 8 frames 4 are given, so are 2 of 4 frames."""
+    if frames < 1 or len(preset.context) <= frames > preset.overlap:
+        return {}
+    odds = [0.0] * frames
+    for n, chance in enumerate(preset.context):
+        odds[min(math.ceil(n * frames / preset.frames), frames - 1)] += chance
+    overlap = min(math.ceil(preset.overlap * frames / preset.frames), frames - 1)
+    return dict(context=tuple(odds), overlap=max(1, overlap))
+
+def add_flags(p, preset, all_help):
+    """Add all flags to a parser. The comment beside each field of Config is its help."""
+    def add(flag, help, **kind):
+        if flag[2:].replace("-", "_") not in FIRST and not all_help:
+            help = argparse.SUPPRESS
+        if "action" not in kind and "choices" not in kind:
+            kind["metavar"] = "X"
+        p.add_argument(flag, help=help, **kind)
+
     add("--preset", default="tiny", choices=vdm.PRESETS, help="defaults for all that follows")
-    add("--data", default="shapes", help="shapes or drive (toy worlds), or a file or folder")
+    add("--help-all", action="help", help="list all flags, with the defaults of this preset")
+    add("--data", help="toy world (shapes or drive), or a file or folder of videos (shapes)")
+    add("--data-fps", type=float, help="choose frames of files to have this rate, whatever theirs")
     add("--out", type=Path, help="folder of the run (default out/PRESET, or out/PRESET-DATA)")
     add("--resume", action="store_true", help="go on from last.pt in the folder of the run")
     add("--latents", type=Path, help="last.pt of an autoencoder, to train on its latents")
-    add("--encode", type=int, default=2048, help="with --latents: clips that are encoded, once")
+    add("--encode", type=int, help="with --latents: clips that are encoded, once (2048)")
     add("--init", type=Path, help="a last.pt to start from, or .safetensors of SVD or Vista")
-    add("--seed", type=int, default=0, help="fixes weights, data and noise")
+    add("--seed", type=int, help="fixes weights, data and noise (0)")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
-    add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run)")
-    add("--sample-every", type=int, help="steps between pictures (default: a fifth of the run)")
+    add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run); "
+        "they are never more than ten minutes apart")
+    add("--sample-every", type=int, help="steps between samples (default: a fifth of the run, "
+        "and also after 1, 2, 4 ... minutes)")
     add("--keep-every", type=int, help="keep those of every so many steps: step_000500.pt ...")
     add("--marks", type=int, default=64, help="clips generated and marked at the end")
     add("--workers", type=int, default=0, help="processes that read clips ahead")
@@ -549,22 +712,42 @@ def parse(argv):
         kind = dict(type=f.type)
         if f.type is tuple:
             kind = dict(nargs="+", type=type((*f.default, 0)[0]))       # of an empty one, int
+        default = " ".join(map(str, np.atleast_1d(getattr(preset, f.name))))
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-            help=f"{comments[f.name]} ({f.default})", **kind)
+            help=f"{comments[f.name]} ({default})", **kind)
+
+def parse(argv):
+    """Read flags into (options, Config). options.given are the fields of Config that were named."""
+    words = sys.argv[1:] if argv is None else argv
+    named = re.search("--preset[ =](\\w+)", " ".join(words))
+    look = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
+    p = Parser(description=__doc__, formatter_class=look, usage="train.py [--FLAG VALUE ...]",
+               allow_abbrev=False, epilog=table_of_presets())
+    add_flags(p, vdm.PRESETS.get(named and named[1], vdm.Config()), "--help-all" in words)
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
-                     for name, value in vars(options).items() if name in comments}
+                     for name, value in vars(options).items()
+                     if name in vdm.Config.__dataclass_fields__}
     for name in ("size", "crop"):
         if len(options.given.get(name, "no")) == 1:                                  # square frames
             options.given[name] *= 2
+    data = options.data or RUN["data"]
     name = options.preset
-    usual = {}
-    if options.data != "shapes":
-        name += "-" + Path(options.data).stem
-    if options.data == "drive":
-        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    if data != "shapes":
+        name += "-" + Path(data).stem
     options.out = options.out or Path("out", name)
-    return options, dataclasses.replace(vdm.PRESETS[options.preset], **usual | options.given)
+    if not options.resume:
+        vars(options).update({name: value for name, value in RUN.items()
+                              if getattr(options, name) is None})
+    preset = vdm.PRESETS[options.preset]
+    usual = {}
+    if "frames" in options.given:
+        usual = fewer_given(preset, options.given["frames"])
+    if data == "drive":
+        usual["skip_guidance"] = 1.0                        # with more, clips obey less often
+    usual = {name: value for name, value in usual.items() if name not in options.given}
+    options.note = differing(preset, dataclasses.replace(preset, **usual))
+    return options, dataclasses.replace(preset, **usual | options.given)
 
 # ##################################################################################################
 # In a small run what follows has next to nothing to do.
@@ -615,8 +798,9 @@ class Latents(vdm.VideoFolder):
              f"{file} holds {x.dtype} {x.shape}, expected float latents ([N,] T, "
              f"{', '.join(map(str, shape))}); videos need --latents CKPT")
         std = np.std(x[:64], dtype=np.float64)
-        need(0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: multiply "
-             f"it by {1 / max(std, 1e-9):.4g}")
+        planes = shape[1] == 1 and np.abs(x[:64]).max() <= 1             # a row that tanh bounds
+        need(planes or 0.4 < std < 2, f"{file} has standard deviation {std:.3g}, expected about 1: "
+             f"multiply it by {1 / max(std, 1e-9):.4g}")
         return list(x.reshape(-1, *x.shape[-4:])), 8.0
 
     def to_float(self, latents):
@@ -628,6 +812,9 @@ def encode(data, options, n, autoencoder, config):
     It is named after a checksum of the autoencoder and some items, by which the next run finds it.
     Frames are cut or blurred in pixels, then encoded, as latents cannot be resized. For an
     up-sampler the frames of a clip as it is given, blurred, come before the clip's own."""
+    need(not (data.actions and config.planes), "--data has actions, but planes have no frames that "
+         "could be told them: choose another --preset")
+
     def item(i):
         found = data[i]
         if config.task == "upsample":
@@ -665,13 +852,16 @@ def find_autoencoder(options, config, state):
         return None, config
     autoencoder, made = vdm.load_autoencoder(path)
     need(autoencoder is not None, f"--latents {path} is no autoencoder, and holds none")
-    config = dataclasses.replace(config, channels=made.channels, factor=made.factor)
+    need(bool(made.planes) == bool(config.planes), f"--latents {path} makes latents of "
+         f"{'planes' if made.planes else 'frames'}: choose another --preset, as planes is one")
+    config = dataclasses.replace(config, channels=made.channels, factor=made.factor,
+                                 planes=made.planes)
     return autoencoder.to(options.device), config
 
 # ---- --resume and --init -------------------------------------------------------------------------
 
 MAY_CHANGE = ("steps", "sampler", "sampling_steps", "skip_guidance", "sigma_min", "sigma_max",
-              "rho", "overlap", "fps")
+              "rho", "overlap", "fps", "lr", "muon_lr")
 
 def resume(options, config):
     """Return the checkpoint to go on from, nearly empty without --resume, and the configuration."""
@@ -681,13 +871,22 @@ def resume(options, config):
              "continues it, another --out starts a new one")
         return dict(step=0, seconds=0.0), config
     state, saved = vdm.read_checkpoint(path)
-    was = vars(saved) | state
-    now = options.given | dict(seed=options.seed, data=options.data, encode=options.encode)
-    changed = [name for name in now if now[name] != was.get(name) and name not in MAY_CHANGE]
+    was = RUN | vars(saved) | state
+    for name in RUN:
+        if getattr(options, name) is None:
+            setattr(options, name, was[name])
+    now = options.given | {name: getattr(options, name) for name in reversed(RUN)}
+    may = list(MAY_CHANGE)
+    if WORLDS.keys().isdisjoint([options.data, was["data"]]):      # a folder may have been moved
+        may.append("data")
+        need(Path(options.data).exists(), f"{options.data}, the data of this run, is no longer "
+             "there: name its new place (--data)")
+    changed = [name for name in now if now[name] != was[name] and name not in may]
     need(not changed, f"--resume goes on with a run's own settings, but {', '.join(changed)} is "
          f"another in {path}: leave the flag out, or name another --out. These may change: "
-         f"{', '.join(MAY_CHANGE)}")
+         f"{', '.join(may)}")
     config = dataclasses.replace(saved, **options.given)
+    options.given["fps"] = config.fps                              # not again that of the files
     need(state["step"] <= config.steps, f"{path} has done {state['step']} steps: raise --steps")
     return state, config
 
@@ -700,7 +899,7 @@ def trim(log, step):
 
 ADDED = ("labels", "actions", "adapters")
 MODEL = ("channels", "width", "mults", "blocks", "attention", "head_dim", "patch", "kind",
-         "sigma_data", "give", *ADDED)
+         "sigma_data", "give", "planes", *ADDED)
 
 def start_from(path, config):
     """Build a model with the averaged weights of a checkpoint (--init).
@@ -855,6 +1054,7 @@ def dry_run(config):
         print(f"memory     {size / 2 ** 20:12,.2f} MiB {name}")
 
 if __name__ == "__main__":
-    vdm.run_program(main)
+    vdm.run_program(main, "handle fewer clips at a time (--micro 1) or in a step (a smaller "
+                    "--batch); --dry-run prints what a run needs")
     if dist.is_initialized():
         dist.destroy_process_group()

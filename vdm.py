@@ -978,6 +978,205 @@ def ae_loss(autoencoder, clip, noise, kl=1e-4, temporal=0.0):
 # ==================================================================================================
 # 11. PVDM
 # ==================================================================================================
+# PVDM says a clip on three planes, u(t, h, w) ~ (H, W) + (T, W) + (T, H), in far fewer numbers than
+# frames take (sec. 3.1). The planes are one row of L = HW + TW + TH places: a clip of one frame of
+# 1 x L, which all of Part I takes as it is. Its network is one of pictures, which the planes share,
+# with attention among all their places (sec. 3.2).
+
+def plane_sizes(frames, height, width):
+    """Height and width of the planes (H, W), (T, W), (T, H) of a grid T x H x W."""
+    return (height, width), (frames, width), (frames, height)
+
+def join_planes(planes):
+    """Planes (..., h, w), side by side in one row: (..., 1, L)."""
+    return torch.cat([plane.flatten(-2) for plane in planes], dim=-1).unsqueeze(-2)
+
+def split_planes(x, sizes):
+    """What join_planes joined: x (..., 1, L) -> planes (..., h, w) of these sizes."""
+    rows = x.squeeze(-2).split([h * w for h, w in sizes], dim=-1)
+    return [row.unflatten(-1, size) for row, size in zip(rows, sizes)]
+
+class Projection(nn.Module):
+    """u (B, N, dim, X, Y) -> a plane (B, latent, X, Y) with values in (-1, 1). At every place of it
+    a summary token looks along the axis N, which is then dropped."""
+
+    def __init__(self, dim, latent, depth, head_dim):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(dim, 1, 1))
+        self.layers = nn.Sequential(*[Attention(dim, head_dim, "t") for _ in range(depth)])
+        self.out = conv(dim, latent, 1)
+
+    def forward(self, u):
+        token = self.token.expand(len(u), 1, -1, *u.shape[3:])                 # (B, 1, dim, X, Y)
+        return self.out(self.layers(torch.cat([token, u], dim=1))[:, 0]).tanh()
+
+class TriplaneAutoencoder(nn.Module):
+    """encode(clip (B, n T, C, H, W)) -> planes (B, n, latent, 1, L), and decode: the latents of n
+    clips in a row, each on three planes (PVDM sec. 3.1).
+
+    grid is T, H / patch, W / patch. Encoder and decoder look over time, then over space, in turns
+    (TimeSformer); theirs have one feed-forward layer for both. Train it on the error of
+    decode(encode(clip)); PVDM adds LPIPS, and at last a GAN."""
+
+    def __init__(self, channels=3, latent=4, grid=(16, 8, 8), patch=4, dim=64, depth=2,
+                 plane_depth=1, head_dim=16):
+        super().__init__()
+        self.grid = grid
+        self.sizes = plane_sizes(*grid)
+        turns = [Attention(dim, head_dim, over) for _ in range(2 * depth) for over in ("t", "hw")]
+        self.encoder = nn.Sequential(*turns[:2 * depth])
+        self.decoder = nn.Sequential(*turns[2 * depth:])
+        self.input = nn.Sequential(nn.PixelUnshuffle(patch), conv(channels * patch ** 2, dim, 1))
+        self.project = nn.ModuleList(
+            [Projection(dim, latent, plane_depth, head_dim) for _ in range(3)])
+        self.read = nn.ModuleList([conv(latent, dim, 1) for _ in range(3)])
+        self.output = nn.Sequential(
+            normalize(dim), conv(dim, channels * patch ** 2, 1), nn.PixelShuffle(patch))
+
+    def encode(self, clip):
+        T, H, W = self.grid
+        patch = self.input[0].downscale_factor
+        if clip.shape[1] % T or clip.shape[3:] != (H * patch, W * patch):
+            raise ValueError(f"a clip is {tuple(clip.shape)}, expected a multiple of {T} frames of "
+                             f"{H * patch} x {W * patch}")
+        u = self.encoder(each_frame(self.input, clip.unflatten(1, (-1, T)).flatten(0, 1)))
+        alongs = (u, u.permute(0, 3, 2, 1, 4), u.permute(0, 4, 2, 1, 3))           # drop t, h, w
+        planes = join_planes([project(x) for project, x in zip(self.project, alongs)])
+        return planes.unflatten(0, (len(clip), -1))                                # (B, n, c, 1, L)
+
+    def decode(self, latents):
+        planes = split_planes(latents.flatten(0, 1), self.sizes)
+        hw, tw, th = (read(plane) for read, plane in zip(self.read, planes))
+        u = hw[:, None] + tw.transpose(1, 2).unsqueeze(3) + th.transpose(1, 2).unsqueeze(4)
+        clip = each_frame(self.output, self.decoder(u))                      # (B n, T, C, H, W)
+        return clip.unflatten(0, latents.shape[:2]).flatten(1, 2)
+
+    def stream(self, pieces):
+        """Decode latents (B, n, c, 1, L) that come piece by piece."""
+        return map(self.decode, pieces)
+
+def groups_of_planes(channels):
+    """PVDM's GroupNorm: 32 groups, or in a narrow layer as many as divide it."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+class PlaneResBlock(ResBlock):
+    """A ResBlock without time. It may resize a plane: resize is applied on both of its ways."""
+
+    def __init__(self, dim_in, dim, dim_emb, resize=nn.Identity()):
+        super().__init__(dim_in, dim, dim_emb)
+        del self.time                                                 # for the method of that name
+        self.conv1 = nn.Sequential(
+            groups_of_planes(dim_in), nn.SiLU(), resize, conv(dim_in, dim))
+        self.norm2 = groups_of_planes(dim)
+        self.skip = nn.Sequential(resize, self.skip)
+        zero(self.conv2)
+
+    @staticmethod
+    def time(x, temporal):
+        return x
+
+class PlaneAttention(nn.Module):
+    """Self-attention among all places of x (B, 1, C, h, w), which may be all planes in a row. There
+    are neither positions, which convolutions tell, nor a feed-forward layer."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = groups_of_planes(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = zero(nn.Linear(dim, dim))
+
+    def forward(self, x, emb=None):
+        tokens = rearrange(each_frame(self.norm, x), "b 1 c h w -> b (h w) c")          # (B, L, C)
+        qkv = self.qkv(tokens)
+        q, k, v = rearrange(qkv, "b l (n heads d) -> n b heads l d", n=3, heads=self.heads)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        change = self.out(rearrange(seen, "b heads l d -> b l (heads d)"))
+        return x + rearrange(change, "b (h w) c -> b 1 c h w", h=x.shape[3])
+
+class PlaneBlock(Block):
+    """Layers for each plane of x (B, 1, C, 1, L), then attention among all planes (sec. 3.2).
+
+    It is a Block, as by that VideoUNet.forward knows which layers are told the noise level."""
+
+    def __init__(self, sizes, layers, across=nn.Identity()):
+        nn.Module.__init__(self)
+        self.sizes = sizes
+        self.layers = nn.ModuleList(layers)
+        self.across = across
+
+    def forward(self, x, emb, temporal=1.0):
+        planes = split_planes(x, self.sizes)                                 # each (B, 1, C, h, w)
+        for layer in self.layers:
+            planes = [layer(plane, emb) for plane in planes]
+        return self.across(join_planes(planes))                              # (B, 1, C, 1, L)
+
+class EachPlane(nn.Module):
+    """A layer of pictures, applied to each plane of x (N, C, 1, L)."""
+
+    def __init__(self, layer, sizes):
+        super().__init__()
+        self.layer = layer
+        self.sizes = sizes
+
+    def forward(self, x):
+        return join_planes([self.layer(plane) for plane in split_planes(x, self.sizes)])
+
+class PlaneUNet(VideoUNet):
+    """PVDM's network of three planes: net(x (B, 1, channels, 1, L), c_noise (B, 1)) -> like x.
+
+    It is a UNet of pictures, and called as a VideoUNet; there is no time for `temporal` to switch
+    off. All planes pass through the same layers. attention[i] is "none", "joint" (among all places
+    of the three planes) or "factorised" (first within each plane). Every side of a plane must be a
+    multiple of 2^(levels - 1). concat_channels = channels is for a PreviousClip."""
+
+    def __init__(self, channels=4, concat_channels=4, width=128, mults=(1, 2, 4, 4), blocks=2,
+                 attention=(*["factorised"] * 3, "joint"), heads=8, sizes=plane_sizes(16, 32, 32)):
+        nn.Module.__init__(self)
+        E = 4 * width                                           # of the embedded noise level
+        self.conditions = {}
+        self.embed = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.input = EachPlane(conv(channels, width), sizes)
+        self.concat = None
+        if concat_channels > 0:
+            self.concat = ConcatInput(EachPlane(conv(concat_channels, width, bias=False), sizes))
+
+        def within(level, dim):
+            return [PlaneAttention(dim, heads)] if attention[level] == "factorised" else []
+
+        def across(level, dim):
+            return nn.Identity() if attention[level] == "none" else PlaneAttention(dim, heads)
+
+        at = [[(h >> i, w >> i) for h, w in sizes] for i in range(len(mults))]          # by level
+        self.down = nn.ModuleList([PlaneBlock(sizes, [])])      # which leaves the input as a skip
+        skip_dims = [width]
+        dim = width
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                res = PlaneResBlock(dim, width * mult, E)
+                dim = width * mult
+                self.down.append(
+                    PlaneBlock(at[level], [res, *within(level, dim)], across(level, dim)))
+                skip_dims.append(dim)
+            if level < len(mults) - 1:
+                res = PlaneResBlock(dim, dim, E, nn.AvgPool2d(2))
+                self.down.append(PlaneBlock(at[level], [res], across(level, dim)))
+                skip_dims.append(dim)
+        layers = [PlaneResBlock(dim, dim, E) for _ in range(2)]
+        layers.insert(1, PlaneAttention(dim, heads))
+        self.middle = PlaneBlock(at[-1], layers, PlaneAttention(dim, heads))
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(mults))):
+            for i in range(blocks + 1):
+                layers = [PlaneResBlock(dim + skip_dims.pop(), width * mults[level], E)]
+                dim = width * mults[level]
+                layers += within(level, dim)
+                if level > 0 and i == blocks:
+                    layers.append(PlaneResBlock(dim, dim, E, nn.Upsample(scale_factor=2)))
+                self.up.append(PlaneBlock(at[level], layers, across(level, dim)))
+        last = zero(conv(dim, channels))
+        self.output = EachPlane(nn.Sequential(groups_of_planes(dim), nn.SiLU(), last), sizes)
+
 # PVDM goes on clip by clip: the whole clip before is given, as further channels (sec. 3.3). Its
 # network needs concat_channels = channels.
 
@@ -997,10 +1196,16 @@ def joint_loss(denoiser, clean, previous, sigma, noise, share=0.5, loss=diffusio
     free, error = loss(denoiser, clean, sigma, noise, **options)
     return share * continued + (1 - share) * free, error
 
-def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None, **options):
+def clamped(denoise):
+    """A denoise whose estimate stays in [-1, 1], as all planes do (PVDM's sampling)."""
+    return lambda x, sigma, **conditions: denoise(x, sigma, **conditions).clamp(-1, 1)
+
+def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clips=None,
+                     later_sigmas=None, **options):
     """Yield a video of any length, clip by clip, each given the one before (PVDM).
 
-    previous is a whole clip to start from, and comes first. Other arguments as in rollout."""
+    previous is a whole clip to start from, and comes first. later_sigmas are noise levels for all
+    clips that are given one; fewer will do. Other arguments as in rollout."""
     noise = clip_noise(seed, range(shape[0]) if clips is None else clips, sigmas.device)
     done = 0
     if previous is not None:
@@ -1008,6 +1213,8 @@ def rollout_previous(denoise, length, shape, sigmas, previous=None, seed=0, clip
         done = previous.shape[1]
         yield previous
     while done < length:
+        if previous is not None and later_sigmas is not None:
+            sigmas = later_sigmas
         window = generate(denoise, shape, sigmas, noise=noise, previous=previous, **options)
         yield window[:, :length - done]
         previous = window
@@ -1707,13 +1914,16 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
-from glob import glob
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # ==================================================================================================
@@ -1999,9 +2209,13 @@ class Drive:
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 FPS = 8.0                                          # of pictures and arrays, which store no speed
+STORED_FRAMES = ["-fps_mode", "passthrough"]       # else ffmpeg repeats some, to even out the times
 
 def to_uint8(clip):
-    """float (..., C, H, W), clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
+    """float (..., C, H, W), C 1 or 3, clamped to [-1, 1] -> uint8 numpy (..., H, W, C)."""
+    if not clip.is_floating_point() or clip.shape[-3:-2] not in ((1,), (3,)):
+        raise ValueError(f"the clip holds {clip.dtype} {tuple(clip.shape)}, expected floats in "
+                         "[-1, 1] (..., 1 or 3, H, W): from_uint8 makes them of (..., H, W, C)")
     if not torch.isfinite(clip).all():
         raise ValueError("the clip holds NaN or infinite values, expected numbers in [-1, 1]")
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
@@ -2025,16 +2239,37 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
+def conversion(x):
+    """What turns an array of other numbers or axes into bytes with the channels last, as words."""
+    words = ""
+    if x.ndim in (4, 5) and x.shape[-3] in (1, 3):
+        words = ": put the channels last, np.moveaxis(x, -3, -1)"
+    if x.dtype != np.uint8 and x.dtype.kind in "biuf" and x.size:
+        some = x.flat[::x.size // 10 ** 6 + 1]                     # all, unless there are millions
+        low = float(some.min())
+        high = float(some.max())
+        cure = "scale to 0 to 255"
+        if 0 <= low and high <= 255:
+            cure = "round"
+        if -1 <= low and high <= 1:
+            cure = "multiply by 255"
+            if low < 0:
+                cure = "add 1, multiply by 127.5"
+        words += f": values are {low:.4g} to {high:.4g}, {cure} and store uint8"
+    return words
+
 def clips_of_array(path):
-    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images."""
+    """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images.
+
+    mnist_test_seq.npy, Moving MNIST, is known by its name: it is stored as (T, N, H, W)."""
     from PIL import Image
     x = np.load(path, mmap_mode="r", allow_pickle=False)               # a pickle could run any code
     if not isinstance(x, np.ndarray):
         if len(x) != 1:
             raise ValueError(f"an .npz of {len(x)} arrays, expected one")
         x = np.asarray(x[x.files[0]])
-    found = f"{x.dtype} {x.shape}"
-    if x.shape[2:] == (64, 64) and len(x) == 20 < x.shape[1]:                       # Moving MNIST's
+    stored = x
+    if path.name == "mnist_test_seq.npy":
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
         x = x[..., None]
@@ -2042,13 +2277,14 @@ def clips_of_array(path):
         x = x[None]                                                              # (N, T, H, W, C)
     # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}")
+        raise ValueError("expected uint8 ([N,] T, H, W [, C]), found "
+                         f"{stored.dtype} {stored.shape}{conversion(stored)}")
     if x.shape[4] == 1:
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
 
 def frames_of_gif(path):
-    """The frames of a .gif or .webp as PIL images, and frames per second.
+    """The frames of a .gif or .webp as PIL images, and their times in seconds.
 
     Equal frames are stored as one that lasts longer. Here it is repeated."""
     from PIL import Image, ImageSequence
@@ -2057,44 +2293,75 @@ def frames_of_gif(path):
     images = ImageSequence.all_frames(Image.open(path))
     lasts = np.array([image.info.get("duration") or 1000 / FPS for image in images])            # ms
     times = np.round(lasts / lasts.min()).astype(int)
-    return [image for image, n in zip(images, times) for _ in range(n)], 1000 / lasts.min()
+    return ([image for image, n in zip(images, times) for _ in range(n)],
+            np.arange(times.sum()) * lasts.min() / 1000)
 
-def open_clips(path):
-    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second."""
-    import imageio.v3 as iio
+def times_of(path):
+    """The times of all frames of a video, in seconds, not always evenly spaced.
+
+    What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell."""
     from imageio_ffmpeg import get_ffmpeg_exe
+    try:
+        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
+                   *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
+        done = subprocess.run(command, input=b"", capture_output=True)
+    except (RuntimeError, FileNotFoundError) as e:
+        raise ImportError(f"ffmpeg is missing, which reads {path}") from e
+    said = done.stderr.decode("latin1")
+    if said:
+        raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
+    listed = done.stdout.decode("latin1")           # "#tb 0: 1/600", then "0, dts, pts, ..." a line
+    tick = [int(n) for n in re.search(r"#tb 0: (\d+)/(\d+)", listed).groups()]
+    times = [int(n) for n in re.findall(r"^0, *-?\d+, *(-?\d+)", listed, re.M)]
+    return np.array(times) * tick[0] / tick[1]
+
+def at_rate(frames, times, rate=None):
+    """Frames of these times, and frames per second. A rate chooses, or repeats, those nearest to
+    evenly spaced times, `rate` a second, from the first on."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return frames, rate or FPS
+    if rate is None:
+        return frames, round((len(times) - 1) / (times[-1] - times[0]), 2)
+    wanted = np.arange(times[0], times[-1] + 1e-6, 1 / rate)
+    nearest = np.interp(wanted, times, np.arange(len(times)))                # halfway is rounded up
+    counts = np.bincount((nearest + 0.5 + 1e-6).astype(int), minlength=len(times))
+    return (frame for frame, n in zip(frames, counts) for _ in range(n)), rate
+
+def open_clips(path, rate=None):
+    """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second.
+
+    With a rate, frames of videos and GIFs are chosen to have it; of all else it is believed."""
+    import imageio.v3 as iio
     from PIL import Image
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
-        return clips_of_array(path), FPS
+        return clips_of_array(path), rate or FPS
     if suffix in VIDEOS:
-        # What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell.
-        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0 -f null - -i".split(), path.absolute()]
-        said = subprocess.run(command, input=b"", capture_output=True).stderr.decode("latin1")
-        if said:
-            raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
-        frames = map(Image.fromarray, iio.imiter(path, plugin="FFMPEG"))
-        return [frames], iio.immeta(path, plugin="FFMPEG")["fps"]
+        times = times_of(path)
+        frames = iio.imiter(path, plugin="FFMPEG", output_params=STORED_FRAMES)
+        frames, fps = at_rate(map(Image.fromarray, frames), times, rate)
+        return [frames], fps
     if suffix in (".gif", ".webp"):
-        frames, fps = frames_of_gif(path)
+        frames, fps = at_rate(*frames_of_gif(path), rate)
         return [frames], fps
     if not path.is_dir():
-        return [[Image.open(path)]], FPS
+        return [[Image.open(path)]], rate or FPS
     files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
     if not files:
         raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
     files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return [map(Image.open, files)], FPS
+    return [map(Image.open, files)], rate or FPS
 
-def decode(path, size=None, channels=3):
+def decode(path, size=None, channels=3, rate=None):
     """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
 
     Only an array holds more than one clip. Frames are shrunk to cover size = (h, w), then cropped;
-    None leaves them as they are. What is missing or damaged raises a ValueError with the cause."""
+    None leaves them as they are; so it does for the rate, see open_clips. What is missing or
+    damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
     try:
-        clips, fps = open_clips(Path(path))
+        clips, fps = open_clips(Path(path), rate)
         clips = [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips]
         return np.stack(clips), fps
     except (ImportError, NameError, TypeError, AttributeError, MemoryError):
@@ -2119,8 +2386,11 @@ def replacing(path, mark="part"):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:                   # RuntimeError is torch's, of a full disk
-        raise OSError(f"could not write {path} ({e}); what was there is untouched") from e
+    except (OSError, RuntimeError) as e:                # RuntimeError is torch's, of an OSError
+        codes = [getattr(error, "errno", 0) for error in (e, e.__context__)]
+        full = errno.ENOSPC in codes or shutil.disk_usage(path.parent).free < 1e6
+        reason = "the disk is full" if full else e
+        raise OSError(f"could not write {path} ({reason}); what was there is untouched") from e
     finally:
         if part.exists():
             part.unlink()
@@ -2136,13 +2406,15 @@ def write_video(path, clip, fps=8.0, scale=None):
     suffix = path.suffix.lower()
     shape = tuple(clip[0].shape)
     if suffix not in (".mp4", ".gif", ".png") or len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and (1 or 3, H, W)")
+        raise ValueError(f"{path}, frames {shape}: expected .mp4, .gif or .png, and channels first,"
+                         " (1 or 3, H, W)")
     k = scale
     if scale is None:
         k = math.ceil(128 / min(*shape[1:], 128))
         if k * shape[1] % 2 or k * shape[2] % 2:                            # H.264 wants even sides
             k += 1
-    frames = (to_uint8(frame.expand(3, -1, -1)).repeat(k, 0).repeat(k, 1) for frame in clip)
+    frames = (to_uint8(torch.as_tensor(frame).expand(3, -1, -1)).repeat(k, 0).repeat(k, 1)
+              for frame in clip)
     try:
         with replacing(path) as part:
             if suffix == ".mp4":
@@ -2178,24 +2450,47 @@ def grid(clips):
 
 @dataclasses.dataclass
 class StoredClip:
-    """Clip k of an .npy file (N, T, H, W, C). A worker process gets its place, not its pixels."""
+    """Clip k of an .npy file (N, frames, H, W, C). A worker gets its place, not its pixels."""
     path: Path
     k: int
+    frames: int
 
     def __len__(self):
-        return len(self[:])
+        return self.frames
 
     def __getitem__(self, cut):
         return np.load(self.path, mmap_mode="r")[self.k][cut]
 
-def find_files(root):
-    """The files at or below a path, none hidden. A folder stands for the pictures in it."""
+def find_files(root, without=None):
+    """The files at or below a path, none hidden, whatever links lead there each once.
+
+    A folder stands for the pictures in it. Runs, and the folder `without`, are left out."""
     if root.is_file():
         return [root]
-    files = [root / name for name in glob("**", root_dir=root, recursive=True)]
-    files = [p for p in files if p.is_file()
-             and not p.name.endswith((".actions.npy", ".tokens.npy"))]
-    return sorted({p.parent if p.suffix.lower() in PICTURES else p for p in files})
+    files = {}                                                   # the real path of each -> its path
+    seen = {without and os.path.realpath(without)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or "last.pt" in names:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in (Path(folder, name) for name in sorted(names) if name[0] != "."):
+            if path.suffix.lower() in PICTURES:
+                path = path.parent
+            elif path.name.endswith((".actions.npy", ".tokens.npy")) or not path.is_file():
+                continue
+            key = os.path.realpath(path)
+            if key not in files or files[key].is_symlink():
+                files[key] = path
+    return sorted(files.values())
+
+def files_of(path):
+    """The files that a path of find_files stands for: itself or, of a folder, the files in it."""
+    if path.is_dir():
+        return sorted(p for p in path.glob("[!.]*") if p.is_file())
+    return [path]
 
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
@@ -2205,16 +2500,19 @@ class VideoFolder:
 
     cache    keep decoded clips in .vdm_cache/ beside the data for the next run, if that folder can
              be written; else they are kept in memory. OSError if the disk is full
+    data_fps choose frames of videos to have this rate; it is believed of files that store none
+    without  a folder that is not looked into
     actions  (A,), or () if there are none. Numbers (T, A) in clip.actions.npy beside clip.mp4 are
              cut like its frames to action=(frames, A). NaN stands for what is not told
     fps      frames per second of an item
+    checksum of names and sizes of the files
     report   what was used, what was skipped, and why"""
 
     labels = 0
     to_float = staticmethod(from_uint8)
 
     def __init__(self, path, frames, size, stride=1, channels=3, seed=0, progress=False,
-                 cache=False):
+                 cache=False, data_fps=None, without=None):
         from tqdm import tqdm
         root = Path(path)
         if not root.exists():
@@ -2226,78 +2524,105 @@ class VideoFolder:
         self.stride = stride
         self.channels = channels
         self.seed = seed
+        self.data_fps = data_fps
         self.span = (frames - 1) * stride + 1          # the stored frames that an item extends over
         self.cache = None                              # then clips are kept in memory
         folder = root if root.is_dir() else root.parent
         if cache and os.access(folder, os.W_OK):
             self.cache = folder / ".vdm_cache"
+        self.cached = {path.name[:32]: path for path in folder.glob(".vdm_cache/[!.]*.npy")}
         self.clips = []
+        self.lengths = []                              # of each clip, in frames
+        self.rates = []                                # of each clip, frames per second
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
-        speeds = []
         skipped = []
-        files = find_files(root)
+        files = find_files(root, without)
+        if not files:
+            kinds = " ".join(sorted(VIDEOS | PICTURES | {".gif", ".webp", ".npy", ".npz"}))
+            raise ValueError(f"{root} is an empty folder, expected files of these types: {kinds}")
+        state = [(p.relative_to(root).as_posix(), p.stat().st_size)
+                 for file in files for p in files_of(file)]
+        self.checksum = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
         for file in tqdm(files, "decoding", disable=not progress):
             try:
-                speeds.append(self.add(file))
+                self.add(file)
             except ValueError as error:
-                skipped.append(f"skipped {error}")
-        self.fps = float(np.median(speeds or [0])) / stride
-        self.report = (f"data: {len(files)} files in {root} -> {len(self)} clips used, "
-                       f"{len(skipped)} skipped, {size[0]}x{size[1]} crop, {channels} channels, "
-                       f"{self.fps:g} fps")
-        if self.actions:
-            self.report += f", {sum(x is not None for x in self.moves)} with actions"
-        if len(skipped) > 9:
-            skipped[9:] = [f"skipped {len(skipped) - 9} more"]
-        self.report = "\n      ".join([self.report, *skipped])
+                skipped.append("skipped " + str(error).replace("\n", "\\n"))
+        self.cached.clear()
+        self.fps = float(np.median(self.rates or [0])) / stride
+        self.report = self.describe(root, len(files), skipped)
         if not self.clips:
             raise ValueError(self.report)
 
+    def describe(self, root, files, skipped):
+        """The report, of a number of files and of the reasons why some were skipped."""
+        report = (f"data: {files} files in {root} -> {len(self)} clips used, {len(skipped)} "
+                  f"skipped, {self.size[0]}x{self.size[1]} crop, {self.channels} channels, "
+                  f"{self.fps:g} fps")
+        if self.clips:
+            ends = sorted({min(self.lengths), max(self.lengths)})
+            report += f", {' to '.join(map(str, ends))} frames each"
+        if self.actions:
+            report += f", {sum(x is not None for x in self.moves)} with actions"
+        lines = [report, *skipped[:9]]
+        if len(skipped) > 9:
+            lines.append(f"skipped {len(skipped) - 9} more")
+        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
+            counts = Counter(f"at {rate:.3g} fps" for rate in self.rates).most_common(6)
+            lines.append("warning: clips have different rates, " + ", ".join(
+                f"{n} {rate}" for rate, n in counts) + f": --data-fps {min(self.rates):.3g} chooses"
+                " frames so that they have one")
+        return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
+
     def add(self, file):
-        """Keep the clips of a file, and their actions. Return its frames per second."""
+        """Keep the clips of a file, and their actions."""
         clips, fps = self.read(file)
         if len(clips[0]) < self.span:
             raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
                              f"{self.span}: lower --frames or --stride")
         self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
         self.clips += clips
-        return fps
+        self.lengths += [len(clips[0])] * len(clips)
+        self.rates += [fps] * len(clips)
 
     def read(self, file):
         """The clips in a file, (N, T, H, W, C), and frames per second, by way of the cache."""
         if self.cache is None:
-            clips, fps = decode(file, self.size, self.channels)
+            clips, fps = decode(file, self.size, self.channels, self.data_fps)
             return list(clips), fps
-        parts = sorted(file.glob("[!.]*")) if file.is_dir() else [file]
-        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels)).encode()
+        state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(file)]
+        key = repr((os.path.relpath(file, self.cache), state, self.size, self.channels,
+                    self.data_fps)).encode()
         key = hashlib.sha256(key).hexdigest()[:32]
         try:
-            path, = self.cache.glob(f"{key}-*.npy")
-            n = len(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError):                              # missing, or cut short
-            clips, fps = decode(file, self.size, self.channels)
-            n = len(clips)
+            path = self.cached[key]
+            fps = float(path.stem.partition("-")[2])
+            shape = np.load(path, mmap_mode="r").shape
+        except (KeyError, OSError, ValueError, EOFError):                    # missing, or damaged
+            if key in self.cached:
+                self.cached[key].unlink(missing_ok=True)
+            clips, fps = decode(file, self.size, self.channels, self.data_fps)
+            shape = clips.shape
             path = self.cache / f"{key}-{fps}.npy"
             with replacing(path, os.getpid()) as part:
                 np.save(part, clips)
-        return [StoredClip(path, k) for k in range(n)], float(path.stem.partition("-")[2])
+        return [StoredClip(path, k, shape[1]) for k in range(shape[0])], fps
 
     def read_actions(self, path, clips):
         """The actions (T, A) of each clip, or None for each if there is no such file."""
         if not path.is_file():
             return [None] * len(clips)
         try:
-            x = np.load(path).astype(np.float32)
+            stored = np.load(path).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
-        x = x.reshape(-1, *x.shape[-2:])                                                # (N, T, A)
+        x = stored.reshape(-1, *stored.shape[-2:])                                      # (N, T, A)
         width = self.actions or x.shape[-1:]
         shape = (len(clips), len(clips[0]), *width)
         if x.shape != shape or np.isinf(x).any():
-            raise ValueError(f"{path}: {x.shape}, expected {shape}, a row per frame, of finite "
-                             "numbers, or NaN where none is told")
+            raise ValueError(f"{path}: {stored.shape}, expected {shape}, a row per frame, of finite"
+                             " numbers, or NaN where none is told")
         self.actions = width
         return list(x)
 
@@ -2308,7 +2633,7 @@ class VideoFolder:
         """The number of the clip that item i is cut from, and the slice of its frames."""
         turn, k = divmod(i, len(self))
         number = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))[k]
-        starts = len(self.clips[number]) - self.span + 1
+        starts = self.lengths[number] - self.span + 1
         start = int(np.random.default_rng([self.seed, 1, i]).integers(starts))
         return number, slice(start, start + self.span, self.stride)
 
@@ -2336,6 +2661,7 @@ class Config:
     stride: int = 1                 # take every stride-th frame of a file, or of shapes
     fps: float = 8.0                # frames per second of the videos written
     factor: int = 0                 # pixels to a latent along each side (0: no latents)
+    planes: tuple = ()              # frames, height, width of latents on planes; sets frames, size
     width: int = 16                 # channels of the first level
     mults: tuple = (1, 3, 6)        # channels of each level, as multiples of width
     blocks: int = 1                 # blocks per level and way
@@ -2353,9 +2679,9 @@ class Config:
     schedule: str = "lognormal"     # linear, scaled_linear, cosine, sigmoid, uniform, lognormal
     mean: float = 1.5               # lognormal: mean of log(sigma)
     std: float = 1.2                # lognormal: standard deviation of log(sigma)
-    offset: float = 0.0             # strength of offset noise
+    offset: float = 0.0             # strength of noise that all pixels of a frame share (section 9)
     context: tuple = (0.5, 0.0, 0.0, 0.0, 0.5)  # odds that the first 0, 1, 2 ... frames are given
-    task: str = "predict"           # which frames are given: predict, ends, any, image or upsample
+    task: str = "predict"           # given frames: predict (the first), ends, any, image, upsample
     hint_noise: float = 0.0         # give hint: largest noise level of the frames given
     enlarge: int = 4                # task upsample: how many times as large as what is given
     crop: tuple = ()                # train on random crops of this size (default: whole frames)
@@ -2366,7 +2692,7 @@ class Config:
     # how it is trained
     loss: str = "change"            # plain, change (plus the change between frames), or vista
     weighting: str = "inverse"      # weight: inverse, min_snr, or that of a kind (loss_weight)
-    steps: int = 2000               # optimiser steps
+    steps: int = 2000               # steps of training
     batch: int = 16                 # clips per step
     optimizer: str = "muon"         # adamw, or muon (with AdamW for all that is not a matrix)
     lr: float = 2e-3                # peak learning rate of AdamW
@@ -2386,6 +2712,13 @@ class Config:
     rho: float = 7.0                # bend of the grid between them: larger dwells at low noise
     overlap: int = 4                # frames that a window of a long video is given
 
+    def __post_init__(self):
+        if self.planes:                              # to the network a clip is one row of places
+            if len(self.planes) != 3:
+                raise ValueError(f"planes are {self.planes}, expected frames, height and width")
+            self.frames = 1
+            self.size = (1, sum(h * w for h, w in plane_sizes(*self.planes)))
+
 # A preset is a set of defaults; any flag after it wins. The comments say what differs from the
 # papers; "unverified" is what neither paper nor code tells.
 
@@ -2396,11 +2729,17 @@ stable = partial(paper, size=(72, 128), width=320, mults=(1, 2, 4, 4), kind="v",
                  sigma_min=0.002, sigma_max=700.0)
 PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
+    # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file
+    "digits": Config(channels=1, batch=8, steps=3000),
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1: hence sigma_data
     "latent": Config(frames=16, size=(16, 16), channels=4, factor=4, sigma_data=1.0, width=48,
                      mults=(1, 2), attention=("none", "joint"), steps=1500),
-    # Moving MNIST (mnist_test_seq.npy), the usual first data set
+    # PVDM on a laptop: the toy world, 16 frames of 32 x 32 pixels, on planes of 4 x 320 in all
+    "planes": Config(planes=(16, 8, 8), channels=4, factor=4, width=48, mults=(1, 2), head_dim=12,
+                     attention=("joint", "factorised"), patch=1, give="previous",
+                     context=(0.5, 0.5), images=0.0, loss="plain", skip_guidance=1.0, steps=1500),
+    # Moving MNIST (mnist_test_seq.npy), the usual first data set, at full size
     "mnist": Config(frames=20, size=(64, 64), channels=1, width=64, mults=(1, 2, 4), head_dim=32,
                     patch=4, context=(0.5, *[0.0] * 9, 0.5), overlap=10, steps=20_000, ema=0.999),
     # VDM, 16 x 64 x 64 pixels. Theirs has three blocks on the way up and two in the middle, no
@@ -2411,10 +2750,11 @@ PRESETS = {
                     schedule="cosine", weighting="eps", context=(1.0,), stills=8, steps=60_000,
                     batch=128, lr=3e-4, weight_decay=0.0, sampler="ddpm", sampling_steps=256,
                     sigma_min=4.54e-5, sigma_max=22026.0),
-    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 32. Theirs has latents on three
-    # planes and a network without time; ours has latents of frames. Unverified: fps, clip_norm
-    "sky": paper(frames=16, size=(32, 32), width=256, mults=(1, 2, 4, 4), kind="eps",
-                 attention=(*["factorised"] * 3, "none"), give="previous", context=(0.8, 0.2),
+    # PVDM-L, 16 x 256 x 256 pixels; S: --width 128 --head-dim 16 --sampling-steps 100. All layers
+    # of its network are theirs but the first of the noise level, which sees 64 waves, not width.
+    # Their autoencoder is larger, and learns by LPIPS and a GAN, too. Unverified: fps, clip_norm
+    "sky": paper(planes=(16, 32, 32), width=256, mults=(1, 2, 4, 4), kind="eps", head_dim=32,
+                 attention=(*["factorised"] * 3, "joint"), give="previous", context=(0.8, 0.2),
                  schedule="scaled_linear", weighting="eps", steps=850_000, batch=64, lr=1e-4,
                  sampler="ddpm", sampling_steps=200, sigma_min=0.0388, sigma_max=83.8),
     # Video LDM, key frames, 128 x 256 pixels. Theirs trains temporal layers alone, after an image
@@ -2462,19 +2802,23 @@ def check_config(config):
     if len(config.attention) != levels or set(config.attention) - {"none", "factorised", "joint"}:
         raise ValueError(f"attention is {' '.join(map(str, config.attention))}, expected none, "
                          f"factorised or joint for each of the {levels} levels of mults")
+    flag = "planes" if config.planes else "size"
+    sides = getattr(config, flag)
     multiple = config.patch * 2 ** (levels - 1)                 # every level halves the tiled frame
-    near = [max(multiple, round(n / multiple) * multiple) for n in config.size]
-    if near != [*config.size]:
-        raise ValueError(f"size is {config.size}, patch and mults need multiples of {multiple}: "
-                         f"the nearest that works is --size {' '.join(map(str, near))}")
+    near = [max(multiple, round(n / multiple) * multiple) for n in sides]
+    if near != [*sides]:
+        raise ValueError(f"{flag} is {sides}, patch and mults need multiples of {multiple}: "
+                         f"the nearest that works is --{flag} {' '.join(map(str, near))}")
     wide = [config.width * mult for mult, attention in zip(config.mults, config.attention)
             if attention != "none"]
+    if config.planes:                                      # the first level decides how many heads
+        wide = [config.width]
     if any(n % config.head_dim for n in wide) or (wide and config.head_dim % 2):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
 
 def build_network(config):
-    """Config -> VideoUNet or, for give svd and vista, StableUNet, with fresh weights."""
+    """Config -> VideoUNet, for planes PlaneUNet, for give svd and vista StableUNet, all fresh."""
     if config.give in ("svd", "vista"):
         return StableUNet(config.channels, config.channels, config.width, config.mults,
                           config.blocks, config.attention, config.head_dim,
@@ -2490,6 +2834,10 @@ def build_network(config):
         conditions["given"] = LabelEmbedding(1)
     concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
                            previous=config.channels).get(config.give, 0)
+    if config.planes:
+        return PlaneUNet(config.channels, concat_channels, config.width, config.mults,
+                         config.blocks, config.attention, config.width // config.head_dim,
+                         plane_sizes(*config.planes))
     return VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
                      config.attention, config.head_dim, config.patch, conditions=conditions)
 
@@ -2502,7 +2850,9 @@ def build(config):
     return GIVES[config.give](net, config.kind, config.sigma_data)
 
 def build_autoencoder(config):
-    """Config -> Autoencoder with fresh weights, of colour frames."""
+    """Config -> Autoencoder or, for planes, TriplaneAutoencoder, with fresh weights, of colour."""
+    if config.planes:
+        return TriplaneAutoencoder(3, config.channels, config.planes, config.factor)
     return Autoencoder(channels=3, latent=config.channels, factor=config.factor)
 
 def save(path, **state):
@@ -2539,9 +2889,10 @@ def with_weights(model, weights, path):
         raise ValueError(f"the weights in {path} do not fit the config in it: {reason}") from e
     return model.eval().requires_grad_(False)
 
-def load(path):
+def load(path, raw=False):
     """A checkpoint -> (Denoiser with averaged weights, in evaluation mode, on the CPU; Config).
 
+    raw takes the last weights instead, which last.pt of a run has, too.
     A .safetensors or .ckpt file holds published weights, for the preset svd or vista."""
     if Path(path).suffix in (".safetensors", ".ckpt"):
         denoiser, found = read_published(path)
@@ -2554,7 +2905,10 @@ def load(path):
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
-    return with_weights(build(config), state.get("ema", {}), path), config
+    weights = state.get("model" if raw else "ema")
+    if weights is None:
+        raise ValueError(f"{path} does not hold these weights; last.pt of a run holds both kinds")
+    return with_weights(build(config), weights, path), config
 
 def load_autoencoder(path):
     """The checkpoint of an autoencoder, or of a model of its latents -> (Autoencoder, Config).
@@ -2773,7 +3127,7 @@ BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)           
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
     def error(self, message):
-        sys.exit(f"error: {message} (--help lists all flags)")
+        sys.exit(f"error: {message} (see --help)")
 
 def need(met, sentence):
     """Refuse, by this sentence, what does not meet a condition."""
@@ -2790,15 +3144,15 @@ def limit(names, expected, low, high, *sources):
 MOST = sys.float_info.max
 LIMITS = {
     ("1 or more", 1, MOST):
-        "steps batch frames stride size channels width mults blocks patch rank head_dim actions "
-        "sampling_steps overlap marks encode micro save_every sample_every keep_every enlarge "
-        "crop",
+        "steps batch frames stride size planes channels width mults blocks patch rank head_dim "
+        "actions sampling_steps overlap marks encode micro save_every sample_every keep_every "
+        "enlarge crop",
     ("0 or more", 0, MOST):
         "factor stills labels workers offset hint_noise context lr muon_lr warmup weight_decay "
         "spatial_lr skip_guidance",
     ("more than 0", 1e-300, MOST): "sigma_min sigma_max rho std sigma_data clip_norm",
     ("0 to 1", 0, 1): "independent images drop ema",
-    ("0.1 to 1000", 0.1, 1000): "fps",
+    ("0.1 to 1000", 0.1, 1000): "fps data_fps",
     ("-1000 to 1000", -1000, 1000): "mean",
     ("0 to 10^9", 0, 10 ** 9): "seed"}
 
@@ -2809,10 +3163,11 @@ def check(options, config):
     odds = config.context
     need(len(config.size) == 2, f"--size is {config.size}, expected one or two numbers")
     need(config.sigma_min < config.sigma_max, "--sigma-min must be less than --sigma-max")
-    need(odds[0] > 0 and len(odds) <= config.frames, f"--context is {odds}, expected odds of 0, 1, "
-         "2 ... given frames, no more numbers than --frames, and the first not 0")
     need(config.give != "previous" or (len(odds) == 2 and config.task == "predict"),
          "--give previous needs two numbers as --context, and --task predict")
+    most = 2 if config.give == "previous" else config.frames
+    need(odds[0] > 0 and len(odds) <= most, f"--context is {odds}, expected odds of 0, 1, 2 ... "
+         "given frames, no more numbers than --frames, and the first not 0")
     need(config.task == "predict" or (config.frames >= 3 and sum(odds) > odds[0]),
          f"--task {config.task} needs 3 --frames or more, and --context with odds of given ones")
     need(config.give == "hint" or config.task not in ("image", "upsample"),
@@ -2825,14 +3180,26 @@ def check(options, config):
          f" {multiple}, up to --size")
     need(not config.stills or not (config.independent or config.give == "previous"),
          "--stills goes with neither --independent nor --give previous")
+    check_planes(options, config)
     need(config.skip_guidance == 1 or config.images, "--skip-guidance asks for frames on their own,"
          " which --images above 0 teaches: without, it must be 1")
     check_config(config)
 
+def check_planes(options, config):
+    """Refuse what planes cannot do: they have no frames to be told anything of their own."""
+    if not config.planes:
+        return
+    alone = ("labels", "actions", "adapters", "stills", "images", "independent")
+    need(config.give in ("concat", "previous") and config.patch == 1
+         and not any(getattr(config, name) for name in alone), "--planes goes with --give previous "
+         f"or concat and with --patch 1, but neither with {', '.join(alone[:-1])} nor {alone[-1]}")
+    need(not {"frames", "size"} & getattr(options, "given", {}).keys(),
+         "--planes has three numbers for frames, height and width: leave out --frames and --size")
+
 def pixels(config):
     """Return size and channels of a run's frames, of which the network may know only latents."""
     if config.factor:
-        return tuple(n * config.factor for n in config.size), 3
+        return tuple(n * config.factor for n in config.planes[1:] or config.size), 3
     return tuple(config.size), config.channels
 
 def sampling(config):
@@ -2840,8 +3207,14 @@ def sampling(config):
     sigmas = karras_sigmas(config.sampling_steps, config.sigma_min, config.sigma_max, config.rho)
     return sigmas, SAMPLERS[config.sampler]
 
+def clip_frames(config):
+    """Return the frames of video that a clip of the network stands for."""
+    return config.planes[0] if config.planes else config.frames
+
 def skip_guided_by(config, denoise):
-    """Return denoise with a config's skip guidance, if it has any."""
+    """Return denoise with a config's skip guidance, if it has any; with planes, clamped."""
+    if config.planes:
+        return clamped(denoise)
     if config.skip_guidance == 1:
         return denoise
     return skip_guided(denoise, config.skip_guidance)
@@ -2868,17 +3241,56 @@ def autocast(device, dtype):
     """Return a context in which networks compute in a dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-def run_program(main):
-    """Run a program, and end it with one sentence if it fails by what its user can change."""
+STOPS = {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+
+@contextmanager
+def stop_signals(said):
+    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are added, and say so.
+
+    They end nothing, however often they come: whoever asks for the list stops where nothing is
+    lost. A signal that is ignored, as under nohup, stays ignored."""
+    stops = []
+
+    def note(number, frame):
+        stops.append(number)
+        with suppress(OSError):                                      # of a terminal that is gone
+            os.write(2, f"\n{said} (Ctrl-\\ ends at once)\n".encode())    # print may be at work
+
+    before = {number: signal.signal(number, note) for number in STOPS
+              if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def stoppable(denoise, stops):
+    """Return denoise, which raises KeyboardInterrupt as soon as stops holds a signal."""
+    def ask(x, sigma, **conditions):
+        if stops:
+            raise KeyboardInterrupt
+        return denoise(x, sigma, **conditions)
+    return ask
+
+def run_program(main, memory):
+    """Run a program, and end it with one sentence if it fails by what its user can change.
+
+    memory says what to do if there is too little."""
     try:
         main()
-    except torch.OutOfMemoryError:
-        sys.exit("error: the memory of the GPU is full: sample.py takes less with a smaller "
-                 "--batch, train.py with --micro 1, --checkpoint-activations or --shard")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; if a run has saved a checkpoint, train.py --resume goes on from it")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit("\nstopped")
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        sentence = str(e)
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", sentence):
+            sentence = f"the memory is full: {memory}"
+        elif isinstance(e, RuntimeError):
+            raise
+        elif isinstance(e, ImportError):
+            sentence += ": pip install -r requirements.txt"
+        elif getattr(e, "errno", 0) == errno.ENOSPC:
+            sentence = "the disk is full"
+        sys.exit(f"error: {sentence}")
 
 if __name__ == "__main__":
     demo()

@@ -5,8 +5,12 @@ autoencoder.py: train an autoencoder of frames, whose latents train.py --latents
     python notebooks/autoencoder.py --stage decoder --latents out/autoencoder/last.pt
     python train.py --preset latent --latents out/decoder/last.pt
 
+    python notebooks/autoencoder.py --preset planes                  clips to three planes (PVDM)
+    python train.py --preset planes --latents out/autoencoder/last.pt
+
 First encoder and decoder learn from single frames. Then the decoder's temporal layers alone learn
-from clips, so that what the decoder fills in does not flicker (Video LDM). There is no --resume.
+from clips, so that what the decoder fills in does not flicker (Video LDM). An autoencoder of planes
+has one stage: all of it learns from clips. There is no --resume.
 """
 
 import argparse
@@ -33,6 +37,7 @@ def parse(argv):
     add("--out", type=Path, help="folder of the run (default out/STAGE)")
     add("--frames", type=int, help="frames per clip")
     add("--size", type=int, nargs="+", help="height and width of the latents")
+    add("--planes", type=int, nargs=3, help="instead, for planes: frames, height and width")
     add("--stride", type=int, help="take every stride-th frame of a file")
     add("--channels", type=int, help="channels of the latents")
     add("--factor", type=int, help="pixels to a latent along each side: 2, 4, 8 ...")
@@ -46,6 +51,8 @@ def parse(argv):
     options = p.parse_args(argv)
     options.given = {name: value for name, value in vars(options).items()
                      if value is not None and hasattr(vdm.Config, name)}
+    if options.planes:
+        options.given["planes"] = tuple(options.planes)
     usual = dict(steps=1600)
     if options.stage == "decoder":
         usual = dict(steps=240, batch=4)
@@ -57,13 +64,17 @@ def parse(argv):
 def train_step(step, config, options, clip, model, ema, optimizers):
     """Make one step: of the spatial layers, on single frames, or of temporal ones, on clips."""
     torch.manual_seed(options.seed * 1_000_003 + step)
-    if options.stage == "autoencoder":
+    clip = clip.to(options.device)
+    if options.stage == "autoencoder" and not config.planes:
         clip = clip[:, torch.randint(clip.shape[1], (1,))]                         # (B, 1, C, H, W)
     noise = torch.randn(*clip.shape[:2], config.channels, *config.size).to(options.device)
     noise.requires_grad_(options.stage == "decoder")             # see the noise in train.loss_of
     with train.autocast(options.device, options.dtype):
-        loss, _ = vdm.ae_loss(model, clip.to(options.device), noise,
-                              temporal=float(options.stage == "decoder"))
+        if config.planes:
+            error = model.decode(model.encode(clip)) - clip
+            loss = error.abs().mean() + error.square().mean()
+        else:
+            loss, _ = vdm.ae_loss(model, clip, noise, temporal=float(options.stage == "decoder"))
     loss.backward()
     train.descend(step, config, model, optimizers)
     ema.update(model)
@@ -87,7 +98,7 @@ def finish(options, config, autoencoder, held_out):
           vdm.write_video(options.out / "recon.png", vdm.film_strip(both[:4])[None], scale=1), last,
           sep="\n        ")
     command = f"python notebooks/autoencoder.py --preset {options.preset} --stage decoder"
-    if options.stage == "decoder":
+    if options.stage == "decoder" or config.planes:
         command = f"python train.py --preset {options.preset}"
     for name in ("data", "frames", "size", "stride"):            # the next must have them, too
         value = getattr(options, name)
@@ -101,6 +112,9 @@ def main(argv=None):
         vdm.limit(names, *expected, options, config)
     if (options.out / "last.pt").exists():
         raise ValueError(f"{options.out} already holds a run: name another --out")
+    if config.planes and (options.stage == "decoder" or options.frames or options.size):
+        raise ValueError("an autoencoder of planes has one stage, and --planes instead of --frames "
+                         "and --size")
     if (options.stage == "decoder") != (options.latents is not None):
         raise ValueError("--stage decoder goes on from the first stage, and it alone: it needs "
                          "--latents out/autoencoder/last.pt")
@@ -109,6 +123,7 @@ def main(argv=None):
     options.local = 0
     options.workers = 0
     options.parts = [slice(0, config.batch)]
+    options.data_fps = None
     torch.manual_seed(options.seed)
     if options.latents:
         model, config = train.find_autoencoder(options, config, {})
@@ -119,7 +134,8 @@ def main(argv=None):
         if isinstance(module, vdm.TemporalConv):
             module.requires_grad_(options.stage == "decoder")
     size, channels = train.pixels(config)
-    clips = dataclasses.replace(config, size=size, channels=channels, factor=0)
+    clips = dataclasses.replace(config, frames=vdm.clip_frames(config), size=size,
+                                channels=channels, factor=0, planes=(), give="concat")
     data, held_out, _ = train.open_data(options, clips, None)
     ema = vdm.EMA(model, config.ema)
     optimizers = train.make_optimizers(config, model)
@@ -130,7 +146,7 @@ def main(argv=None):
     for step, batch in enumerate(bar):
         loss = train_step(step, config, options, batch["video"], model, ema, optimizers)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-    if options.stage == "autoencoder":
+    if options.stage == "autoencoder" and not config.planes:
         ema.model.measure(held_out[i]["video"][None].to(options.device)
                           for i in range(options.marks))
     vdm.save(options.out / "last.pt", config=dataclasses.asdict(config), stage=options.stage,

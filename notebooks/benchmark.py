@@ -7,6 +7,8 @@ Mark the clips and the long videos of a model that was trained on a toy world:
     python notebooks/benchmark.py --run out/any --interpolate 2 2        frames between frames
     python notebooks/benchmark.py --run out/per_frame --lag 3            frame by frame
     python notebooks/benchmark.py --run out/tiny-drive           does it obey commands?
+    python notebooks/benchmark.py --costs out/tiny out/latent out/planes
+                                                     pixels, latents of frames, latents on planes
 
 The tables are markdown. A law is the share of videos that keep it in all frames. "off" is how far
 colours, kinds and speeds are from the world's own, which are uniform (total variation distance: 0
@@ -15,8 +17,12 @@ of 192 videos by about 2 points.
 """
 
 import argparse
+import copy
 import dataclasses
+import math
+import multiprocessing
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +81,7 @@ class Model:
                 first = context[clips.start:clips.stop].to(self.device)
                 if self.autoencoder is not None:
                     first = self.autoencoder.encode(first)
+            pieces = -(-length * config.frames // vdm.clip_frames(config))
             options = dict(seed=seed, clips=clips, sampler=self.sampler)
             if config.give == "previous":
                 roll = partial(vdm.rollout_previous, previous=first, **options)
@@ -84,10 +91,11 @@ class Model:
                 roll = partial(vdm.rollout, overlap=config.overlap, context=first,
                                tell=self.given, **options)
             with train.autocast(self.device, self.dtype):
-                video = torch.cat(list(roll(self.denoise, length, shape, self.sigmas)), dim=1)
-            if self.autoencoder is not None:
-                video = self.autoencoder.decode(video)
-            videos.append(video.float().cpu())
+                video = roll(self.denoise, pieces, shape, self.sigmas)
+                if self.autoencoder is not None:
+                    video = self.autoencoder.stream(video)
+                video = torch.cat(list(video), dim=1)
+            videos.append(video[:, :length].float().cpu())
         return torch.cat(videos)
 
     def interpolate(self, key_frames, passes, seed):
@@ -178,6 +186,54 @@ def interpolation(model, n, passes, seed):
     print(f"interpolation {' x '.join(map(str, passes))}: within a pixel {near.float().mean():.0%} "
           f"of new frames, all of them in {near.all(1).float().mean():.0%} of clips")
 
+def memory(name):
+    """VmHWM, the most memory that this process has held since clear_refs, or VmRSS, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+def draw_once(path, length, changes):
+    """Seconds of one core, and MiB beyond those of the model, for a video (Linux alone)."""
+    torch.set_num_threads(1)
+    model = Model(path, "cpu", "fp32", **changes)
+    Path("/proc/self/clear_refs").write_text("5")
+    held = memory("VmRSS")
+    start = time.process_time()
+    model.draw(1, length, 0)
+    return time.process_time() - start, memory("VmHWM") - held
+
+def reconstruction(model, n):
+    """PSNR of n clips that an autoencoder has not seen, encoded and decoded, in dB."""
+    world = vdm.MovingShapes(vdm.clip_frames(model.config), model.size, seed=987_654_321)
+    clips = torch.stack([world[i]["video"] for i in range(n)])
+    with torch.no_grad():
+        latents = [model.autoencoder.encode(clip[None]) for clip in clips]
+        made = torch.cat([model.autoencoder.decode(latent) for latent in latents])
+    return 10 * math.log10(4 / (made - clips).square().mean().item())
+
+def costs(paths, n, changes):
+    """Print what a clip costs each model: PVDM's tables 4 and 5, at the scale of a toy."""
+    print("| model | numbers in a clip | PSNR | parameters | GFLOP | clips in 2 GiB | s, MiB for a "
+          f"clip | s, MiB for 8 | passed |\n{'|---' * 9}|")
+    for path in paths:
+        model = Model(path, "cpu", "fp32", **changes)
+        config = model.config
+        net = copy.deepcopy(model.denoiser).requires_grad_(True)
+        weights = sum(p.nbytes for p in net.parameters())
+        work, kept, _ = train.estimate(net, config)
+        batch = (2 ** 31 - 5 * weights) / kept        # weights, average, gradient and two moments
+        frames = vdm.clip_frames(config)
+        drawn = []
+        for length in (frames, 8 * frames):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:        # a fresh process
+                drawn.append("%.1f, %.0f" % pool.apply(draw_once, (path, length, changes)))
+        psnr = f"{reconstruction(model, n):.1f}" if model.autoencoder else ""
+        world = vdm.MovingShapes(frames, model.size, seed=987_654_321)
+        passed = world.check(model.draw(n, frames, 1))["passed"].mean()
+        numbers = math.prod((config.frames, config.channels, *config.size))
+        print(f"| {path.parent.name} | {numbers:,} | {psnr} | {weights / 4e6:.2f} M "
+              f"| {work / 1e9:.2f} | {batch:.0f} | {' | '.join(drawn)} | {passed:.0%} |",
+              flush=True)
+
 FIELDS = dict(skip_guidance=float, sampler=str, sampling_steps=int, sigma_min=float, overlap=int)
 
 def parse_changes(p, argv):
@@ -191,7 +247,8 @@ def parse_changes(p, argv):
 
 def main(argv=None):
     p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, required=True, help="the folder of a run, or a checkpoint")
+    p.add_argument("--run", type=Path, help="the folder of a run, or a checkpoint")
+    p.add_argument("--costs", type=Path, nargs="+", help="runs whose costs to compare")
     p.add_argument("--n", type=int, default=192, help="videos of each kind (192)")
     p.add_argument("--lengths", type=int, nargs="+",
                    help="their frames (those of a window, and four times as many)")
@@ -202,6 +259,10 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     o, changes = parse_changes(p, argv)
+    if (o.run is None) == (o.costs is None):
+        raise ValueError("name either --run or --costs")
+    if o.costs:
+        return costs([folder / "last.pt" for folder in o.costs], o.n, changes)
     path = o.run if o.run.is_file() else o.run / "last.pt"
     model = Model(path, o.device, o.dtype, o.lag, **changes)
     config = model.config
@@ -212,7 +273,7 @@ def main(argv=None):
         return drive(model, o.n, o.seeds[0])
     if o.interpolate:
         return interpolation(model, o.n, o.interpolate, o.seeds[0])
-    lengths = o.lengths or [config.frames, 4 * config.frames]
+    lengths = o.lengths or [vdm.clip_frames(config), 4 * vdm.clip_frames(config)]
     for i, row in enumerate(mark_model(model, o.n, lengths, o.seeds, o.given)):
         length, name, marks = row
         if i == 0:

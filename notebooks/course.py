@@ -12,6 +12,7 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from IPython.display import HTML
 from PIL import Image, ImageDraw
 
@@ -44,7 +45,7 @@ def strip(clips, rows=(), columns=(), title="", scale=3):
     axes.set_title(title)
     plt.show()
 
-def gif(frames, fps=8.0, about="an animation", colors=32):
+def gif(frames, fps=8.0, about="an animation", colors=32, zoom=1):
     """Frames, uint8 (T, H, W, 3) -> an animation to show. about is read to those who cannot see."""
     pages = [Image.fromarray(frame) for frame in frames]
     palette = Image.fromarray(np.concatenate(frames)).quantize(
@@ -54,7 +55,8 @@ def gif(frames, fps=8.0, about="an animation", colors=32):
     pages[0].save(file, "gif", save_all=True, append_images=pages[1:], duration=round(1000 / fps),
                   loop=0)
     data = base64.b64encode(file.getvalue()).decode()
-    return HTML(f'<img alt="{about}" src="data:image/gif;base64,{data}">')
+    wide = zoom * pages[0].width
+    return HTML(f'<img alt="{about}" width="{wide}" src="data:image/gif;base64,{data}">')
 
 def animate(clips, names=(), columns=8, scale=4, fps=8.0, about="an animation of clips"):
     """Show clips (B, T, C, H, W) side by side, each under its name."""
@@ -94,12 +96,21 @@ def animate_figure(draw, moments, size=(4, 4), fps=8.0, about="an animated figur
 
 # ---- marks ---------------------------------------------------------------------------------------
 
-def marks(world, rows):
+def marks(world, rows, laws=LAWS):
     """Print a table: for each name of rows the share of its clips that keep each law."""
-    print(" " * 22, *(f"{law:>7}" for law in LAWS))
+    print(" " * 26, *(f"{law:>7}" for law in laws))
     for name, clips in rows.items():
         found = world.check(clips)
-        print(f"{name:>22}", *(f"{found[law].mean():7.0%}" for law in LAWS))
+        print(f"{name:>26}", *(f"{found[law].mean():7.0%}" for law in laws))
+
+def centres(clips):
+    """The centre of light of every frame, y and x in pixels: clips (B, T, C, H, W) -> (B, T, 2)."""
+    light = ((clips.amax(2) + 0.8) / 1.6).clamp(0, 1)                              # (B, T, H, W)
+    middle = []
+    for shadow in (light.sum(3), light.sum(2)):                             # (B, T, H), (B, T, W)
+        places = torch.arange(shadow.shape[2]) + 0.5
+        middle.append((shadow * places).sum(2) / shadow.sum(2).clamp(min=1e-3))
+    return torch.stack(middle, dim=2)
 
 # ---- exercises -----------------------------------------------------------------------------------
 

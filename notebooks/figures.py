@@ -68,6 +68,217 @@ def denoising():
               va="center", color=RED)
     axes.text(3.6, 2.25, "estimated noise\n(x - guess) / s", ha="center", va="center", color=GREY)
 
+# ---- lesson 02 -----------------------------------------------------------------------------------
+
+@drawing
+def unet():
+    """The UNet: three sizes, skip connections, and the noise level in every block."""
+    axes = canvas(9, 4.4)
+    down = ((1.5, 3.2), (2.4, 2.1), (3.3, 1.0))
+    up = ((7.5, 3.2), (6.6, 2.1), (5.7, 1.0))
+    middle = (4.5, 0.3)
+    for (x, y), (x2, _), size, width in zip(down, up, ("8 x 8", "4 x 4", "2 x 2"), (1.4, 1.1, 0.8)):
+        for place in (x, x2):
+            box(axes, place, y, "block", width, 0.5)
+        arrow(axes, (x + width / 2, y), (x2 - width / 2, y), GREY)
+        label = size if size == "2 x 2" else f"{size}: skip connection"
+        axes.text((x + x2) / 2, y + 0.14, label, ha="center", color=GREY)
+    box(axes, *middle, "block", 0.8, 0.45)
+    for way, ends in ((down, (middle,)), (up[::-1], ())):
+        for a, b in zip(way, [*way[1:], *ends]):
+            side = 0.55 if b[1] < a[1] else -0.55
+            arrow(axes, (a[0] + side / 3, a[1] - 0.27 if b[1] < a[1] else a[1] + 0.27),
+                  (b[0] - side / 3, b[1] + 0.27 if b[1] < a[1] else b[1] - 0.27), BLUE)
+    arrow(axes, (4.9, 0.35), (5.55, 0.73), BLUE)
+    arrow(axes, (0.35, 3.2), (0.8, 3.2), BLUE)
+    arrow(axes, (8.2, 3.2), (8.65, 3.2), BLUE)
+    axes.text(0.3, 3.45, "noisy", ha="center", color=BLUE)
+    axes.text(8.6, 3.45, "guess", ha="center", color=BLUE)
+    axes.text(0.9, 1.5, "half the size,\nmore channels", ha="center", va="center", color=BLUE)
+    axes.text(8.1, 1.5, "twice the size,\nfewer channels", ha="center", va="center", color=BLUE)
+    box(axes, 4.5, 4.05, "noise level: 64 waves, two layers  →  gain and shift in every block", 6.4, 0.45, RED)
+
+# ---- lesson 03 -----------------------------------------------------------------------------------
+
+def frames(axes, left, bottom, lit, T=4, side=3, cell=0.22, color=BLUE):
+    """T frames of side x side places, where lit(t, h, w) says which are coloured."""
+    for t in range(T):
+        for h in range(side):
+            for w in range(side):
+                place = (left + t * (side + 1) * cell + w * cell, bottom + (side - 1 - h) * cell)
+                shade = lit(t, h, w)
+                axes.add_patch(Rectangle(place, cell, cell, edgecolor="black", linewidth=0.8,
+                                         facecolor=color if shade else "white"))
+                if (t, h, w) == (1, 1, 1):
+                    axes.plot(place[0] + cell / 2, place[1] + cell / 2, "o", color="black",
+                              markersize=5)
+
+@drawing
+def attention_over():
+    """Which tokens the dotted one looks at: space, time, or both."""
+    axes = canvas(9, 4.2)
+    rows = (("over space", "(b t) (h w) c", lambda t, h, w: t == 1, BLUE, "its own frame"),
+            ("over time", "(b h w) t c", lambda t, h, w: (h, w) == (1, 1), RED, "its place in all frames"),
+            ("joint", "b (t h w) c", lambda t, h, w: True, GREY, "everything"))
+    for i, (name, fold, lit, color, sees) in enumerate(rows):
+        y = 3.05 - 1.3 * i
+        axes.text(0.2, y + 0.42, name, weight="bold", color=color, va="center")
+        axes.text(0.2, y + 0.12, fold, family="monospace", va="center", fontsize=11)
+        frames(axes, 2.3, y, lit, color=color)
+        axes.text(6.2, y + 0.33, sees, va="center")
+    for t in range(4):
+        axes.text(2.63 + t * 0.88, 3.95, f"frame {t}", ha="center", fontsize=10)
+
+@drawing
+def gate():
+    """A temporal layer: x + gate * f(x)."""
+    axes = canvas(9, 2.6)
+    axes.text(0.4, 1.8, "x", ha="center", va="center", fontsize=14)
+    arrow(axes, (0.6, 1.8), (7.55, 1.8), "black")
+    axes.text(4.4, 2.08, "nothing is changed on this way: the image model", ha="center", color=BLUE)
+    axes.plot([1.2, 1.2], [1.8, 0.7], color=RED, linewidth=1.8)
+    arrow(axes, (1.2, 0.7), (2.0, 0.7), RED)
+    box(axes, 3.5, 0.7, "temporal layer f(x)", 3.0, 0.6, RED)
+    arrow(axes, (5.0, 0.7), (5.7, 0.7), RED)
+    box(axes, 6.6, 0.7, "× gate", 1.8, 0.6, RED)
+    axes.text(6.6, 0.2, "a number, at first 0", ha="center", color=RED)
+    axes.plot([7.5, 7.75], [0.7, 0.7], color=RED, linewidth=1.8)
+    arrow(axes, (7.75, 0.7), (7.75, 1.62), RED)
+    axes.text(7.75, 1.8, "+", ha="center", va="center", fontsize=18)
+    arrow(axes, (7.95, 1.8), (8.7, 1.8), "black")
+
+# ---- lesson 04 -----------------------------------------------------------------------------------
+
+@drawing
+def better_steps():
+    """Three steps from level s to level t: Euler, Heun, 2M."""
+    axes = canvas(9, 3.3)
+    curve = lambda u: 0.75 + 1.5 * u ** 2.2                        # u: 1 at level s, 0 at level t
+    names = ("Euler: one slope", "Heun: the mean of two slopes", "2M: with the last guess, too")
+    for i, name in enumerate(names):
+        left = 0.35 + 3 * i
+        place = lambda u: (left + 2.1 * (1 - u), curve(u))
+        us = [k / 30 for k in range(31)]
+        axes.plot(*zip(*map(place, us)), color="black", linewidth=1.8)
+        slope = 1.5 * 2.2 / 2.1
+        end = (left + 2.1, place(1)[1] - 2.1 * slope * (0.44 if i == 0 else 0.5))
+        axes.text(left + 1.05, 3.05, name, ha="center", weight="bold", fontsize=11)
+        axes.plot(*place(1), "o", color="black", markersize=9)
+        for x, text in ((left, "s"), (left + 2.1, "t")):
+            axes.plot([x, x], [0.45, 2.6], ":", color=GREY)
+            axes.text(x, 0.22, text, ha="center", va="center")
+        if i == 0:
+            arrow(axes, place(1), (left + 1.45, 0.1), RED)
+            axes.text(left + 1.45, 1.75, "the slope\nat the start", ha="center", color=RED)
+        if i == 1:
+            arrow(axes, place(1), (left + 1.45, 0.1), GREY)
+            arrow(axes, place(1), (left + 2.08, curve(0) + 0.05), RED)
+            axes.text(left + 1.5, 1.75, "asked again\nat the end", ha="center", color=RED)
+        if i == 2:
+            arrow(axes, place(1), (left + 2.08, curve(0) + 0.05), RED)
+            axes.plot(left - 0.28, 2.62, "o", color=BLUE, markersize=7)
+            axes.text(left + 2.2, 2.2, "the guess, moved on as\nit moved in the last step",
+                      ha="right", color=BLUE, fontsize=11)
+            axes.text(left - 0.28, 2.75, "last step", ha="center", color=BLUE, fontsize=11)
+
+@drawing
+def guidance():
+    """Guidance: from the weaker guess through the stronger one, and beyond."""
+    axes = canvas(9, 2.5)
+    weak = (1.4, 1.2)
+    strong = (4.4, 1.2)
+    beyond = (7.4, 1.2)
+    arrow(axes, weak, strong, BLUE)
+    arrow(axes, strong, beyond, RED)
+    for place, color, above, below in (
+            (weak, GREY, "scale 0", "alone: without temporal layers\nfree: without given frames"),
+            (strong, BLUE, "scale 1", "together\ntold"),
+            (beyond, RED, "scale 2", "exaggerated:\nmore contrast, out of range")):
+        axes.plot(*place, "o", color=color, markersize=12)
+        axes.text(place[0], 1.6, above, ha="center", color=color, weight="bold")
+        axes.text(place[0], 0.85, below, ha="center", va="top", color=color)
+    axes.text(2.9, 1.35, "the difference", ha="center", color=BLUE)
+    axes.text(5.9, 1.35, "the same again", ha="center", color=RED)
+
+# ---- lesson 05 -----------------------------------------------------------------------------------
+
+@drawing
+def shown():
+    """What the network is shown when frames are given."""
+    axes = canvas(9, 3.6)
+    rows = (("x: noisy frames", 2.7, GREY, "~~~~~~"), ("given frames, clean", 1.75, BLUE, "●●●   "),
+            ("mask", 0.8, RED, "111000"))
+    for name, y, color, signs in rows:
+        axes.text(0.15, y + 0.36, name, color=color, fontsize=11)
+        for t, sign in enumerate(signs):
+            axes.add_patch(Rectangle((0.15 + 0.5 * t, y - 0.2), 0.44, 0.44, facecolor="white",
+                                     edgecolor=color, linewidth=1.5))
+            axes.text(0.37 + 0.5 * t, y + 0.01, sign, ha="center", va="center", color=color)
+        arrow(axes, (3.2, y), (4.1, 1.75 + 0.3 * (y - 1.75)), color)
+    for t, level in enumerate("000sss"):
+        axes.text(0.37 + 0.5 * t, 0.2, level, ha="center", color=GREY)
+    axes.text(3.2, 0.2, "noise level that is told of each frame", color=GREY, fontsize=11)
+    box(axes, 4.9, 1.75, "network", 1.5, 1.2, "black")
+    arrow(axes, (5.7, 1.75), (6.1, 1.75), "black")
+    axes.text(6.15, 2.2, "guess", fontsize=11)
+    for t in range(6):
+        color = BLUE if t < 3 else "black"
+        axes.add_patch(Rectangle((6.15 + 0.47 * t, 1.55), 0.41, 0.44, facecolor="white",
+                                 edgecolor=color, linewidth=1.5))
+        axes.text(6.355 + 0.47 * t, 1.76, "●", ha="center", va="center", color=color)
+    axes.text(6.8, 1.1, "as they are", ha="center", color=BLUE, fontsize=11)
+    axes.text(8.25, 1.1, "estimated", ha="center", fontsize=11)
+
+# ---- lesson 06 -----------------------------------------------------------------------------------
+
+@drawing
+def windows_of_a_rollout():
+    """Three windows of a roll-out, each given the last frames of the one before."""
+    axes = canvas(10, 3.6)
+    side = 0.52
+    overlap = 4
+    for window in range(3):
+        y = 2.45 - 0.9 * window
+        for i in range(8):
+            given = window > 0 and i < overlap
+            x = 1.5 + (window * (8 - overlap) + i) * side
+            axes.add_patch(Rectangle((x, y), side - 0.05, side - 0.05, linewidth=2, edgecolor=BLUE,
+                                     facecolor=BLUE if given else "white"))
+            axes.text(x + side / 2, y + side / 2, window * (8 - overlap) + i, ha="center",
+                      va="center", color="white" if given else "black")
+        axes.text(1.3, y + side / 2, f"window {window + 1}", ha="right", va="center")
+        if window > 0:
+            x = 1.5 + (window * (8 - overlap) + overlap / 2) * side
+            arrow(axes, (x, y + 0.85), (x, y + side + 0.02), RED)
+    axes.text(5.8, 3.2, "time", color=RED, ha="right", va="center")
+    arrow(axes, (5.9, 3.2), (9.8, 3.2), RED)
+    axes.text(1.5, 0.25, "blue: given, the last frames of the window before (here 4).   "
+              "white: generated", va="center")
+
+@drawing
+def level_matrix():
+    """Three orders of denoising: a row is a step, a column a frame, dark is noise."""
+    axes = canvas(10, 4.6)
+    steps, frames, side = 4, 4, 0.215
+    orders = ("together", 0), ("a pyramid", 2), ("one by one", 4)
+    for k, (name, lag) in enumerate(orders):
+        left = 1.2 + 2.9 * k
+        rows = steps + lag * (frames - 1) + 1
+        for i in range(rows):
+            for t in range(frames):
+                togo = steps - min(max(i - lag * t, 0), steps)            # steps still to be made
+                axes.add_patch(Rectangle((left + 0.36 * t, 3.75 - side * i), 0.36, side,
+                                         edgecolor="white", facecolor=str(1 - 0.2 * togo)))
+                axes.text(left + 0.36 * (t + 0.5), 3.75 - side * (i - 0.45), togo, ha="center",
+                          va="center", fontsize=8, color="white" if togo > 2 else "black")
+        axes.text(left + 0.72, 4.2, name, ha="center", color=BLUE)
+        axes.text(left + 1.6, 3.75 - side * (rows / 2 - 1), f"{rows - 1} steps", va="center",
+                  color=GREY)
+    arrow(axes, (0.85, 3.95), (0.85, 0.5), RED)
+    axes.text(0.55, 2.2, "steps of the sampler", color=RED, rotation=90, ha="center", va="center")
+    axes.text(4.9, 0.12, "columns: frames 0 to 3.   Numbers: steps to go, 4 is pure noise, 0 is done",
+              ha="center", va="center")
+
 # ---- lesson 09 -----------------------------------------------------------------------------------
 
 @drawing
