@@ -452,8 +452,7 @@ def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
     start = state["step"]
     seconds = state["seconds"]
-    save_every = options.save_every or options.keep_every or max(1, config.steps // 10)
-    sample_every = options.sample_every or max(1, config.steps // 5)
+    save_every, sample_every = intervals(options, config)
     trim(options.out / "log.csv", start)
     batches = read_batches(data, config, options, start)
     records = []
@@ -488,6 +487,11 @@ def train(options, config, data, learner, store, picture, state):
                 return False
     print(f"\ntrained {config.steps} steps in {seconds / 60:.1f} minutes")
     return True
+
+def intervals(options, config):
+    """Return the numbers of steps from one checkpoint to the next, and of samples."""
+    save_every = options.save_every or options.keep_every or max(1, config.steps // 10)
+    return save_every, options.sample_every or max(1, config.steps // 5)
 
 def agree(options, *wishes):
     """Return of each wish whether any process has it."""
@@ -716,6 +720,16 @@ def add_flags(p, preset, all_help):
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=f"{comments[f.name]} ({default})", **kind)
 
+def name_run(options, data):
+    """Find the folder of a run, and what --resume would take from there."""
+    name = options.preset
+    if data != "shapes":
+        name += "-" + Path(data).stem
+    options.out = options.out or Path("out", name)
+    if not options.resume:
+        vars(options).update({name: value for name, value in RUN.items()
+                              if getattr(options, name) is None})
+
 def parse(argv):
     """Read flags into (options, Config). options.given are the fields of Config that were named."""
     words = sys.argv[1:] if argv is None else argv
@@ -732,13 +746,7 @@ def parse(argv):
         if len(options.given.get(name, "no")) == 1:                                  # square frames
             options.given[name] *= 2
     data = options.data or RUN["data"]
-    name = options.preset
-    if data != "shapes":
-        name += "-" + Path(data).stem
-    options.out = options.out or Path("out", name)
-    if not options.resume:
-        vars(options).update({name: value for name, value in RUN.items()
-                              if getattr(options, name) is None})
+    name_run(options, data)
     preset = vdm.PRESETS[options.preset]
     usual = {}
     if "frames" in options.given:
