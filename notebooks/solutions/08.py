@@ -17,7 +17,8 @@ def measure_in_batches(batches):
 # Exercise 1, mistake: the mean is not subtracted
 def measure_in_batches(batches):
     z = torch.cat(list(batches))
-    return z.mean(dim=(0, 2, 3))[:, None, None], z.square().mean(dim=(0, 2, 3)).sqrt()[:, None, None]
+    squares = z.square().mean(dim=(0, 2, 3))
+    return z.mean(dim=(0, 2, 3))[:, None, None], squares.sqrt()[:, None, None]
 
 # Exercise 1, mistake: the right mean, but the mean of the batches' deviations
 def measure_in_batches(batches):
