@@ -280,6 +280,103 @@ def level_matrix():
     axes.text(0.55, 2.2, "steps of the sampler", color=RED, rotation=90, ha="center", va="center")
     axes.text(4.9, 0.12, "columns: frames 0 to 3.   Numbers: steps to go, 4 is pure noise, 0 is done",
               ha="center", va="center")
+# ---- lesson 07 -----------------------------------------------------------------------------------
+
+@drawing
+def action_embedding():
+    """How the action of one frame enters the network."""
+    axes = canvas(10.5, 3.9)
+    rows = (("told", 3.0, "1 0 0 0   -0.7 -0.7", "1 1 1 1   1 1"),
+            ("motion withheld", 2.0, "1 0 0 0   nan nan", "1 1 1 1   0 0"),
+            ("nothing told", 1.0, "nan nan nan nan   nan nan", "0 0 0 0   0 0"))
+    for name, y, action, told in rows:
+        axes.text(0.15, y, name, va="center", color=GREY)
+        axes.text(2.9, y, action.replace("nan", "?"), ha="center", va="center", family="monospace")
+        axes.text(4.9, y, told, ha="center", va="center", family="monospace", color=GREY)
+    axes.text(2.9, 3.5, "action[t]\n(? is NaN, goes in as 0)", ha="center", va="center")
+    axes.text(4.9, 3.5, "told?", ha="center", va="center", color=GREY)
+    box(axes, 6.8, 2.0, "linear, no bias\n0 at first", 1.5, 0.9, RED)
+    axes.plot(8.35, 2.0, "o", color="black", markersize=18, markerfacecolor="white")
+    axes.text(8.35, 1.98, "+", ha="center", va="center")
+    box(axes, 8.35, 0.55, "embedded sigma", 1.8, 0.6, GREY)
+    box(axes, 9.6, 3.3, "gain and shift\nof frame t,\nin every block", 1.6, 1.0)
+    for y in (3.0, 2.0, 1.0):
+        arrow(axes, (5.7, y), (6.05, 2.0 + 0.25 * (y - 2)), GREY)
+    arrow(axes, (7.55, 2.0), (8.18, 2.0), RED)
+    arrow(axes, (8.35, 0.85), (8.35, 1.82), GREY)
+    arrow(axes, (8.52, 2.1), (9.5, 2.78))
+
+@drawing
+def ride():
+    """How a model of four frames drives on: three are given, one is new."""
+    axes = canvas(9, 3.4)
+    side = 0.62
+    for row, (y, first) in enumerate(((2.3, 0), (1.3, 1), (0.3, 2))):
+        axes.text(0.2, y + side / 2, f"window {row + 1}", va="center")
+        for k in range(first, first + 4):
+            x = 1.6 + 0.9 * k
+            new = k == first + 3
+            axes.add_patch(Rectangle((x, y), side, side, facecolor="white" if new else BLUE,
+                                     edgecolor=BLUE, linewidth=2))
+            axes.text(x + side / 2, y + side / 2, k, ha="center", va="center",
+                      color="black" if new else "white")
+        if row < 2:
+            x = 1.6 + 0.9 * (first + 3) + side / 2
+            arrow(axes, (x, y - 0.02), (x, y - 1 + side + 0.04), GREY)
+    for k, key in enumerate("XXXSSL"):
+        axes.text(1.6 + 0.9 * k + side / 2, 3.15, key, ha="center", va="center", color=RED)
+    axes.text(0.2, 3.15, "command", va="center", color=RED)
+    axes.text(7.2, 3.15, "leads to the frame\nbelow it", va="center", color=RED)
+    axes.text(7.2, 1.6, "blue: given\nwhite: generated", va="center", color=BLUE)
+
+# ---- lesson 08 -----------------------------------------------------------------------------------
+
+@drawing
+def latent_pipeline():
+    """Three trainings in a row: what learns in each has a colour."""
+    axes = canvas(10, 4.0)
+    rows = ((3.5, "1. frames", BLUE, BLUE), (2.3, "2. clips", GREY, RED),
+            (0.9, "3. clips", GREY, GREY))
+    for y, name, encoder, decoder in rows:
+        axes.text(0.1, y, name, va="center")
+        arrow(axes, (1.1, y), (1.6, y))
+        box(axes, 2.3, y, "encoder", color=encoder)
+        box(axes, 7.2, y, "decoder", color=decoder)
+        arrow(axes, (7.9, y), (8.4, y))
+    for y in (3.5, 2.3):
+        arrow(axes, (3.0, y), (6.5, y), text="latents", shift=(0, 0.2))
+    axes.text(9.2, 3.5, "both learn", color=BLUE, ha="center", va="center")
+    axes.text(9.2, 2.3, "its temporal\nlayers learn", color=RED, ha="center", va="center")
+    axes.text(9.2, 0.9, "video", ha="center", va="center")
+    axes.text(2.3, 1.65, "measure: deviation 1", color=GREY, ha="center", va="center")
+    arrow(axes, (3.0, 0.9), (4.1, 0.9), text="latents", shift=(0, 0.2))
+    box(axes, 4.9, 0.9, "diffusion\nmodel", width=1.6, height=0.9, color=RED)
+    arrow(axes, (5.7, 0.9), (6.5, 0.9))
+    axes.text(4.9, 0.2, "the model learns. Sampling starts here, from noise", color=RED,
+              ha="center", va="center")
+
+@drawing
+def three_planes():
+    """A clip on three planes: each loses one axis, and every place reads three numbers off."""
+    axes = canvas(10, 3.4)
+    axes.add_patch(Rectangle((0.7, 0.9), 1.5, 1.5, facecolor="#dbe6f3", edgecolor=BLUE))
+    top = [(0.7, 2.4), (1.3, 2.9), (2.8, 2.9), (2.2, 2.4)]
+    right = [(2.2, 0.9), (2.8, 1.4), (2.8, 2.9), (2.2, 2.4)]
+    for side in (top, right):
+        axes.add_patch(plt.Polygon(side, facecolor="#f5ddd8", edgecolor=RED))
+    axes.text(1.45, 0.65, "W", ha="center", va="center", color=BLUE)
+    axes.text(0.5, 1.65, "H", ha="center", va="center", color=BLUE)
+    axes.text(2.7, 1.0, "T", ha="center", va="center", color=RED)
+    axes.text(1.6, 3.15, "features u(t, h, w)", ha="center", va="center")
+    planes = (("(H, W)", "what lasts", BLUE, 2.55), ("(T, W)", "who is in which column, when", RED,
+              1.65), ("(T, H)", "who is in which row, when", RED, 0.75))
+    for name, said, color, y in planes:
+        arrow(axes, (3.0, 1.65), (4.0, y), color)
+        box(axes, 4.6, y, name, width=1.1, color=color)
+        axes.text(5.3, y, said, va="center", color=color)
+    axes.text(8.9, 2.2, "read off at (t, h, w):", ha="center", va="center")
+    axes.text(8.9, 1.65, "hw[h, w]\n+ tw[t, w]\n+ th[t, h]", ha="center", va="top")
+
 # ---- lesson 09 -----------------------------------------------------------------------------------
 
 @drawing
