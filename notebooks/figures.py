@@ -57,16 +57,18 @@ def denoising():
     guess = (1.4, 0.9)
     x = (7.6, 2.5)
     step = (5.1, 1.855)
-    arrow(axes, step, guess, GREY)
+    arrow(axes, (1.32, 1.2), (7.52, 2.8), GREY)                # beside the line, from guess to x
     arrow(axes, x, step, RED)
+    axes.plot(*zip(guess, step), ":", color=RED, linewidth=1.8)
     for place, color in ((guess, BLUE), (x, "black"), (step, RED)):
         axes.plot(*place, "o", color=color, markersize=11)
     axes.text(1.4, 0.5, "guess: the mean of all\nclean points behind x", ha="center", va="top",
               color=BLUE)
-    axes.text(7.6, 2.85, "x, at noise level s", ha="center", va="center")
-    axes.text(5.4, 1.3, "one step: the next x, at level t\nguess + t · estimated noise", ha="left",
-              va="center", color=RED)
-    axes.text(3.6, 2.25, "estimated noise\n(x - guess) / s", ha="center", va="center", color=GREY)
+    axes.text(7.8, 2.3, "x: a noisy point\ns: its noise level", ha="center", va="top")
+    axes.text(4.9, 1.25, "one step: the next x\nguess + t · estimated noise\n"
+              "t: the next level, below s", ha="left", va="center", color=RED)
+    axes.text(3.4, 2.5, "from the guess to x:\nx - guess = s · estimated noise", ha="center",
+              va="center", color=GREY)
 
 # ---- lesson 02 -----------------------------------------------------------------------------------
 

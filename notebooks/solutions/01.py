@@ -11,6 +11,10 @@ def coin_guess(x, sigma):
 def coin_guess(x, sigma):
     return torch.tanh(x / sigma)
 
+# Exercise 1, mistake: one level for all
+def coin_guess(x, sigma):
+    return torch.tanh(x / sigma[0] ** 2)
+
 # Exercise 1, solution
 def coin_guess(x, sigma):
     return torch.tanh(x / sigma ** 2)
@@ -57,6 +61,10 @@ def guess_of_list(x, sigma, points):
 # Exercise 3, mistake: not squared
 def guess_of_list(x, sigma, points):
     return (-torch.cdist(x, points) / sigma[:, None]).softmax(1) @ points
+
+# Exercise 3, mistake: one level for all
+def guess_of_list(x, sigma, points):
+    return (-torch.cdist(x, points) ** 2 / (2 * sigma[0] ** 2)).softmax(1) @ points
 
 # Exercise 3, solution
 def guess_of_list(x, sigma, points):

@@ -15,6 +15,14 @@ def loguniform(u, low=0.02, high=80.0):
 def loguniform(u, low=0.02, high=80.0):
     return high * (low / high) ** u
 
+# Exercise 1, mistake: u is ignored
+def loguniform(u, low=0.02, high=80.0):
+    return torch.logspace(math.log10(low), math.log10(high), len(u))
+
+# Exercise 1, mistake: not of the shape of u
+def loguniform(u, low=0.02, high=80.0):
+    return low * (high / low) ** u.flatten()
+
 # Exercise 1, solution
 def loguniform(u, low=0.02, high=80.0):
     return low * (high / low) ** u

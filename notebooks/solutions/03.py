@@ -15,6 +15,12 @@ ROWS = "h (b t w) c"
 # Exercise 1, mistake: everything
 ROWS = "b (t h w) c"
 
+# Exercise 1, mistake: both sides of the arrow
+ROWS = "b t c h w -> (b h) (t w) c"
+
+# Exercise 1, mistake: four axes
+ROWS = "b h (t w) c"
+
 # Exercise 1, solution
 ROWS = "(b h) (t w) c"
 
@@ -28,6 +34,18 @@ def conv_over_time(x, weight, bias):
 def conv_over_time(x, weight, bias):
     before, itself, after = weight.unbind(2)
     return x.roll(1, dims=1) @ before.T + x @ itself.T + x.roll(-1, dims=1) @ after.T + bias
+
+# Exercise 2, mistake: the ends are repeated
+def conv_over_time(x, weight, bias):
+    padded = torch.cat([x[:, :1], x, x[:, -1:]], dim=1)
+    before, itself, after = weight.unbind(2)
+    return padded[:, :-2] @ before.T + x @ itself.T + padded[:, 2:] @ after.T + bias
+
+# Exercise 2, mistake: one frame late
+def conv_over_time(x, weight, bias):
+    padded = F.pad(x, (0, 0, 2, 0))
+    before, itself, after = weight.unbind(2)
+    return padded[:, :-2] @ before.T + padded[:, 1:-1] @ itself.T + x @ after.T + bias
 
 # Exercise 2, mistake: no bias
 def conv_over_time(x, weight, bias):
