@@ -331,6 +331,7 @@ def read_told(job):
         told["label"] = torch.tensor(job.label, device=job.device).expand(1, MANY)
     if job.actions is not None:
         width = sum(job.config.actions)
+        need(width, "this model was trained without actions: --actions is for one of --data drive")
         if job.actions.endswith(".npy"):
             actions = torch.atleast_2d(read_array(job.actions))
             need(actions.ndim == 2 and actions.shape[1] == width, f"{job.actions} holds "
@@ -500,7 +501,8 @@ def main(argv=None):
     if not job.latents:
         write_all(job, videos)
     many = f"{len(videos)} of {job.n}" if len(videos) < job.n else job.n
-    print(f"files   {many} videos of {videos.shape[1]} frames in {job.folder}/")
+    together = "" if job.latents else f"together in {job.out}, "
+    print(f"files   {many} videos of {videos.shape[1]} frames, {together}each in {job.folder}/")
 
 if __name__ == "__main__":
     vdm.run_program(main, "make fewer videos at a time (--batch 1)")

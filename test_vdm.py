@@ -5006,7 +5006,7 @@ WRONG = [        # fields of Config, flags, words that must be said
     ({}, "--later-steps 2", "for models of --give previous"),
     (dict(labels=3), "--label 3", "--label is 3, expected one of 3 classes"),
     (dict(labels=3), "--label -1", "--label is -1"), ({}, "--label 0", "one of 0 classes"),
-    ({}, "--actions LL", "--actions is 'LL', expected letters of LSRX for a model of --data drive"),
+    ({}, "--actions LL", "this model was trained without actions"),
     (DRIVE, "--actions LQ", "--actions is 'LQ', expected letters of LSRX"),
     (DRIVE, "--actions LL --length 3", "--length is 3, expected 2"),
     (DRIVE, "--actions LL --context clip.npy", "--length is 2, expected more"),

@@ -1127,12 +1127,16 @@ class PlaneUNet(VideoUNet):
 
     It is a UNet of pictures, and called as a VideoUNet; there is no time for `temporal` to switch
     off. All planes pass through the same layers. attention[i] is "none", "joint" (among all places
-    of the three planes) or "factorised" (first within each plane). Every side of a plane must be a
-    multiple of 2^(levels - 1). concat_channels = channels is for a PreviousClip."""
+    of the three planes) or "factorised" (first within each plane); the middle is always factorised.
+    Every side of a plane must be a multiple of 2^(levels - 1). concat_channels = channels is for a
+    PreviousClip. For a TriplaneAutoencoder: channels = latent, sizes = autoencoder.sizes, n = 1."""
 
     def __init__(self, channels=4, concat_channels=4, width=128, mults=(1, 2, 4, 4), blocks=2,
                  attention=(*["factorised"] * 3, "joint"), heads=8, sizes=plane_sizes(16, 32, 32)):
         nn.Module.__init__(self)
+        if len(attention) != len(mults) or set(attention) - {"none", "joint", "factorised"}:
+            raise ValueError(f"attention is {attention}, expected none, joint or factorised for "
+                             f"each of the {len(mults)} levels")
         E = 4 * width                                           # of the embedded noise level
         self.conditions = {}
         self.embed = nn.Sequential(nn.Linear(64, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -1639,7 +1643,8 @@ def lagged(sigmas, frames, lag):
     """A matrix of noise levels for a sampler, (steps + lag * (frames - 1) + 1, frames).
 
     Each frame walks down sigmas (steps + 1,), `lag` steps behind the one before. With lag 0 all go
-    together, with lag = steps one by one, and between in a pyramid (diffusion forcing)."""
+    together, with lag = steps one by one, and between in a pyramid (diffusion forcing). So
+    generate(denoise, shape, lagged(sigmas, shape[1], lag)) draws a clip; sample_heun takes none."""
     steps = len(sigmas) - 1
     made = torch.arange(steps + lag * (frames - 1) + 1)[:, None] - lag * torch.arange(frames)
     return sigmas[made.clamp(0, steps)]
@@ -1652,7 +1657,8 @@ def stream(denoise, length, shape, sigmas, lag, context=None, seed=0, clips=None
     `lag` steps behind the one before. Once its last frame has set out it moves on by one. denoise
     sees frames that are done at level 0, as a PerFrame sees given ones. lag is steps / (T - 1) or
     more, so that one is always in sight. With lag = steps and T - 1 frames of context this is
-    rollout with overlap T - 1.
+    rollout with overlap T - 1, if both draw the same noise. The sampler starts anew every `lag`
+    steps: so sample_dpmpp_2m, which looks back, is sample_ddim at lag 1.
 
     Arguments are those of rollout, but tell(start) returns the conditions of a window that begins
     at frame start. ValueError for a lag, or a context, of which no window can be made."""
@@ -1914,6 +1920,7 @@ def invert_ddim(denoise, x, sigmas, iterations=1):
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import hashlib
 import os
@@ -3125,9 +3132,13 @@ def save_published(path, denoiser, layout="stability"):
 BAR = dict(mininterval=0.5 if sys.stderr.isatty() else 20, ncols=100)              # of progress
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose complaint is one line, with the nearest flag."""
     def error(self, message):
-        sys.exit(f"error: {message} (see --help)")
+        known = self._option_string_actions
+        near = [match for word in message.split() if word.startswith("--")
+                for match in difflib.get_close_matches(word, known, 1) if match != word]
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        sys.exit(f"error: {message} ({hint})")
 
 def need(met, sentence):
     """Refuse, by this sentence, what does not meet a condition."""
