@@ -3317,10 +3317,13 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, killed, optimizer):
 
 @pytest.fixture
 def sigint():
-    """As in a terminal, wherever the tests run: in the background of a shell Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """As in a terminal, wherever the tests run: in the background of a shell Ctrl-C is ignored, and
+    under nohup SIGHUP is."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 def test_ctrl_c(tmp_path, monkeypatch, capfd, sigint):
     """However often it comes in a step, that step is saved, and the first answer comes at once; so
