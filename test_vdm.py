@@ -2278,16 +2278,10 @@ def shrink(x, sigma, context=0.0, mask=None, temporal=1.0):
     """A denoiser that heeds what it is told."""
     return x / (1 + sigma.view(-1, 1, 1, 1, 1)) + 0.1 * temporal + 0.2 * context
 
-def written(write, read):
-    return read(write("a.gif", CLIP[0].round(), scale=2), size=(16, 16))
-
 CALLS = dict(                       # of each piece in README's table: called with small inputs
     lognormal=lambda v: v.lognormal(SIGMA / 4),
     first_frames=lambda v: v.first_frames(5, 3, [0.2, 0.3, 0.5]),
     independent_levels=lambda v: v.independent_levels(SIGMA / 4, 3, 0.5),
-    StableUNet=lambda v: randomize(v.StableUNet(
-        width=32, mults=(1, 2), attention=("factorised", "none"), head_dim=16, channels=2,
-        concat_channels=1))(CLIP, torch.zeros(2), numbers=torch.ones(2, 3)),
     PerFrame=lambda v: v.PerFrame(lambda x, c_noise: 0.3 * x)(CLIP, SIGMA, **GIVEN),
     ae_loss=lambda v: v.ae_loss(
         randomize(vdm.Autoencoder(width=8)), CLIP, torch.ones(2, 4, 4, 2, 2)),
@@ -2312,12 +2306,8 @@ CALLS = dict(                       # of each piece in README's table: called wi
     TemporalAttention=lambda v: randomize(v.TemporalAttention(8, 8))(CLIP.transpose(2, 3)),
     VideoUNet=lambda v: randomize(v.VideoUNet(width=8, head_dim=8))(CLIP, torch.zeros(2, 4)),
     EMA=lambda v: (ema := v.EMA(nn.Linear(2, 2))).update(nn.Linear(2, 2)) or ema.model.weight,
-    Autoencoder=lambda v: (ae := randomize(v.Autoencoder(width=8))).decode(ae.encode(CLIP)),
     LoRA=lambda v: v.LoRA(nn.Linear(8, 8))(CLIP),
-    MovingShapes=lambda v: [v.MovingShapes()[0], v.MovingShapes().check(CLIP)],
-    Drive=lambda v: [v.Drive()[0], v.Drive(size=(8, 8)).check(CLIP)],
-    write_video=lambda v: written(v.write_video, vdm.read_video),
-    film_strip=lambda v: v.film_strip(CLIP))
+    MovingShapes=lambda v: [v.MovingShapes()[0], v.MovingShapes().check(CLIP)])
 
 @cases("piece", sorted(GUIDE.keys() | CALLS.keys()))
 def test_pasted_alone_it_does_what_it_does_here(piece, tmp_path, monkeypatch):
@@ -4526,8 +4516,7 @@ def test_layout():
     assert there - made == ours
 
 def test_what_is_to_be_read_is_short():
-    words = [word for word in README.split() if re.search(r"\w", word)]      # no bars of tables
-    assert len(words) <= 1500 and "@@" not in README
+    assert len(README.split()) <= 1500 and "@@" not in README
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     for name in ("train.py", "sample.py"):

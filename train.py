@@ -644,9 +644,9 @@ def differing(before, after):
 # of each preset: what it is, its parameters, and how long a run takes
 ABOUT = dict(
     tiny=("shapes that bounce", "1.7 M", "40 minutes on a core"),
-    digits=("moving digits", "1.7 M", "about as long"),
-    latent=("the toy world, latents", "1.6 M", "about as long"),
-    planes=("the same, PVDM's planes", "2.0 M", "about as long"),
+    digits=("moving digits", "1.7 M", "on a CPU, not timed"),
+    latent=("the toy world, latents", "1.6 M", "on a CPU, not timed"),
+    planes=("the same, PVDM's planes", "2.0 M", "on a CPU, not timed"),
     mnist=("Moving MNIST", "10.8 M", "GPU (47 hours on two cores)"),
     ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "528 M", "GPU"),
     rds=("Video LDM", "736 M", "GPU"), svd=("SVD, published", "1,474 M", "GPU"),

@@ -179,8 +179,8 @@ def first_frames(batch, frames, odds):
 def descent(sigmas, x):
     """For each step from s to the next level t: s for every clip of x, (B,), and keep = t / s.
 
-    sigmas may also be (steps + 1, T), a level per frame (section 13): then s is (B, T). A frame
-    whose level stays has keep 1, at level 0, too: so it stays as it is."""
+    With sigmas (steps + 1, T) every frame has levels of its own: then s is (B, T). Where a level
+    does not change, keep is 1: the frame stays as it is. A first reader may think of (B,) alone."""
     sigmas = sigmas.to(x)[:, None].expand(len(sigmas), len(x), *sigmas.shape[1:])
     for s, t in zip(sigmas[:-1], sigmas[1:]):
         yield s, expand(torch.where(s > 0, t / s, 1), x)                   # (B, 1 or T, 1, 1, 1)
@@ -204,8 +204,8 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
     for s, keep in descent(sigmas, x):
         guess = denoise(x, s)
         h = -keep.log()                                               # the step in log(sigma)
-        part = (h / (2 * h_last)).nan_to_num(0, 0, 0)     # 0 at a first step (h_last 0), and at the
-        ahead = guess + part * (guess - last)             # last (h infinite): the guess as it is
+        part = (h / (2 * h_last)).nan_to_num(0, 0, 0)     # 0 at the first step, as h_last is 0, and
+        ahead = guess + part * (guess - last)             # at the last, as h is infinite
         share = keep ** (1 + eta)
         x = share * x + (1 - share) * ahead
         if eta > 0:
