@@ -1716,11 +1716,9 @@ def test_save_and_load(tmp_path, fields):
     loaded, config = vdm.load(path)
     assert torch.equal(loaded(x, torch.ones(1)), average(x, torch.ones(1)))
     assert config == dataclasses.replace(SMALL, **fields)
-    assert type(loaded) is type(average)
-    assert not loaded.training
+    assert type(loaded) is type(average) and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert vdm.read_checkpoint(path)[0]["step"] == 7
-    assert os.listdir(path.parent) == ["a.pt"]
+    assert vdm.read_checkpoint(path)[0]["step"] == 7 and os.listdir(path.parent) == ["a.pt"]
 
 def refusal(path):
     """What load says of a file: one sentence that names it."""
@@ -1795,14 +1793,11 @@ def test_a_full_disk_is_called_that(tmp_path):
         vdm.save(tmp_path / "a.pt", x=torch.zeros(10 ** 5))
     assert os.listdir(tmp_path) == []
 
-def full():
-    with open("/dev/full", "w") as file:
-        file.write("a row")
-
 @cases("main, words", [
     (lambda: torch.empty(10 ** 15), "the memory is full: buy more"),
     (lambda: np.zeros(10 ** 17), "the memory is full: buy more"),
-    (lambda: vdm.need(False, "no"), "no"), (full, "the disk is full"),
+    (lambda: vdm.need(False, "no"), "no"),
+    (lambda: Path("/dev/full").write_text("a row"), "the disk is full"),
     (lambda: __import__("no_such"), "No module named 'no_such': pip install -r requirements.txt")])
 def test_what_users_can_mend_is_one_sentence(main, words):
     with pytest.raises(SystemExit) as stop:
@@ -1941,14 +1936,15 @@ def test_every_place_is_read_off_three_planes():
             want = sum(F.linear(plane[:, :, y, x], read.weight[:, :, 0, 0], read.bias)
                        for plane, read, y, x in zip(planes, model.read, (h, t, t), (w, w, h)))
             close(u[:, n * T + t, :, h, w], want)
-    mean = SimpleNamespace(forward=lambda u: u.mean(1))                       # drops the axis
     for project in model.project:
-        project.forward = mean.forward
+        project.forward = lambda u: u.mean(1)                                    # drops the axis
     model.input[1] = nn.Conv2d(8, 16, 1).requires_grad_(False)
     clip = torch.randn(2, 3 * T, 2, 2 * H, 2 * W)
     u = model.input(clip.flatten(0, 1)).unflatten(0, (2, 3, T))
-    for plane, axis in zip(vdm.split_planes(model.encode(clip), model.sizes), (2, 4, 5)):
-        close(plane, u.mean(axis) if axis == 2 else u.mean(axis).transpose(2, 3))
+    hw, tw, th = vdm.split_planes(model.encode(clip), model.sizes)
+    close(hw, u.mean(2))
+    close(tw, u.mean(4).transpose(2, 3))
+    close(th, u.mean(5).transpose(2, 3))
 
 def test_a_projection_looks_along_one_axis():
     """A place of a plane depends on all of the axis that is dropped, and on no other place."""
@@ -1959,17 +1955,6 @@ def test_a_projection_looks_along_one_axis():
     plane[0, :, 0, 2].sum().backward()
     seen = u.grad.abs().sum((0, 2)) > 0                                             # (5, 3, 4)
     assert seen[:, 0, 2].all() and seen.sum() == 5
-
-def test_planes_of_a_clip_that_stands_still_are_constant_along_t():
-    """Those of a clip that moves are not, and (H, W) alone tells what stands still."""
-    model = triplane()
-    frame = torch.randn(1, 1, 2, 4, 12)
-    for clip, still in ((frame.expand(1, 4, -1, -1, -1), True),
-                        (torch.randn(1, 4, 2, 4, 12), False)):
-        hw, tw, th = vdm.split_planes(model.encode(clip)[:, 0], model.sizes)
-        for plane in (tw, th):                                                  # (1, 3, T, W or H)
-            assert torch.allclose(plane, plane[:, :, :1].expand_as(plane), atol=1e-5) == still
-        assert hw.std((2, 3)).max() > 0.1
 
 def test_which_plane_tells_what():
     """Without layers over time, rows of (T, W) and of (T, H) that change places make frames do so.
@@ -2016,41 +2001,38 @@ def test_attention_of_planes():
     h = ours.norm(x[:, 0]).flatten(2).mT                                               # (2, 15, 32)
     close(ours(x)[:, 0], x[:, 0] + theirs(h, h, h)[0].mT.unflatten(2, (3, 5)))
 
-def plane_net(**options):
-    return randomize(vdm.PlaneUNet(3, 3, 16, (1, 2), 1, heads=2, sizes=vdm.plane_sizes(4, 2, 6),
-                                   **dict(attention=("joint", "factorised")) | options))
+def plane_net(attention=("joint", "factorised")):
+    return vdm.PlaneUNet(3, 3, 16, (1, 2), 1, attention, 2, vdm.plane_sizes(*GRID))
 
 @cases("attention, cut, others", [
     (("joint", "factorised"), False, True), (("joint", "factorised"), True, False),
     (("factorised", "none"), True, False)])
 def test_planes_talk_through_attention_among_them_alone(attention, cut, others):
     """With that cut, a change of one plane changes the estimate of this plane alone."""
-    net = plane_net(attention=attention)
+    net = randomize(plane_net(attention))
     for block in net.modules():
         if cut and isinstance(block, vdm.PlaneBlock):
             block.across = nn.Identity()
     x = torch.randn(2, 1, 3, 1, 44)
+    level = torch.zeros(2, 1)
     for k in range(3):
-        planes = vdm.split_planes(x, vdm.plane_sizes(*GRID))
+        planes = vdm.split_planes(x, net.sizes)
         planes[k] = planes[k] + 1
-        change = net(vdm.join_planes(planes), torch.zeros(2, 1)) - net(x, torch.zeros(2, 1))
-        moved = [plane.abs().max().item() > 1e-3
-                 for plane in vdm.split_planes(change, vdm.plane_sizes(*GRID))]
+        change = net(vdm.join_planes(planes), level) - net(x, level)
+        moved = [plane.abs().max() > 1e-3 for plane in vdm.split_planes(change, net.sizes)]
         assert moved == [others or i == k for i in range(3)]
 
 def test_all_of_the_network_of_planes_learns():
     """A fresh one estimates 0; and from the joint loss every parameter gets a gradient, those of
     the clip before too."""
-    torch.manual_seed(0)
-    fresh = vdm.PlaneUNet(3, 3, 16, (1, 2), 1, ("joint", "factorised"), 2, vdm.plane_sizes(*GRID))
+    net = plane_net()
     z = torch.rand(2, 1, 3, 1, 44)
-    assert not fresh(z, torch.zeros(2, 1)).any()
-    net = plane_net().requires_grad_()
-    denoiser = vdm.PreviousClip(net, "v")
+    assert not net(z, torch.zeros(2, 1)).any()
+    denoiser = vdm.PreviousClip(randomize(net).requires_grad_(), "v")
     loss, error = vdm.joint_loss(denoiser, z, z.flip(0), torch.ones(2), torch.randn_like(z))
     loss.backward()
     assert error.shape == (2,)
-    assert [name for name, p in net.named_parameters() if not p.grad.abs().max() > 0] == []
+    assert [name for name, p in net.named_parameters() if not p.grad.any()] == []
     close(denoiser(z, 1.0, previous=0 * z), denoiser(z, 1.0))            # zeros are no clip (PVDM)
 
 @cases("flags, total, within, across", [
@@ -2061,14 +2043,12 @@ def test_pvdm_has_the_published_size(flags, total, within, across):
     assert (config.frames, config.size) == (1, (1, 2048))
     with torch.device("meta"):
         net = vdm.build(config).net
-    def count(modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-    blocks = [block for block in net.modules() if isinstance(block, vdm.PlaneBlock)]
-    assert count([net]) + (config.width - 64) * 4 * config.width == total
-    assert count(block.across for block in blocks) / 1e6 == pytest.approx(across, abs=0.05)
-    assert count(layer for block in blocks for layer in block.layers
-                 if isinstance(layer, vdm.PlaneAttention)) / 1e6 == pytest.approx(within, abs=0.05)
-    assert {layer.heads for layer in net.modules() if isinstance(layer, vdm.PlaneAttention)} == {8}
+    assert count_weights(net) + (config.width - 64) * 4 * config.width == total
+    attention = [layer for layer in net.modules() if isinstance(layer, vdm.PlaneAttention)]
+    assert {layer.heads for layer in attention} == {8}
+    found = count_weights(net, r"\.across\.") / 1e6
+    assert found == pytest.approx(across, abs=0.05)
+    assert sum(map(count_weights, attention)) / 1e6 - found == pytest.approx(within, abs=0.05)
 
 # ---- Drive ---------------------------------------------------------------------------------------
 
@@ -2264,9 +2244,9 @@ COLORS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1,
 
 # ---- clips ---------------------------------------------------------------------------------------
 
-def real(count, size, objects=1):
+def real(count, size):
     """Clips as the world makes them."""
-    world = vdm.MovingShapes(8, (size, size), objects, seed=11)
+    world = vdm.MovingShapes(8, (size, size), seed=11)
     return torch.stack([world[i]["video"] for i in range(count)])
 
 def story(rng, frames, late=1.0, grow=1.0, radius=(0.18, 0.25)):
@@ -2315,6 +2295,7 @@ def painted(how, count, size, frames=8):
     clips = []
     t = np.arange(frames)
     half = frames // 2
+    swell = {"grows": np.linspace(1, 1.4, frames), "pulses": 1.2 + 0.2 * np.cos(np.pi * t / 2)}
     for _ in range(count):
         first = rng.integers(3)
         color = COLORS[rng.integers(6)]
@@ -2322,10 +2303,8 @@ def painted(how, count, size, frames=8):
         other = (first + rng.integers(1, 3)) % 3
         kind = {"kinds alternate": t % 2, "kind changes": np.where(t < half, first, other),
                 "one frame of another kind": np.where(t == half, other, first)}
-        swell = {"grows": np.linspace(1, 1.4, frames), "pulses": 1.2 + 0.2 * np.cos(np.pi * t / 2)}
         if how == "teleports":
-            y = jump(y, r, half)
-            x = jump(x, r, half)
+            y, x = (jump(place, r, half) for place in (y, x))
         clips.append(paint(kind.get(how, np.full(frames, first)), y, x, r * swell.get(how, 1),
                            size, color))
     return torch.stack(clips)
@@ -2383,7 +2362,6 @@ FORGED = {                              # clips wrong by construction, of light 
     "a dot": with_a_dot,
     "white": white,
     "orange": lambda lit: white(lit) * tint(1, 0.5, 0)}
-PAIRED = list(FORGED)[:16]
 
 def forge(how, clips):
     return FORGED[how]((clips + 1) / 2) * 2 - 1
@@ -2412,31 +2390,24 @@ HARMLESS = {                            # who looks at the clip still sees the s
     "jpeg": by_pictures(jpeg),
     "noise": lambda clips: clips + 0.03 * torch.randn(clips.shape)}
 
-def check(clips, objects=1):
-    return vdm.MovingShapes(clips.shape[1], clips.shape[-2:], objects).check(clips)
+def check(clips):
+    return vdm.MovingShapes(clips.shape[1], clips.shape[-2:]).check(clips)
 
 @pytest.fixture(scope="module")
 def clips():
     """Clips of one shape, of every size."""
     return {size: real(100, size) for size in SIZES}
 
-@pytest.fixture(scope="module")
-def pairs():
-    """Clips of two shapes."""
-    return {size: real(40, size, objects=2) for size in (32, 64)}
-
 # ---- the world -----------------------------------------------------------------------------------
 
-@cases("arguments, rows", [             # label, sum, and sum at pixel (12, 12) of frame 2
-    ((8, (32, 32), 1, 0), [(3, -18789.171, 1.0), (13, -22570.885, -3.0), (17, -22243.177, -3.0)]),
-    ((5, (24, 40), 2, 7), [(None, -12479.828, -1.0), (None, -13226.590, -3.0)])])
-def test_clips_are_those_of_the_first_edition(arguments, rows):
-    world = vdm.MovingShapes(*arguments)
-    for i, (label, total, at) in enumerate(rows):
-        video = world[i]["video"].double()
-        assert world[i].get("label") == label
-        assert video.sum().item() == pytest.approx(total, abs=1e-2)
-        assert video[2, :, 12, 12].sum().item() == pytest.approx(at, abs=1e-4)
+def test_clips_are_those_of_the_first_edition():
+    world = vdm.MovingShapes(8, (32, 32), seed=0)
+    items = [world[i] for i in range(3)]
+    videos = torch.stack([item["video"].double() for item in items])
+    assert [item["label"] for item in items] == [3, 13, 17]
+    assert videos.sum((1, 2, 3, 4)).tolist() == pytest.approx(
+        [-18789.171, -22570.885, -22243.177], abs=1e-2)
+    assert videos[:, 2, :, 12, 12].sum(1).tolist() == pytest.approx([1, -3, -3], abs=1e-4)
 
 # ---- what passes ---------------------------------------------------------------------------------
 
@@ -2448,12 +2419,6 @@ def test_real_clips_pass(clips, size):
     world = vdm.MovingShapes(8, (size, size), seed=11)
     labels = [world[i]["label"] for i in range(100)]
     assert (6 * got["kinds"][:, 0] + got["colors"][:, 0] == labels).all()
-
-@cases("size", (32, 64))
-def test_pairs_pass(pairs, size):
-    assert check(pairs[size], 2)["passed"].mean() >= 0.97
-    for how in HARMLESS:
-        assert check(HARMLESS[how](pairs[size][:20]), 2)["passed"].mean() > 0.95, how
 
 @cases("size", SIZES)
 @cases("how", HARMLESS)
@@ -2477,8 +2442,7 @@ def test_long_clips_and_oblong_ones_pass(frames, size):
     world = vdm.MovingShapes(frames, size, seed=3)
     assert world.check(torch.stack([world[i]["video"] for i in range(12)]))["passed"].all()
 
-@cases("size", SIZES)
-@cases("stride", (2, 4))
+@cases("size, stride", [(16, 4), (32, 2), (64, 4)])
 def test_stride(size, stride):
     """Every stride-th frame of the clips without one. In another order they are no path."""
     world = vdm.MovingShapes(12, (size, size), seed=2, stride=stride)
@@ -2501,22 +2465,6 @@ def test_forgeries_fail(clips, size, how):
 def test_painted_forgeries_fail(size, how):
     frames = 16 if how == "speed doubles" else 8
     assert check(painted(how, SOME[size], size, frames))["passed"].mean() < 0.05
-
-@cases("size", (32, 64))
-@cases("how", PAIRED)
-def test_forged_pairs_fail(pairs, size, how):
-    assert check(forge(how, pairs[size][:SOME[size]]), 2)["passed"].mean() < 0.05
-
-def test_of_two_shapes_one_vanishes_or_a_third_comes(pairs):
-    clips = pairs[32]
-    order = clips.mean((1, 3, 4)).argsort(1)
-    dark, _, bright = order.T
-    gone = clips.clone()
-    gone[range(40), 4:, bright] = -1
-    third = clips.clone()
-    third[range(40), :, dark] = clips[range(40), :, bright].flip(2)
-    assert not check(gone, 2)["passed"].any()
-    assert not check(third, 2)["passed"].any()
 
 # Each law has clips that break it and keep the others as far as that can be.
 @cases("law, how", [
@@ -2703,8 +2651,7 @@ def test_moving_mnist_and_a_train_folder(tmp_path):
         np.save(tmp_path / f"{name}.npy", mnist)
         data = vdm.VideoFolder(tmp_path / f"{name}.npy", 20, (64, 64))
         assert [c[:, 0, 0, 0].tolist() for c in data.clips] == clips[:, :, 0, 0].tolist()
-        frames = {"mnist_test_seq": 20, "twenty_clips": 21}[name]
-        assert f", {frames} frames each" in data.report
+        assert f", {clips.shape[1]} frames each" in data.report
     np.save(tmp_path / "mnist_test_seq.npy", mnist.astype(float))
     with pytest.raises(ValueError, match=r"found float64 \(20, 21, 64, 64\): values .*, round"):
         vdm.decode(tmp_path / "mnist_test_seq.npy")
@@ -2745,23 +2692,22 @@ def test_mixed_rates_are_listed_and_made_one(tmp_path):
     np.save(tmp_path / "a.npy", np.stack([flat(12)] * 3))
     for name, n, rate in (("b", 12, 20), ("c", 12, 20), ("short", 3, 40)):
         save(tmp_path / f"{name}.mp4", flat(n), fps=rate)
-    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
+    folder = partial(vdm.VideoFolder, tmp_path, 4, (8, 8), cache=True)
+    data = folder()
     assert (data.fps, data.rates, data.lengths) == (8, [8] * 3 + [20] * 2, [12] * 5)
-    assert ("warning: clips have different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses fra"
-            "mes so that they have one") in data.report
-    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True, data_fps=10)
+    assert "different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses" in data.report
+    data = folder(data_fps=10)
     assert data.rates == [10] * 5 and "warning" not in data.report
     assert brightness(data.clips[4][:]) == [0, 2, 4, 6, 8, 10]
-    assert vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True).lengths == [12] * 5
+    assert folder().lengths == [12] * 5
 
 # ---- a folder ------------------------------------------------------------------------------------
 
 def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
-                  "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
-                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ",
-                  f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
+                  "10 fps, 16 to 40 frames each", "warning: clips have different rates, 5 at 8 fps,"
+                  " 4 at 10 fps", f"skipped {made / 'few'}: 1 frames are too few, an item takes 16",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
@@ -2799,18 +2745,11 @@ def test_a_hostile_folder(tmp_path):
 
 def test_5000_small_files(tmp_path, monkeypatch):
     """The cache's folder is listed once, not for every file."""
-    one = io.BytesIO()
-    np.save(one, np.zeros((1, 8, 8, 3), np.uint8))
     for n in range(5000):
-        (tmp_path / f"{n}.npy").write_bytes(one.getvalue())
+        (tmp_path / f"{n}.npy").touch()
     listed = []
     scan = os.scandir
-
-    def counted(path):
-        listed.append(path)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", counted)
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scan(path))
     monkeypatch.setattr(os, "listdir", None)
     monkeypatch.setattr(vdm, "decode", lambda *a: (np.zeros((1, 1, 8, 8, 3), np.uint8), 8.0))
     for _ in range(2):
@@ -2850,6 +2789,7 @@ def test_actions_beside_a_clip(tmp_path):
         np.save(tmp_path / f"{name}.actions.npy", actions)
     data = vdm.VideoFolder(tmp_path, 4, (32, 32), stride=2)
     assert ", 4 fps, 12 to 14 frames each, 4 with actions\n" in data.report
+    assert data.actions == (2,)
     seen = set()
     for i in range(25):
         action = data[i]["action"]
@@ -2858,7 +2798,6 @@ def test_actions_beside_a_clip(tmp_path):
         if not action.isnan().all():
             assert action[:, 0].tolist() == brightness(vdm.to_uint8(data[i]["video"]))
     assert seen == {0, 1, 2, 3, 4}
-    assert data.actions == (2,)
 
 @cases("actions", [np.zeros((11, 2)), np.zeros(12), np.full((12, 2), np.inf),
                    np.full((12, 2), "left"), np.array([print], object), np.zeros(()), None])
@@ -2884,35 +2823,34 @@ def videos(tmp_path):
     (tmp_path / "v/notes.txt").write_text("x")
     return tmp_path / "v"
 
+@pytest.fixture
+def plain(videos):
+    """That folder, read without a cache."""
+    return vdm.VideoFolder(videos, 4, (16, 16))
+
 def cached(monkeypatch, folder, size=(16, 16), channels=3):
     """-> the dataset, and the names of files that had to be decoded."""
     names = []
     decode = vdm.decode
-
-    def counted(path, *args):
-        names.append(path.name)
-        return decode(path, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(vdm, "decode", counted)
+        patch.setattr(vdm, "decode", lambda path, *args: names.append(path.name)
+                      or decode(path, *args))
         data = vdm.VideoFolder(folder, 4, size, channels=channels, cache=True)
     return data, sorted(names)
 
-def same(a, b):
+def same_items(a, b):
     return all(torch.equal(a[i]["video"], b[i]["video"]) for i in range(18))
 
-def test_files_are_decoded_once(videos, monkeypatch):
+def test_files_are_decoded_once(videos, plain, monkeypatch):
     """Items are those without a cache. Only what changed, or is wanted otherwise, is decoded."""
-    plain = vdm.VideoFolder(videos, 4, (16, 16))
     every = ["frames", "notes.txt", "three.npy", "two.npy"]
     for expected in (every, ["notes.txt"]):
         data, names = cached(monkeypatch, videos)
         assert names == expected
         assert data.report == plain.report
-        assert same(data, plain)
         pickled = pickle.dumps(data)                        # as it goes to a worker: without pixels
         assert len(pickled) < 3000
-        assert same(pickle.loads(pickled), plain)
+        assert same_items(data, plain) and same_items(pickle.loads(pickled), plain)
     for change in (dict(size=(8, 16)), dict(channels=1)):
         assert cached(monkeypatch, videos, **change)[1] == every
     assert cached(monkeypatch, videos)[1] == ["notes.txt"]
@@ -2922,41 +2860,38 @@ def test_files_are_decoded_once(videos, monkeypatch):
     assert names == ["frames", "notes.txt", "two.npy"]
     assert sum((clip[0:1] == 4).all() for clip in data.clips) == 2
 
-def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
+def test_what_a_kill_left_of_a_cache_is_not_used(videos, plain, monkeypatch):
     """A lost or shortened file in the cache is made anew, and one whose name is garbled."""
-    plain = vdm.VideoFolder(videos, 4, (16, 16))
     cached(monkeypatch, videos)
     kept = sorted((videos / ".vdm_cache").iterdir())
     assert len(kept) == 3 and not [path for path in kept if path.name[0] == "."]   # temporary
     for path in kept:
         data = path.read_bytes()
-        for rest in (None, 0, len(data) - 1, "garbled"):
+        garbled = path.with_stem(path.stem.partition("-")[0] + "-x")
+        for left in ({}, {path: b""}, {path: data[:-1]}, {garbled: data}):
             path.unlink()
-            if rest == "garbled":
-                path.with_stem(path.stem.partition("-")[0] + "-x").write_bytes(data)
-            elif rest is not None:
-                path.write_bytes(data[:rest])
+            for name, rest in left.items():
+                name.write_bytes(rest)
             again, names = cached(monkeypatch, videos)
-            assert len(names) == 2
-            assert same(again, plain)
+            assert len(names) == 2 and same_items(again, plain)
             assert path.read_bytes() == data
     assert sorted((videos / ".vdm_cache").iterdir()) == kept
 
-def test_without_room_for_a_cache(videos, monkeypatch):
+def test_without_room_for_a_cache(videos, plain, monkeypatch):
     """Clips stay in memory where nothing can be written; a full disk is an error that says so."""
-    plain = vdm.VideoFolder(videos, 4, (16, 16))
+    cache = videos / ".vdm_cache"
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
-        assert same(cached(monkeypatch, videos)[0], plain)
-    assert not (videos / ".vdm_cache").exists()
-    (videos / ".vdm_cache").write_text("in the way")
+        assert same_items(cached(monkeypatch, videos)[0], plain)
+    assert not cache.exists()
+    cache.write_text("in the way")
     with pytest.raises(OSError, match="could not write .*vdm_cache.* exists"):
         cached(monkeypatch, videos)
-    (videos / ".vdm_cache").unlink()
+    cache.unlink()
     save_array = np.save
 
     def full(path, array):
-        if len(list((videos / ".vdm_cache").iterdir())) > 1:
+        if len(list(cache.iterdir())) > 1:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         save_array(path, array)
@@ -2965,8 +2900,8 @@ def test_without_room_for_a_cache(videos, monkeypatch):
         patch.setattr(np, "save", full)
         with pytest.raises(OSError, match="could not write .*vdm_cache.*the disk is full"):
             cached(monkeypatch, videos)
-    assert len(list((videos / ".vdm_cache").iterdir())) == 2 and not list(videos.glob("*/.*"))
-    assert same(cached(monkeypatch, videos)[0], plain)
+    assert len(list(cache.iterdir())) == 2 and not list(videos.glob("*/.*"))
+    assert same_items(cached(monkeypatch, videos)[0], plain)
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -2992,21 +2927,6 @@ def test_range_and_crop(tmp_path):
     bars[:, 20:40] = 200                                                       # the centre square
     Image.fromarray(bars).save(tmp_path / "bars.png")
     assert (vdm.decode(tmp_path / "bars.png", (20, 20))[0][0] == 200).all()
-
-def test_film_strips_and_grids(tmp_path):
-    clips = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 2, 3, 4, 6) / 4
-    strip = vdm.film_strip(clips)
-    assert strip.shape == (3, 5 * 5 + 1, 2 * 7 + 1)
-    assert strip[0, 6, 1] == 0.25                                              # clip 1
-    assert strip[0, 5, 1] < -0.5                                               # the line above it
-    tiled = vdm.grid(clips)
-    assert tiled.shape == (2, 3, 2 * 5 + 1, 3 * 7 + 1)
-    assert tiled[0, 0, 6, 8] == 1                                              # clip 4
-    assert (tiled[0, 0, 6:10, 15:21] == -1).all()                              # no clip
-    path = vdm.write_video(tmp_path / "new/strip.png", strip[None], scale=2)
-    pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (52, 30, 3)
-    assert pixels[12, 2, 0] == 159
 
 @cases("H, W", [(28, 28), (63, 65), (255, 128)])
 @cases("suffix", [".mp4", ".gif"])
