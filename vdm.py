@@ -1,5 +1,5 @@
 """
-vdm.py: video diffusion models in one file. Part I is the whole method, to be read in an hour or two.
+vdm.py: video diffusion models in one file. Part I is the whole method, an hour or two of reading.
 
 A video diffusion model in four lines:
 
