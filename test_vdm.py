@@ -49,7 +49,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+import nn.functional as F
 
 import sample
 import train
@@ -1148,7 +1148,9 @@ def test_attention_to_other_frames(kind):
     q, k, v = (linear(part, layer.norm(h)).unflatten(-1, (2, 8)) for part in (q, layer.k, layer.v))
     at = torch.tensor([*np.ndindex(6, 10)])
     turned = lambda x: vdm.rotate(x.flatten(1, 2).transpose(1, 2), at)         # (T, heads, L, d)
-    q, k, v = turned(q), turned(k), v.flatten(1, 2).transpose(1, 2)
+    q = turned(q)
+    k = turned(k)
+    v = v.flatten(1, 2).transpose(1, 2)
     seen = torch.zeros(6, 2, 60, 8)
     for t, head in np.ndindex(6, 2):
         tokens = [(f, 10 * y + z) for y, z in at.tolist() for f in SEEN[kind](t, y, z)]
@@ -1508,7 +1510,7 @@ def test_saved_weights_have_lora_merged(tmp_path):
     assert len(vdm.adapt(denoiser.net, "lora", rank=3)) == 2 * matrices
     for name, p in denoiser.named_parameters():
         if "branch" in name:
-            torch.nn.init.normal_(p, std=0.1)
+            nn.init.normal_(p, std=0.1)
     vdm.save_published(tmp_path / "saved.safetensors", denoiser)
     again = vdm.load_published(tmp_path / "saved.safetensors", head_dim=32)
     x = torch.randn(1, 3, 8, 8, 8)
@@ -3483,8 +3485,10 @@ def test_what_saves_memory_changes_nothing(tmp_path):
 
 def by_hand(model, batch, drawn, config):
     """The loss of a step, written out, and the squared errors that the log is made of."""
-    T, stills, noise, sigma = config.frames, config.stills, drawn["noise"], drawn["sigma"]
-    videos, mask = batch["video"], drawn["mask"]
+    T = config.frames
+    stills = config.stills
+    noise, sigma, mask = (drawn[name] for name in ("noise", "sigma", "mask"))
+    videos = batch["video"]
     if config.crop:
         rows, columns = (drawn["corner"][:, k, None] + torch.arange(config.crop[k]) for k in (0, 1))
         videos = torch.stack([video[..., y[:, None], x] for video, y, x in
@@ -3499,9 +3503,12 @@ def by_hand(model, batch, drawn, config):
         told["action"] = batch["action"][:, -T:] + drawn["withheld"]
     given = dict(context=clean, mask=mask)
     if config.give == "hint":
-        shown, unit, level = clean, drawn["unit"], drawn["level"]
+        shown = clean
+        unit = drawn["unit"]
+        level = drawn["level"]
         if config.task == "image":                           # the first frame, in place of all
-            shown, unit = clean[:, [0] * T], unit[:, [0] * T]
+            shown = clean[:, [0] * T]
+            unit = unit[:, [0] * T]
         if config.task == "upsample":
             k = config.enlarge
             low = clean.unflatten(4, (-1, k)).unflatten(3, (-1, k)).mean((4, 6))
@@ -3660,7 +3667,8 @@ def test_muon_against_the_svd():
     singular values that are all near 1 (0.7 to 1.2, Jordan et al. 2024) times the rate, and times
     sqrt(rows / columns) if that is more. Three steps, by numpy."""
     for shape in ((12, 30), (30, 12), (12, 20), (8, 4, 3, 3)):
-        p, average = torch.nn.Parameter(torch.zeros(shape)), 0.0
+        p = nn.Parameter(torch.zeros(shape))
+        average = 0.0
         muon = train.Muon([p], lr=0.1)
         for step in range(3):
             before = p.detach().clone()
@@ -3707,7 +3715,7 @@ def test_adamw_by_hand():
 def test_a_gradient_is_cut_and_the_rate_scheduled(warmup, shares):
     """A gradient of norm 10 moves weights as one of norm 0.5 would, and is reported as 10."""
     _, config = small(clip_norm=0.5, warmup=warmup, steps=4)
-    layer = torch.nn.Linear(4, 1, bias=False)
+    layer = nn.Linear(4, 1, bias=False)
     sgd = torch.optim.SGD([dict(params=list(layer.parameters()), peak=2.0)])
     for step, share in enumerate(shares):
         before = layer.weight.detach().clone()
@@ -4132,7 +4140,8 @@ def test_dry_run_of_activations(capsys):
     there anyway, do not count."""
     found = dry(capsys, "--dtype fp32")
     _, config = train.parse(DRY.split())
-    model, kept = vdm.build(config), {}
+    model = vdm.build(config)
+    kept = {}
     x = torch.randn(1, 3, 3, 16, 24)
     def keep(y):                                     # kept holds it, so no other gets its address
         kept.setdefault(y.untyped_storage().data_ptr(), y)
@@ -4722,7 +4731,7 @@ def test_latents_from_elsewhere(here):
     sample.main(["last.pt", *flags.split()])
     assert os.listdir("x") == ["made"]
     assert sorted(os.listdir("x/made")) == ["000.npy", "001.npy"]
-    a, b = np.load("x/made/000.npy"), np.load("x/made/001.npy")
+    a, b = (np.load(f"x/made/{name}.npy") for name in ("000", "001"))
     assert a.shape == (7, 4, 4, 4) and (a[2:] != b[2:]).all()
     assert np.array_equal(a[:2], given[-2:]) and np.array_equal(b[:2], given[-2:])
     for wrong in ("clip.npy", "nothing.npy", "picture.png"):
@@ -5016,7 +5025,8 @@ def test_nobody_else_steers(served, method, path, headers, status):
 def test_page_that_closes(served, capfd):
     """A page that goes away while its frame is made costs this frame, stops nobody, and leaves no
     traceback. Two pages get their frames one after the other."""
-    release, frame = threading.Event(), served.frame
+    release = threading.Event()
+    frame = served.frame
     served.frame = lambda key: release.wait(60) and frame(key)
     connection = http.client.HTTPConnection("127.0.0.1", served.server_port)
     connection.request("POST", "/S")
