@@ -49,7 +49,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import nn.functional as F
+import torch.nn.functional as F
 
 import sample
 import train
