@@ -1983,13 +1983,14 @@ def test_planes_talk_through_attention_among_them_alone(attention, cut, others):
     for block in net.modules():
         if cut and isinstance(block, vdm.PlaneBlock):
             block.across = nn.Identity()
+    sizes = vdm.plane_sizes(*GRID)
     x = torch.randn(2, 1, 3, 1, 44)
     level = torch.zeros(2, 1)
     for k in range(3):
-        planes = vdm.split_planes(x, net.sizes)
+        planes = vdm.split_planes(x, sizes)
         planes[k] = planes[k] + 1
         change = net(vdm.join_planes(planes), level) - net(x, level)
-        moved = [plane.abs().max() > 1e-3 for plane in vdm.split_planes(change, net.sizes)]
+        moved = [plane.abs().max() > 1e-3 for plane in vdm.split_planes(change, sizes)]
         assert moved == [others or i == k for i in range(3)]
 
 def test_all_of_the_network_of_planes_learns():
