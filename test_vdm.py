@@ -881,6 +881,16 @@ def test_levels_per_frame_draw_the_right_covariance(name, low, high, share, doub
     assert low < errors[0] / errors[1] < high
     assert errors[1] < 0.35
 
+@cases("name", sorted(set(vdm.SAMPLERS) - {"heun"}))
+def test_frames_that_wait_are_not_touched(name):
+    """At the highest level, or at 0."""
+    denoiser = tiny("per_frame")
+    x = 60 * torch.randn(2, 3, 1, 4, 4)
+    levels = torch.tensor([[0.0, 60, 60], [0, 20, 60], [0, 5, 60]])
+    got = vdm.SAMPLERS[name](lambda x, sigma: denoiser(x, sigma + 1), x, levels)
+    assert torch.equal(got[:, ::2], x[:, ::2])
+    assert (got != x)[:, 1].all() and got.isfinite().all()
+
 @cases("lag", [16, 22, 48])
 def test_stream_of_a_markov_chain(lag, monkeypatch, double):
     """Each frame is 0.8 times the one before, plus noise. If a window sees one frame that is done,
@@ -3058,7 +3068,7 @@ def test_what_a_run_leaves(trained):
         assert gif.n_frames <= 4 and gif.info["loop"] == 0
     assert Image.open(trained / "samples/final.png").size == (2 * (4 * 17 + 1), 2 * (2 * 17 + 1))
     colors = {color for _, color in Image.open(trained / "samples/errors.png").getcolors(10 ** 6)}
-    assert {(0, 0, 128), (139, 0, 0)} < colors                   # lines of the ends of noise levels
+    assert {(65, 105, 225), (255, 165, 0), (255, 69, 0)} < colors     # lines of some noise levels
     assert [read(trained / f"step_{k:06d}.pt")["step"] for k in (1, 5, 12)] == [1, 5, 12]
 
 def test_averaged_weights_by_hand(trained):
