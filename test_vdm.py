@@ -3161,11 +3161,12 @@ def rows(out):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 def same_c(a, b):
-    """Bit for bit, but for time."""
+    """Bit for bit, but for time, and for what may not change a bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_c(a[k], b[k]) for k in a if k != "seconds")
+        free = ("seconds", "workers", "checkpoint_activations")
+        return a.keys() == b.keys() and all(same_c(a[k], b[k]) for k in a if k not in free)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_c, a, b))
     return a == b
@@ -3483,6 +3484,24 @@ def test_resume_takes_the_data_from_the_checkpoint(own, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="clips/, the data of this run, is no longer there: name "):
         train.main(["--resume", "--out", str(own / "run"), "--steps", "9"])
+
+def test_resume_remembers_flags_that_are_no_field(tmp_path, capsys):
+    """Those of the run, unless they are named again; an older checkpoint has only their defaults."""
+    flags = "--marks 3 --save-every 2 --keep-every 2 --sample-every 3 --dtype fp32 --micro 2 "
+    common = SMALL_c.replace("--marks 2 ", "").replace("--sample-every 99 ", "")
+    first = run(tmp_path / "run", flags + "--checkpoint-activations --steps 2", common)
+    old = copied_run(tmp_path / "run", tmp_path / "old")
+    again = run(tmp_path / "run", "--resume --steps 7 --marks 1 --no-checkpoint-activations", "")
+    assert (tmp_path / "run/step_000006.pt").exists()
+    assert (tmp_path / "run/samples/step_000006.png").exists()
+    assert "1 clips of 4 frames" in capsys.readouterr().out
+    for name, value in dict(save_every=2, keep_every=2, sample_every=3, dtype="fp32", micro=2,
+                            workers=0, marks=1, checkpoint_activations=False).items():
+        assert again[name] == value, name
+        del first[name]
+    vdm.save(old / "last.pt", **first)
+    older = run(old, "--resume --steps 3 --marks 2", "")
+    assert (older["marks"], older["micro"], older["dtype"]) == (2, None, "auto")
 
 def test_resume_warns_of_changed_files(own, tmp_path, capsys):
     shutil.copytree(own / "clips", tmp_path / "clips")

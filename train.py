@@ -358,6 +358,7 @@ def alone(options):
 def run(options, config):
     """Make ready what a run consists of, train, and finish."""
     state, config = resume(options, config)
+    options.run = {name: getattr(options, name) for name in RUN | HABITS}
     check(options, config)
     if options.dry_run:
         return dry_run(config)
@@ -544,10 +545,9 @@ def save(options, config, learner, autoencoder, step, seconds):
     model, ema, optimizers = learner
     weights, moments = whole.get_state_dict(model, optimizers, options=WHOLE)
     average = whole.get_model_state_dict(ema.model, options=WHOLE)
-    state = dict(config=dataclasses.asdict(config), seed=options.seed, data=options.data,
-                 data_fps=options.data_fps, files=options.files, encode=options.encode, step=step,
-                 seconds=seconds, model=weights, optimizers=moments, ema=average,
-                 ema_updates=ema.updates)
+    state = dict(config=dataclasses.asdict(config), files=options.files, step=step, seconds=seconds,
+                 model=weights, optimizers=moments, ema=average, ema_updates=ema.updates,
+                 **options.run)
     if autoencoder is not None:
         state["autoencoder"] = autoencoder.state_dict()
     if options.rank == 0:
@@ -664,7 +664,10 @@ def table_of_presets():
 FIRST = ("preset data out resume steps batch frames size channels stride task width lr seed device "
          "init latents sample_every micro dry_run help_all").split()
 
-RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)   # what --resume takes from last.pt
+# What --resume takes from last.pt: what makes a run, and how it goes about it, which may change.
+RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)
+HABITS = dict(dtype="auto", marks=64, workers=0, micro=None, checkpoint_activations=False,
+              save_every=None, sample_every=None, keep_every=None)
 
 def fewer_given(preset, frames):
     """Return odds of given frames, and overlap, where those of a preset do not fit into as few.
@@ -698,17 +701,18 @@ def add_flags(p, preset, all_help):
     add("--init", type=Path, help="a last.pt to start from, or .safetensors of SVD or Vista")
     add("--seed", type=int, help="fixes weights, data and noise (0)")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
+    add("--dtype", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run); "
         "they are never more than ten minutes apart")
     add("--sample-every", type=int, help="steps between samples (default: a fifth of the run, "
         "and also after 1, 2, 4 ... minutes)")
     add("--keep-every", type=int, help="keep those of every so many steps: step_000500.pt ...")
-    add("--marks", type=int, default=64, help="clips generated and marked at the end")
-    add("--workers", type=int, default=0, help="processes that read clips ahead")
+    add("--marks", type=int, help="clips generated and marked at the end (64)")
+    add("--workers", type=int, help="processes that read clips ahead (0)")
     add("--dry-run", action="store_true", help="print parameters, operations and memory, and stop")
     add("--micro", type=int, help="clips handled at a time (default: all that a process has)")
-    add("--checkpoint-activations", action="store_true", help="less memory for a third more work")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction,
+        help="less memory for a third more work")
     add("--shard", action="store_true", help="torchrun: divide the model among processes (FSDP2)")
     add("--compile", action="store_true", help="compile the network; needs a C++ compiler")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
@@ -720,6 +724,12 @@ def add_flags(p, preset, all_help):
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=f"{comments[f.name]} ({default})", **kind)
 
+def take(options, values):
+    """Let those options be of these values that no flag has named."""
+    for name, value in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
 def name_run(options, data):
     """Find the folder of a run, and what --resume would take from there."""
     name = options.preset
@@ -727,8 +737,7 @@ def name_run(options, data):
         name += "-" + Path(data).stem
     options.out = options.out or Path("out", name)
     if not options.resume:
-        vars(options).update({name: value for name, value in RUN.items()
-                              if getattr(options, name) is None})
+        take(options, RUN | HABITS)
 
 def parse(argv):
     """Read flags into (options, Config). options.given are the fields of Config that were named."""
@@ -879,12 +888,10 @@ def resume(options, config):
              "continues it, another --out starts a new one")
         return dict(step=0, seconds=0.0), config
     state, saved = vdm.read_checkpoint(path)
-    was = RUN | vars(saved) | state
-    for name in RUN:
-        if getattr(options, name) is None:
-            setattr(options, name, was[name])
+    was = RUN | HABITS | vars(saved) | state           # an older checkpoint has no habits
+    take(options, {name: was[name] for name in RUN | HABITS})
     now = options.given | {name: getattr(options, name) for name in reversed(RUN)}
-    may = list(MAY_CHANGE)
+    may = [*MAY_CHANGE, *HABITS]
     if WORLDS.keys().isdisjoint([options.data, was["data"]]):      # a folder may have been moved
         may.append("data")
         need(Path(options.data).exists(), f"{options.data}, the data of this run, is no longer "
