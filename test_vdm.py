@@ -3512,7 +3512,7 @@ def test_resume_takes_the_data_from_the_checkpoint(own, tmp_path, monkeypatch, c
         train.main(["--resume", "--out", str(own / "run"), "--steps", "9"])
 
 def test_resume_remembers_flags_that_are_no_field(tmp_path, capsys):
-    """Those of the run, unless they are named again; an older checkpoint has only their defaults."""
+    """Those of the run, unless named again. An older checkpoint has only their defaults."""
     flags = "--marks 3 --save-every 2 --keep-every 2 --sample-every 3 --dtype fp32 --micro 2 "
     common = SMALL_c.replace("--marks 2 ", "").replace("--sample-every 99 ", "")
     first = run(tmp_path / "run", flags + "--checkpoint-activations --steps 2", common)

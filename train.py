@@ -1031,10 +1031,10 @@ def dry_run(config):
     step = 3 * once * config.batch                                # backward is worth two forward
     print(f"operations {once / 1e9:12,.2f} G to estimate a clip once\n"
           f"operations {step / 1e9:12,.2f} G in a step of {config.batch} clips")
-    moments = 0                                                 # Muon keeps one of each, AdamW two
+    moments = 0
     for optimizer in make_optimizers(config, model):
-        size = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-        moments += size if isinstance(optimizer, Muon) else 2 * size
+        of_each = 1 if isinstance(optimizer, Muon) else 2
+        moments += sum(of_each * p.nbytes for g in optimizer.param_groups for p in g["params"])
     weights = sum(p.nbytes for p in part)
     trained = sum(p.nbytes for p in part if p.requires_grad)
     memory = {"weights": weights, "EMA": weights, "gradients": trained, "optimiser": moments,
