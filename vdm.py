@@ -1941,17 +1941,18 @@ from pathlib import Path
 # there is a label of .labels classes, and an action (T, A) of modes of the lengths .actions.
 
 class MovingShapes:
-    """One or two solid shapes move on black, straight ahead, at constant speed. Walls bounce them.
+    """A solid shape moves on black, straight ahead, at constant speed. Walls bounce it.
 
-    A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
-    RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
-    shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself. With a stride a clip is every stride-th frame of the
-    same clip, and SPEED is so many times as high."""
+    It keeps its kind, colour and size. Its label is 6 * kind + colour. RADIUS (half the side of its
+    box) and SPEED (the way per frame) are shares of the picture's shorter side. With a stride a
+    clip is every stride-th frame of the same clip, and SPEED is so many times as high."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
                   yellow=(1, 1, 0), magenta=(1, 0, 1), cyan=(0, 1, 1))
+    palette = np.float32(list(COLORS.values()))                                   # (colours, 3)
+    labels = 18
+    actions = ()
     RADIUS = 0.18, 0.25
     SPEED = 0.03, 0.08
 
@@ -1966,38 +1967,27 @@ class MovingShapes:
     HURRY = 0.017                # one window's speed against the clip's
     TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
-    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0, stride=1):
+    def __init__(self, frames=8, size=(32, 32), seed=0, stride=1):
         self.frames = frames
         self.size = tuple(size)
-        self.objects = objects
         self.seed = seed
         self.SPEED = tuple(stride * speed for speed in self.SPEED)
-        self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
-        self.labels = 18
-        if objects == 2:
-            self.palette = self.palette[:3]
-            self.labels = 0
-        self.actions = ()
 
     def __getitem__(self, i):
         rng = np.random.default_rng([self.seed, i])
         unit = min(self.size)
-        video = np.zeros((self.frames, 3, *self.size), np.float32)
-        for color in rng.permutation(len(self.palette))[: self.objects]:
-            kind = rng.integers(3)
-            r = rng.uniform(*self.RADIUS) * unit
-            speed = rng.uniform(*self.SPEED) * unit
-            angle = rng.uniform(0, 2 * np.pi)
-            walls = np.array(self.size) - r
-            step = speed * np.array([np.sin(angle), np.cos(angle)])
-            path = rng.uniform(r, walls) + step * np.arange(self.frames)[:, None]           # (T, 2)
-            y, x = self.bounce(path, r, walls).T
-            cover = np.float32(self.draw(kind, r, y, x, self.size))                      # (T, H, W)
-            video += cover[:, None] * self.palette[color][:, None, None]
-        clip = dict(video=torch.from_numpy(video) * 2 - 1)                            # (T, 3, H, W)
-        if self.labels:
-            clip["label"] = 6 * int(kind) + int(color)
-        return clip
+        color = rng.permutation(6)[0]
+        kind = rng.integers(3)
+        r = rng.uniform(*self.RADIUS) * unit
+        speed = rng.uniform(*self.SPEED) * unit
+        angle = rng.uniform(0, 2 * np.pi)
+        walls = np.array(self.size) - r
+        step = speed * np.array([np.sin(angle), np.cos(angle)])
+        path = rng.uniform(r, walls) + step * np.arange(self.frames)[:, None]               # (T, 2)
+        y, x = self.bounce(path, r, walls).T
+        cover = np.float32(self.draw(kind, r, y, x, self.size))                          # (T, H, W)
+        video = cover[:, None] * self.palette[color][:, None, None]                   # (T, 3, H, W)
+        return dict(video=torch.from_numpy(video) * 2 - 1, label=6 * int(kind) + int(color))
 
     @staticmethod
     def bounce(x, low, high):
@@ -2019,41 +2009,41 @@ class MovingShapes:
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos, action=None):
-        """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays.
+        """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays (B,).
 
-        Each law has an entry (B,): do all shapes keep it? `passed` (B,) is true if all are kept.
-        kinds, colors and speeds (B, objects) are what is seen. copies counts the clips that nearly
-        equal an earlier clip of the batch: models that collapse make many."""
-        v = self.light(videos)
-        B, _, _, H, W = v.shape
+        Each law has an entry: is it kept? `passed` is true if all are. kinds, colors and speeds are
+        what is seen. copies is one number: how many clips nearly equal an earlier clip of the
+        batch? Models that collapse make many."""
+        light = self.light(videos)
+        B, _, _, H, W = light.shape
         unit = min(H, W)
-        shapes, black = self.split(v)                                    # (N, T, 3, H, W) and (B,)
-        color = self.core(shapes)                                                       # (N, T, 3)
+        dark = np.median(light, (1, 3, 4), keepdims=True)      # shapes cover a quarter, at the most
+        shapes = np.maximum(light - dark, 0)                                         # around it 0
+        color = self.core(shapes)                                                       # (B, T, 3)
         bright = np.maximum(np.median(color.max(2), 1), 1e-3)   # of the clip: it must not flicker
         color = color / bright[:, None, None]
-        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
-        match, radius, y, x = self.compare(shapes.max(2) / bright[:, None, None, None])  # (3, N, T)
-        kind = match.mean(2).argmax(0)                                                        # (N,)
-        own = kind, np.arange(len(kind))
-        r = radius[own]                                                                     # (N, T)
-        usual_r = np.median(r, 1, keepdims=True)                                            # (N, 1)
-        miss_y, speed_y = self.fit_path(y[own], usual_r, H)                           # (N, windows)
+        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, B)
+        match, radius, y, x = self.compare(shapes.max(2) / bright[:, None, None, None])  # (3, B, T)
+        kind = match.mean(2).argmax(0)                                                        # (B,)
+        own = kind, np.arange(B)
+        r = radius[own]                                                                     # (B, T)
+        usual_r = np.median(r, 1, keepdims=True)                                            # (B, 1)
+        miss_y, speed_y = self.fit_path(y[own], usual_r, H)                           # (B, windows)
         miss_x, speed_x = self.fit_path(x, usual_r, W)
         speed = np.hypot(speed_y, speed_x) / unit
         usual_speed = np.median(speed, 1, keepdims=True)
         low, high = np.array(self.RADIUS) * unit * (1 - self.SLACK, 1 + self.SLACK)
+        black = dark.max((1, 2, 3, 4)) < self.TONE
         laws = dict(
             shape=(match[own] > self.MATCH) & (match.max(0) - match[own] < self.RIVAL),
-            color=(far.min(0) < self.TONE) & (bright > self.TONE),
+            color=(far.min(0) < self.TONE) & (bright > self.TONE) & black,
             size=(np.abs(r / usual_r - 1) < self.RESIZE) & (low < usual_r) & (usual_r < high),
             path=np.maximum(miss_y, miss_x) < self.STRAY * unit,
             speed=np.abs(speed - usual_speed) < self.HURRY,
             moving=speed > self.SPEED[0] / 2)                  # a frozen clip breaks this law alone
         laws = {law: kept.reshape(B, -1).all(1) for law, kept in laws.items()}
-        laws["color"] &= black
-        seen = dict(kinds=kind, colors=far.argmin(0), speeds=usual_speed)
-        seen = {name: a.reshape(B, -1) for name, a in seen.items()}
-        return dict(passed=np.all(list(laws.values()), 0), **laws, **seen, copies=self.copies(v))
+        return dict(passed=np.all(list(laws.values()), 0), **laws, kinds=kind, colors=far.argmin(0),
+                    speeds=usual_speed[:, 0], copies=self.copies(light))
 
     @staticmethod
     def light(videos):
@@ -2074,39 +2064,24 @@ class MovingShapes:
         near = both - 2 * product <= self.TWIN * both            # the left side is |a - b| squared
         return np.tril(near, -1).any(1).sum()
 
-    def split(self, v):
-        """Show each shape alone, (N, T, 3, H, W), N = B * objects. Tell if the rest is black, (B,).
-
-        The rest is the dark around a shape, which becomes 0, and the channel of neither of two."""
-        dark = np.median(v, (1, 3, 4), keepdims=True)         # shapes cover a quarter, at the most
-        black = dark.max((1, 2, 3, 4)) < self.TONE
-        v = np.maximum(v - dark, 0)
-        if self.objects == 2:
-            order = v.mean((1, 3, 4)).argsort(1)                   # (B, 3): the channels, by light
-            alone = order[:, :, None, None, None, None] == np.arange(3)[:, None, None]
-            v = np.where(alone, v[:, None], 0)                                  # (B, 3, T, 3, H, W)
-            black &= self.core(v[:, 0]).max((1, 2)) < self.TONE
-            v = v[:, 1:].reshape(-1, *v.shape[2:])
-        return v, black
-
     def core(self, v):
-        """Return the mean of the brightest pixels of v (N, T, 3, H, W) in each frame, (N, T, 3).
+        """Return the mean of the brightest pixels of v (B, T, 3, H, W) in each frame, (B, T, 3).
 
         They are half as many as the smallest shape has, so that soft edges are not among them."""
         light = v.max(2)
         few = int((self.RADIUS[0] * min(light.shape[2:])) ** 2)
-        least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (N, T)
+        least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (B, T)
         return v.mean((3, 4), where=(light >= least[..., None, None])[:, :, None])
 
     def compare(self, light):
-        """Compare light (N, T, H, W) with each kind of shape, equal in area and centre.
+        """Compare light (B, T, H, W) with each kind of shape, equal in area and centre.
 
         Blur changes neither. Return the overlap, the radius, and the middle of the box, y and x:
-        (3, N, T), but x (N, T)."""
+        (3, B, T), but x (B, T)."""
         H, W = light.shape[2:]
         outside, inside = self.EDGE
         cover = np.clip((light - outside) / (inside - outside), 0, 1)
-        area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (N, T)
+        area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (B, T)
         center = cover.sum(3) @ (np.arange(H) + 0.5) / area
         x = cover.sum(2) @ (np.arange(W) + 0.5) / area
         radius = np.sqrt(area / np.array([np.pi, 4, 2])[:, None, None])       # the area is c r ** 2
@@ -2119,10 +2094,10 @@ class MovingShapes:
         return np.stack(match), radius, y, x
 
     def fit_path(self, x, r, side):
-        """Fit a bouncing path to every 8 frames in a row of a coordinate x (N, T).
+        """Fit a bouncing path to every 8 frames in a row of a coordinate x (B, T).
 
-        It turns at r (N, 1) from the walls, 0 and side. Of 97 speeds and 13 places of the middle
-        frame the best is taken. Return how far x strays from it, and its speed: (N, windows)."""
+        It turns at r (B, 1) from the walls, 0 and side. Of 97 speeds and 13 places of the middle
+        frame the best is taken. Return how far x strays from it, and its speed: (B, windows)."""
         n = min(8, x.shape[1])
         limit = 1.25 * self.SPEED[1] * side
         speed, place = np.meshgrid(np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13),
@@ -2132,9 +2107,9 @@ class MovingShapes:
         high = np.maximum(side - low, low + 1)
         misses = []
         speeds = []
-        for run in np.lib.stride_tricks.sliding_window_view(x, n, 1).swapaxes(0, 1):        # (N, n)
-            paths = self.bounce(run[:, n // 2, None, None] + lines, low, high)      # (N, lines, n)
-            miss = np.abs(paths - run[:, None]).max(2)                                  # (N, lines)
+        for run in np.lib.stride_tricks.sliding_window_view(x, n, 1).swapaxes(0, 1):        # (B, n)
+            paths = self.bounce(run[:, n // 2, None, None] + lines, low, high)      # (B, lines, n)
+            miss = np.abs(paths - run[:, None]).max(2)                                  # (B, lines)
             misses.append(miss.min(1))
             speeds.append(np.abs(speed.flat[miss.argmin(1)]))
         return np.stack(misses, 1), np.stack(speeds, 1)
