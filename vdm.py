@@ -678,26 +678,14 @@ def stratified(n):
 def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     """Weight of the squared error of the clean estimate, of the shape of sigma.
 
-    eps, v, flow, x0, edm  the plain squared error of what a network of that kind predicts
-    min_snr                min(1 / sigma^2, gamma): easy levels do not drown the rest (Hang 2023)
-    inverse                1 / sigma"""
+    With eps, v, flow, x0 or edm it is the plain squared error of what a network of that kind
+    predicts. With min_snr easy levels do not drown the rest (Hang 2023)."""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
-    if weighting == "x0":
-        return torch.ones_like(snr)
-    if weighting == "eps":
-        return snr
-    if weighting == "v":
-        return snr + 1
-    if weighting == "flow":
-        return (1 + snr.sqrt()) ** 2
-    if weighting == "edm":
-        return snr + sigma_data ** -2
-    if weighting == "min_snr":
-        return snr.clamp(max=gamma)
-    if weighting == "inverse":
-        return inverse_sigma(sigma)
-    raise ValueError(f"weighting is {weighting!r}, expected one of "
-                     "eps, v, flow, x0, edm, min_snr, inverse")
+    weights = dict(inverse=inverse_sigma(sigma), min_snr=snr.clamp(max=gamma), eps=snr, v=snr + 1,
+                   flow=(1 + snr.sqrt()) ** 2, x0=torch.ones_like(snr), edm=snr + sigma_data ** -2)
+    if weighting not in weights:
+        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}")
+    return weights[weighting]
 
 def constant(sigma, x):
     """One noise level, a number, for every clip of x: (B,)."""
@@ -741,10 +729,9 @@ SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=s
 def joint_image_loss(denoiser, clean, images, sigma, noise, loss=diffusion_loss, **options):
     """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) (VDM sec. 3).
 
-    It is the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
-    attention, so that each picture sees itself alone. A clip of one frame does the same. Pictures
-    have the noise level of their clip, and no condition. noise is (B, T + N, C, H, W); weight and
-    conditions are those of loss."""
+    It is the mean over all T + N frames. A picture is a clip of one frame, with the noise level of
+    its clip, and no condition. (VDM appends pictures to the clip, hidden from temporal attention,
+    which is the same.) noise is (B, T + N, C, H, W); weight and conditions are those of loss."""
     T = clean.shape[1]
     N = images.shape[1]
     video, error = loss(denoiser, clean, sigma, noise[:, :T], **options)
@@ -1481,12 +1468,11 @@ class Stage(nn.ModuleList):
         return x
 
 class StableUNet(nn.Module):
-    """The network of SVD and of Vista: net(x (B, T, 8, H, W), c_noise (B,)) -> (B, T, 4, H, W).
+    """The network of SVD and of Vista: net(x (B, T, 4, H, W), c_noise (B,)) -> (B, T, 4, H, W).
 
-    x is the noisy latents and the picture's, as channels. It may also be the noisy ones alone; the
-    picture's then come as concat (B, 1 or T, 4, H, W). H and W must be multiples of 8. numbers (B,
-    3) must be told, clip (B, 1024) and action (B, actions) may be. c_noise is log(sigma) / 4, (B,)
-    or (B, T), and what comes is of the kind "v".
+    x is the noisy latents, concat (B, 1 or T, 4, H, W) the picture's. H and W must be multiples of
+    8. numbers (B, 3) must be told, clip (B, 1024) and action (B, actions) may be. c_noise is
+    log(sigma) / 4, (B,) or (B, T), and what comes is of the kind "v".
 
     Vista has 19 numbers of action for a whole clip; NaN is not told: command 1, trajectory 8 (four
     points, in metres), speed 4, steering angle 4 (/ 780), goal 2 (x / 1600, y / 900). With
@@ -1501,6 +1487,8 @@ class StableUNet(nn.Module):
                  attention=("factorised", "factorised", "factorised", "none"), head_dim=64,
                  dim_clip=1024, dim_number=256, actions=0, embed_given=False):
         super().__init__()
+        self.sizes = dict(channels=channels, width=width, mults=mults, blocks=blocks,
+                          attention=attention)
         self.channels = channels
         self.concat_channels = concat_channels
         self.multiple = 2 ** (len(mults) - 1)
@@ -1546,44 +1534,36 @@ class StableUNet(nn.Module):
                 self.up[-1].append(double)
         self.output = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), zero(conv(dim, channels)))
 
-    def prepare(self, x, concat, told):
-        """Put the picture's latents beside x, zeros for None. Check what is told, {name: value}."""
-        if x.ndim != 5:
-            raise ValueError(f"x is {tuple(x.shape)}, expected a clip (B, T, C, H, W)")
-        B, T, C, H, W = x.shape
+    def check(self, x, **inputs):
+        """Refuse inputs, by name, of which one has another shape than it should have beside x."""
+        B, T, _, H, W = x.shape
         if H % self.multiple or W % self.multiple:
             raise ValueError(f"latents are {H} x {W}, expected multiples of {self.multiple}")
-        if C == self.channels:
-            if concat is None:
-                concat = x.new_zeros(B, 1, self.concat_channels, H, W)
-            shapes = [(B, n, self.concat_channels, H, W) for n in (1, T)]
-            if concat.shape not in shapes:
-                raise ValueError(f"concat is {tuple(concat.shape)}, expected {shapes[0]} or "
-                                 f"{shapes[1]}: the latents of a picture")
-            x = torch.cat([x, concat.to(x).expand(-1, T, -1, -1, -1)], dim=2)
-        elif C != self.channels + self.concat_channels or concat is not None:
-            raise ValueError(f"x has {C} channels, expected {self.channels} noisy and, if there is "
-                             f"no concat, {self.concat_channels} of the picture")
-        for name, (value, length) in told.items():
-            if value.shape != (B, length):
-                raise ValueError(f"{name} is {tuple(value.shape)}, expected {(B, length)}")
-        return x
+        c = self.concat_channels
+        shapes = dict(x=[(B, T, self.channels, H, W)], clip=[(B, self.dim_clip)], numbers=[(B, 3)],
+                      action=[(B, self.actions)], concat=[(B, 1, c, H, W), (B, T, c, H, W)])
+        for name, value in dict(x=x, **inputs).items():
+            if value.shape not in shapes[name]:
+                raise ValueError(f"{name} is {tuple(value.shape)}, expected "
+                                 f"{' or '.join(map(str, shapes[name]))}")
 
     def forward(self, x, c_noise, concat=None, clip=None, numbers=None, action=None, given=None):
-        B, T = x.shape[:2]
+        B, T, _, H, W = x.shape
         c_noise = torch.as_tensor(c_noise, device=x.device)
+        if c_noise.ndim < 2:
+            c_noise = c_noise.reshape(-1, 1).expand(B, T)
         if numbers is None:
             raise ValueError("numbers (B, 3) are missing: frame rate - 1, motion, augmentation")
         if given is not None and self.embed_given is None:
             raise ValueError("this is SVD's network: only Vista's knows frames given in x")
+        if concat is None:
+            concat = x.new_zeros(B, 1, self.concat_channels, H, W)
         if clip is None:
             clip = x.new_zeros(B, self.dim_clip)
         if action is None:
             action = x.new_full((B, self.actions), math.nan)
-        if c_noise.ndim < 2:
-            c_noise = c_noise.reshape(-1, 1).expand(B, T)
-        told = dict(clip=(clip, self.dim_clip), numbers=(numbers, 3), action=(action, self.actions))
-        x = self.prepare(x, concat, told)                                          # (B, T, 8, H, W)
+        self.check(x, concat=concat, clip=clip, numbers=numbers, action=action)
+        x = torch.cat([x, concat.to(x).expand(-1, T, -1, -1, -1)], dim=2)          # (B, T, 8, H, W)
         level = waves(c_noise, self.embed[0].in_features).to(x)                     # (B, T, width)
         emb = self.embed(level)                                                         # (B, T, E)
         if given is not None:
@@ -1929,7 +1909,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -2221,25 +2200,6 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
-def conversion(x):
-    """What turns an array of other numbers or axes into bytes with the channels last, as words."""
-    words = ""
-    if x.ndim in (4, 5) and x.shape[-3] in (1, 3):
-        words = ": put the channels last, np.moveaxis(x, -3, -1)"
-    if x.dtype != np.uint8 and x.dtype.kind in "biuf" and x.size:
-        some = x.flat[::x.size // 10 ** 6 + 1]                     # all, unless there are millions
-        low = float(some.min())
-        high = float(some.max())
-        cure = "scale to 0 to 255"
-        if 0 <= low and high <= 255:
-            cure = "round"
-        if -1 <= low and high <= 1:
-            cure = "multiply by 255"
-            if low < 0:
-                cure = "add 1, multiply by 127.5"
-        words += f": values are {low:.4g} to {high:.4g}, {cure} and store uint8"
-    return words
-
 def clips_of_array(path):
     """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images.
 
@@ -2249,8 +2209,8 @@ def clips_of_array(path):
     if not isinstance(x, np.ndarray):
         if len(x) != 1:
             raise ValueError(f"an .npz of {len(x)} arrays, expected one")
-        x = np.asarray(x[x.files[0]])
-    stored = x
+        x = x[x.files[0]]
+    found = f"{x.dtype} {x.shape}"
     if path.name == "mnist_test_seq.npy":
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
@@ -2259,8 +2219,8 @@ def clips_of_array(path):
         x = x[None]                                                              # (N, T, H, W, C)
     # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        raise ValueError("expected uint8 ([N,] T, H, W [, C]), found "
-                         f"{stored.dtype} {stored.shape}{conversion(stored)}")
+        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}: scale values to 0 to"
+                         " 255, and put the channels last, np.moveaxis(x, -3, -1)")
     if x.shape[4] == 1:
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
@@ -2283,12 +2243,9 @@ def times_of(path):
 
     What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell."""
     from imageio_ffmpeg import get_ffmpeg_exe
-    try:
-        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
-                   *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
-        done = subprocess.run(command, input=b"", capture_output=True)
-    except (RuntimeError, FileNotFoundError) as e:
-        raise ImportError(f"ffmpeg is missing, which reads {path}") from e
+    command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
+               *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
+    done = subprocess.run(command, input=b"", capture_output=True)
     said = done.stderr.decode("latin1")
     if said:
         raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
@@ -2309,6 +2266,13 @@ def at_rate(frames, times, rate=None):
     counts = np.bincount((nearest + 0.5 + 1e-6).astype(int), minlength=len(times))
     return (frame for frame, n in zip(frames, counts) for _ in range(n)), rate
 
+def files_of(path):
+    """The file that a path names or, of a folder, the pictures in it, frame2 before frame10."""
+    if not path.is_dir():
+        return [path]
+    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
+    return sorted(files, key=lambda p: (len(p.stem), p.stem))
+
 def open_clips(path, rate=None):
     """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second.
 
@@ -2319,20 +2283,17 @@ def open_clips(path, rate=None):
     if suffix in (".npy", ".npz"):
         return clips_of_array(path), rate or FPS
     if suffix in VIDEOS:
-        times = times_of(path)
         frames = iio.imiter(path, plugin="FFMPEG", output_params=STORED_FRAMES)
-        frames, fps = at_rate(map(Image.fromarray, frames), times, rate)
-        return [frames], fps
-    if suffix in (".gif", ".webp"):
+        frames, fps = at_rate(map(Image.fromarray, frames), times_of(path), rate)
+    elif suffix in (".gif", ".webp"):
         frames, fps = at_rate(*frames_of_gif(path), rate)
-        return [frames], fps
-    if not path.is_dir():
-        return [[Image.open(path)]], rate or FPS
-    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
-    if not files:
-        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
-    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return [map(Image.open, files)], rate or FPS
+    else:
+        files = files_of(path)
+        if not files:
+            raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
+        frames = map(Image.open, files)
+        fps = rate or FPS
+    return [frames], fps
 
 def decode(path, size=None, channels=3, rate=None):
     """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
@@ -2468,12 +2429,6 @@ def find_files(root, without=None):
                 files[key] = path
     return sorted(files.values())
 
-def files_of(path):
-    """The files that a path of find_files stands for: itself or, of a folder, the files in it."""
-    if path.is_dir():
-        return sorted(p for p in path.glob("[!.]*") if p.is_file())
-    return [path]
-
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
 
@@ -2514,7 +2469,6 @@ class VideoFolder:
             self.cache = folder / ".vdm_cache"
         self.cached = {path.name[:32]: path for path in folder.glob(".vdm_cache/[!.]*.npy")}
         self.clips = []
-        self.lengths = []                              # of each clip, in frames
         self.rates = []                                # of each clip, frames per second
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
@@ -2543,18 +2497,19 @@ class VideoFolder:
                   f"skipped, {self.size[0]}x{self.size[1]} crop, {self.channels} channels, "
                   f"{self.fps:g} fps")
         if self.clips:
-            ends = sorted({min(self.lengths), max(self.lengths)})
+            lengths = [len(clip) for clip in self.clips]
+            ends = sorted({min(lengths), max(lengths)})
             report += f", {' to '.join(map(str, ends))} frames each"
         if self.actions:
             report += f", {sum(x is not None for x in self.moves)} with actions"
         lines = [report, *skipped[:9]]
         if len(skipped) > 9:
             lines.append(f"skipped {len(skipped) - 9} more")
-        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
-            counts = Counter(f"at {rate:.3g} fps" for rate in self.rates).most_common(6)
-            lines.append("warning: clips have different rates, " + ", ".join(
-                f"{n} {rate}" for rate, n in counts) + f": --data-fps {min(self.rates):.3g} chooses"
-                " frames so that they have one")
+        low = min(self.rates, default=0)
+        high = max(self.rates, default=0)
+        if high > 1.05 * low:
+            lines.append(f"warning: clips have different rates, {low:.3g} to {high:.3g} fps: "
+                         f"--data-fps {low:.3g} chooses frames so that they have one")
         return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
 
     def add(self, file):
@@ -2565,7 +2520,6 @@ class VideoFolder:
                              f"{self.span}: lower --frames or --stride")
         self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
         self.clips += clips
-        self.lengths += [len(clips[0])] * len(clips)
         self.rates += [fps] * len(clips)
 
     def read(self, file):
@@ -2615,7 +2569,7 @@ class VideoFolder:
         """The number of the clip that item i is cut from, and the slice of its frames."""
         turn, k = divmod(i, len(self))
         number = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))[k]
-        starts = self.lengths[number] - self.span + 1
+        starts = len(self.clips[number]) - self.span + 1
         start = int(np.random.default_rng([self.seed, 1, i]).integers(starts))
         return number, slice(start, start + self.span, self.stride)
 
@@ -2844,23 +2798,36 @@ def save(path, **state):
         f.flush()
         os.fsync(f.fileno())                            # on the disk before it gets the old name
 
-def read_checkpoint(path):
-    """What save wrote -> (dict, Config).
+def read_file(path):
+    """What torch.save or safetensors wrote to a file.
 
-    ValueError for a file that is damaged, that holds code, which weights_only never runs, or that
-    is of another version of Config, as its network may have been another, too."""
-    if not Path(path).is_file():
+    ValueError for one that is damaged, or that holds code, which weights_only never runs."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = Config.__dataclass_fields__.keys() - state["config"].keys()
-        if missing:
-            raise ValueError(f"its config has no {', '.join(sorted(missing))}")
-        return state, Config(**state["config"])
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"to read {path}: pip install safetensors") from e
     except Exception as e:                                         # each kind of damage has its own
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
         raise ValueError(f"{path} is no checkpoint of this program: it is truncated, of another "
-                         f"version, or holds code, which is never run ({reason})") from e
+                         f"kind, or holds code, which is never run ({reason})") from e
+
+def read_checkpoint(path):
+    """What save wrote -> (dict, Config). ValueError as of read_file, or if it is of another version
+    of Config, as its network may have been another, too."""
+    state = read_file(path)
+    if not isinstance(state, dict) or "config" not in state:
+        raise ValueError(f"{path} is no checkpoint of this program")
+    other = state["config"].keys() ^ Config.__dataclass_fields__.keys()
+    if other:
+        raise ValueError(f"{path} is of another version of this program: only one of them knows "
+                         f"{', '.join(sorted(other))}")
+    return state, Config(**state["config"])
 
 def with_weights(model, weights, path):
     """model with these weights, in evaluation mode."""
@@ -2877,13 +2844,10 @@ def load(path, raw=False):
     raw takes the last weights instead, which last.pt of a run has, too.
     A .safetensors or .ckpt file holds published weights, for the preset svd or vista."""
     if Path(path).suffix in (".safetensors", ".ckpt"):
-        denoiser, found = read_published(path)
-        preset = PRESETS["vista" if found["embed_given"] else "svd"]
-        same = ("channels", "width", "mults", "blocks", "attention")
-        preset = dataclasses.replace(preset, **{name: found[name] for name in same})
-        if not found["actions"]:
-            preset = dataclasses.replace(preset, actions=())
-        return denoiser, preset
+        denoiser = load_published(path)
+        preset = PRESETS["svd" if denoiser.net.embed_given is None else "vista"]
+        actions = preset.actions if denoiser.net.actions else ()
+        return denoiser, dataclasses.replace(preset, actions=actions, **denoiser.net.sizes)
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
@@ -2943,9 +2907,8 @@ def renamed(name, names):
         name = name.replace(ours, theirs)
     return name[1:]
 
-def stability_name(name):
-    """Our name of a tensor -> its key in files of Stability's code and of Vista."""
-    return renamed(name, STABILITY_NAMES)
+# Our name of a tensor -> its key in files of Stability's code and of Vista.
+stability_name = partial(renamed, names=STABILITY_NAMES)
 
 def diffusers_name(name, blocks):
     """Our name of a tensor -> its key in diffusers' UNetSpatioTemporalConditionModel, whose levels
@@ -2961,27 +2924,14 @@ def diffusers_name(name, blocks):
     kind = ("resnets", "attentions")[int(part)]
     return f"{way}_blocks.{level}.{kind}.{block}.{rest}"
 
-def read_weights(path):
-    """Read the tensors of a .safetensors, .pt or .ckpt file as {name: tensor}."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-            return safetensors.torch.load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        return weights.get("state_dict", weights)
-    except ModuleNotFoundError as e:
-        raise ValueError(f"to read {path}: pip install safetensors") from e
-    except Exception as e:                                         # each kind of damage has its own
-        raise ValueError(f"{path} cannot be read as weights: it is truncated, or holds code, which "
-                         f"is never run ({str(e).splitlines()[0][:150]})") from e
+def tensors_of(source):
+    """Return the tensors {key: tensor} of the published network, and the naming of their keys.
 
-def tensors_of(weights):
-    """Return published weights {key: tensor} of the network alone, and the naming of its keys.
-
-    The naming is a function: our name of a tensor -> its key."""
+    source is as in load_published. The naming is a function: our name of a tensor -> its key."""
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    weights = source if isinstance(source, dict) else read_file(source)
+    weights = weights.get("state_dict", weights)
     prefix = "model.diffusion_model."
     if any(key.startswith(prefix) for key in weights):       # beside it: autoencoder, CLIP
         weights = {key.removeprefix(prefix): w for key, w in weights.items()
@@ -3004,18 +2954,15 @@ def arguments_of(weights, naming):
                              f"missing among {', '.join(sorted(weights)[:3])} ...")
     width, both = find("down.0.0.weight").shape[:2]
     channels = len(find("output.2.weight"))
+    stages = [find(f"down.{i}.0.space.conv1.weight") for i in range(1, 100)]
+    blocks = stages.index(None)                                # this stage halves; a level follows
     mults = []
     attention = []
-    blocks = 0
-    stage = 1
-    while (first := find(f"down.{stage}.0.space.conv1.weight")) is not None:
-        mults.append(len(first) // width)
-        has_attention = find(f"down.{stage}.1.enter.weight") is not None
-        attention.append("factorised" if has_attention else "none")
-        while find(f"down.{stage}.0.space.conv1.weight") is not None:
-            stage += 1
-        blocks = blocks or stage - 1
-        stage += 1                                                            # that which halves
+    for i in range(0, len(stages), blocks + 1):
+        if stages[i] is not None:
+            mults.append(len(stages[i]) // width)
+            is_plain = find(f"down.{i + 1}.1.enter.weight") is None
+            attention.append("none" if is_plain else "factorised")
     action = find("middle.1.space_attention.action.weight")
     return dict(
         channels=channels, concat_channels=both - channels, width=width, mults=tuple(mults),
@@ -3035,17 +2982,9 @@ def load_published(source, head_dim=64):
     the tensors; only the channels per attention head cannot be (diffusers: block_out_channels /
     num_attention_heads). ValueError names what is missing, what has another shape, and what this
     network has not."""
-    return read_published(source, head_dim)[0]
-
-def read_published(source, head_dim=64):
-    """As load_published, but return the arguments of StableUNet, too."""
-    if isinstance(source, nn.Module):
-        source = source.state_dict()
-    weights = source if isinstance(source, dict) else read_weights(source)
-    weights, naming = tensors_of(weights)
-    arguments = arguments_of(weights, naming)
+    weights, naming = tensors_of(source)
     with torch.device("meta"):                               # 6 GB of numbers need not be drawn
-        net = StableUNet(head_dim=head_dim, **arguments)
+        net = StableUNet(head_dim=head_dim, **arguments_of(weights, naming))
     keys = {name: naming(name) for name in net.state_dict()}
     for name, empty in net.state_dict().items():
         found = weights.get(keys[name])
@@ -3057,8 +2996,8 @@ def read_published(source, head_dim=64):
         raise ValueError(f"this network has no {', '.join(sorted(left)[:3])} ({len(left)} tensors)"
                          ": is it another one, or has it adapters, which have to be merged first?")
     net.load_state_dict({name: weights[key].float() for name, key in keys.items()}, assign=True)
-    denoiser = Replace if arguments["embed_given"] else Denoiser
-    return denoiser(net, kind="v").eval().requires_grad_(False), arguments
+    kind = Denoiser if net.embed_given is None else Replace
+    return kind(net, kind="v").eval().requires_grad_(False)
 
 def save_published(path, denoiser, layout="stability"):
     """Write the weights of a StableUNet as .safetensors, with the keys of Stability's code (and of
@@ -3077,10 +3016,9 @@ def save_published(path, denoiser, layout="stability"):
         for name, module in [*net.named_modules()]:
             if isinstance(module, LoRA):
                 net.set_submodule(name, module.merge())
-    blocks = len(net.up) // (net.multiple.bit_length()) - 1
     naming = stability_name
     if layout == "diffusers":
-        naming = partial(diffusers_name, blocks=blocks)
+        naming = partial(diffusers_name, blocks=net.sizes["blocks"])
     weights = {}
     for name, w in net.state_dict().items():
         key = naming(name)
@@ -3096,9 +3034,8 @@ def save_published(path, denoiser, layout="stability"):
             weights[f"{parent}.attn2.k_adapter_action_control.weight"] = torch.zeros_like(w)
     if layout == "stability":
         weights = {f"model.diffusion_model.{key}": w for key, w in weights.items()}
-    temporary = f"{path}.tmp"
-    safetensors.torch.save_file(weights, temporary)
-    os.replace(temporary, path)
+    with replacing(Path(path)) as part:
+        safetensors.torch.save_file(weights, part)
 
 # ==================================================================================================
 # 18. Programs: what train.py and sample.py share
