@@ -870,8 +870,7 @@ class Autoencoder(nn.Module):
 
     factor is a power of two, from 2; it must divide H and W. Noise levels mean nothing unless one
     knows how far latents spread. So train by ae_loss, then call measure, once, before encode. It
-    keeps the mean and standard deviation of every channel with the weights. (Stable Diffusion's is
-    one number that every program must know, 0.18215.)"""
+    keeps the mean and standard deviation of every channel with the weights."""
 
     def __init__(self, channels=3, latent=4, width=32, factor=4):
         super().__init__()
@@ -1235,9 +1234,8 @@ def guided_by(denoise, scale, names):
 
     Vista guides by actions, and both of its estimates are given the frames."""
     def denoise_guided(x, sigma, **conditions):
-        others = {name: value for name, value in conditions.items() if name not in names}
-        named = {name: value for name, value in conditions.items() if name in names}
-        return guided(partial(denoise, **others), scale)(x, sigma, **named)
+        named = {name: conditions.pop(name) for name in names if name in conditions}
+        return guided(partial(denoise, **conditions), scale)(x, sigma, **named)
 
     return denoise_guided
 
@@ -1322,14 +1320,9 @@ def reward(denoise, shape, sigmas, ensemble=5, seed=0, **options):
 # The published network of SVD, which is also Vista's: with the published weights it draws the
 # published videos. It differs from VideoUNet in the details. The noise level is added, and has no
 # scale. Space and time have residual blocks and transformers of their own, and a learned share
-# mixes their results. It works on latents, and is told three things:
-#
-#     concat   the latent of a picture, on all frames; without it, zeros
-#     clip     CLIP's description of that picture, one token; without it, zeros
-#     numbers  frame rate - 1, motion (0 to 255; 127 is usual), noise that was put on the picture
-#
-# Attention to one token is the token: its weight is 1, whatever query and key are. So the
-# published queries, keys and norms of that attention do nothing, and are left out here.
+# mixes their results. CLIP's description of a picture is one token, and attention to one token is
+# the token: its weight is 1, whatever query and key are. So the published queries, keys and norms
+# of that attention do nothing, and are left out here.
 
 LATENT_SCALE = 0.18215      # the latents that are diffused are the autoencoder's, times this number
 
@@ -1470,14 +1463,15 @@ class Stage(nn.ModuleList):
 class StableUNet(nn.Module):
     """The network of SVD and of Vista: net(x (B, T, 4, H, W), c_noise (B,)) -> (B, T, 4, H, W).
 
-    x is the noisy latents, concat (B, 1 or T, 4, H, W) the picture's. H and W must be multiples of
-    8. numbers (B, 3) must be told, clip (B, 1024) and action (B, actions) may be. c_noise is
-    log(sigma) / 4, (B,) or (B, T), and what comes is of the kind "v".
-
-    Vista has 19 numbers of action for a whole clip; NaN is not told: command 1, trajectory 8 (four
-    points, in metres), speed 4, steering angle 4 (/ 780), goal 2 (x / 1600, y / 900). With
-    embed_given, as in Vista, frames that are given in x have a noise embedding of their own:
-    `given` (B, T) is 0 there and -1 elsewhere, as from Replace.
+    x is noisy latents, H and W multiples of 8, c_noise is log(sigma) / 4, (B,) or (B, T), and what
+    comes is of the kind "v". What is told, of which only numbers must be:
+    concat   (B, 1 or T, 4, H, W), the latents of a picture
+    clip     (B, 1024), CLIP's token of that picture
+    numbers  (B, 3): frame rate - 1, motion (0 to 255), level of noise put on the picture
+    action   (B, 19), NaN where not told: Vista's command 1, trajectory 8 (four points, in metres),
+             speed 4, steering angle 4 (/ 780), goal 2 (x / 1600, y / 900)
+    given    (B, T), 0 where a frame of x is given, -1 elsewhere, as from Replace. With embed_given,
+             as in Vista, such frames have a noise embedding of their own
 
     Published are 1,524.6 M parameters (SVD) and 1,648.1 M (Vista). The 1,474.2 M and 1,537.0 M that
     do something are here. ValueError, one sentence, if an input does not fit."""
@@ -1718,22 +1712,19 @@ class LoRA(nn.Module):
         self.layer.weight += low_rank.view_as(self.layer.weight)
         return self.layer
 
-class Bottleneck(nn.Sequential):
-    """The trained part of SimDA's adapters."""
+class Adapter(nn.Sequential):
+    """The trained part of SimDA, and of Tune-A-Video: there, the layer that makes the queries."""
 
 def bottleneck(dim):
     """SimDA's adapter of attention or feed-forward layers: GELU on a quarter of the channels."""
-    return Bottleneck(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
+    return Adapter(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
 
 def temporal_bottleneck(dim):
     """SimDA's T-Adapter: half of the channels look at three frames, each channel on its own."""
     half = dim // 2
-    return Bottleneck(nn.Conv3d(dim, half, 1),
-                      nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
-                      zero(nn.Conv3d(half, dim, 1)))
-
-class Queries(nn.Sequential):
-    """The trained part of Tune-A-Video: the layer that makes the queries."""
+    return Adapter(nn.Conv3d(dim, half, 1),
+                   nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
+                   zero(nn.Conv3d(half, dim, 1)))
 
 SHIFTS = (4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)
 
@@ -1824,7 +1815,7 @@ def video_layers(net, kind):
                 new = FrameAttention(block.time, layer, latent_shift, temporal_bottleneck(dim),
                                      bottleneck(dim), bottleneck(dim))
             else:
-                layer.q = Queries(layer.q)
+                layer.q = Adapter(layer.q)
                 new = FrameAttention(block.time, layer, sparse_causal)
             yield f"{name}.time", new
             yield f"{name}.space_attention", nn.Identity()
@@ -1851,7 +1842,7 @@ def adapt(net, kind="lora", rank=4):
 PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput, StableTemporalResidual,
                       StableTemporalAttention),
          "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding, ActionProjection),
-         "lora": (LowRank,), "adapters": (Bottleneck, Queries)}
+         "lora": (LowRank,), "adapters": (Adapter,)}
 
 def part_of(model):
     """The part of a model that every parameter belongs to: {parameter: part}.
@@ -2536,8 +2527,6 @@ class VideoFolder:
             fps = float(path.stem.partition("-")[2])
             shape = np.load(path, mmap_mode="r").shape
         except (KeyError, OSError, ValueError, EOFError):                    # missing, or damaged
-            if key in self.cached:
-                self.cached[key].unlink(missing_ok=True)
             clips, fps = decode(file, self.size, self.channels, self.data_fps)
             shape = clips.shape
             path = self.cache / f"{key}-{fps}.npy"
