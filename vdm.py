@@ -681,8 +681,14 @@ def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     With eps, v, flow, x0 or edm it is the plain squared error of what a network of that kind
     predicts. With min_snr easy levels do not drown the rest (Hang 2023)."""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
-    weights = dict(inverse=inverse_sigma(sigma), min_snr=snr.clamp(max=gamma), eps=snr, v=snr + 1,
-                   flow=(1 + snr.sqrt()) ** 2, x0=torch.ones_like(snr), edm=snr + sigma_data ** -2)
+    weights = dict(
+        eps=snr,
+        v=snr + 1,
+        flow=(1 + snr.sqrt()) ** 2,
+        x0=torch.ones_like(snr),
+        edm=snr + sigma_data ** -2,
+        min_snr=snr.clamp(max=gamma),
+        inverse=inverse_sigma(sigma))
     if weighting not in weights:
         raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}")
     return weights[weighting]
@@ -1630,9 +1636,8 @@ def stream(denoise, length, shape, sigmas, lag, context=None, seed=0, clips=None
     A window, of shape (B, T, C, H, W), holds frames that are done, and then some on their way, each
     `lag` steps behind the one before. Once its last frame has set out it moves on by one. denoise
     sees frames that are done at level 0, as a PerFrame sees given ones. lag is steps / (T - 1) or
-    more, so that one is always in sight. With lag = steps and T - 1 frames of context this is
-    rollout with overlap T - 1, if both draw the same noise. The sampler starts anew every `lag`
-    steps: so sample_dpmpp_2m, which looks back, is sample_ddim at lag 1.
+    more, so that one is always in sight. The sampler starts anew every `lag` steps: so
+    sample_dpmpp_2m, which looks back, is sample_ddim at lag 1.
 
     Arguments are those of rollout, but tell(start) returns the conditions of a window that begins
     at frame start. ValueError for a lag, or a context, of which no window can be made."""
@@ -1726,12 +1731,11 @@ def temporal_bottleneck(dim):
                    nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
                    zero(nn.Conv3d(half, dim, 1)))
 
-SHIFTS = (4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)
-
 def latent_shift(t, h, w):
     """SimDA's latent-shift attention: frame t looks at itself, and at places of up to four frames
     ago, which alternate as in the authors' code. Where the clip had not begun, it is frame t."""
-    past = t - torch.tensor(SHIFTS, device=t.device)[h % 4, w % 4]
+    shifts = torch.tensor([(4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)], device=t.device)
+    past = t - shifts[h % 4, w % 4]
     return [t, torch.where(past < 0, t, past)]
 
 def sparse_causal(t, h, w):
@@ -2742,34 +2746,29 @@ def check_config(config):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
 
-def build_network(config):
-    """Config -> VideoUNet, for planes PlaneUNet, for give svd and vista StableUNet, all fresh."""
-    if config.give in ("svd", "vista"):
-        return StableUNet(config.channels, config.channels, config.width, config.mults,
-                          config.blocks, config.attention, config.head_dim,
-                          actions=sum(config.actions), embed_given=config.give == "vista")
-    conditions = {}
-    if config.labels:
-        conditions["label"] = LabelEmbedding(config.labels)
-    if config.actions:
-        conditions["action"] = ActionEmbedding(sum(config.actions))
-    if config.give == "hint":
-        conditions["augmentation"] = NumberEmbedding()
-    if config.give == "replace":
-        conditions["given"] = LabelEmbedding(1)
-    concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
-                           previous=config.channels).get(config.give, 0)
-    if config.planes:
-        return PlaneUNet(config.channels, concat_channels, config.width, config.mults,
-                         config.blocks, config.attention, config.width // config.head_dim,
-                         plane_sizes(*config.planes))
-    return VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
-                     config.attention, config.head_dim, config.patch, conditions=conditions)
-
 def build(config):
-    """Config -> Denoiser with fresh weights."""
+    """Config -> Denoiser with fresh weights. Its network is a VideoUNet, for planes a PlaneUNet,
+    for give svd and vista a StableUNet."""
     check_config(config)
-    net = build_network(config)
+    C = config.channels
+    concat_channels = dict(concat=C + 1, hint=C + 1, previous=C, svd=C, vista=C).get(config.give, 0)
+    sizes = (C, concat_channels, config.width, config.mults, config.blocks, config.attention)
+    if config.give in ("svd", "vista"):
+        net = StableUNet(*sizes, config.head_dim, actions=sum(config.actions),
+                         embed_given=config.give == "vista")
+    elif config.planes:
+        net = PlaneUNet(*sizes, config.width // config.head_dim, plane_sizes(*config.planes))
+    else:
+        conditions = {}
+        if config.labels:
+            conditions["label"] = LabelEmbedding(config.labels)
+        if config.actions:
+            conditions["action"] = ActionEmbedding(sum(config.actions))
+        if config.give == "hint":
+            conditions["augmentation"] = NumberEmbedding()
+        if config.give == "replace":
+            conditions["given"] = LabelEmbedding(1)
+        net = VideoUNet(*sizes, config.head_dim, config.patch, conditions=conditions)
     if config.adapters:
         adapt(net, config.adapters, config.rank)
     return GIVES[config.give](net, config.kind, config.sigma_data)
