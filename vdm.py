@@ -1,5 +1,5 @@
 """
-vdm.py: video diffusion models in one file. Part I is the whole method, to be read in one hour.
+vdm.py: video diffusion models in one file. Part I is the whole method, an hour or two of reading.
 
 A video diffusion model in four lines:
 
@@ -10,7 +10,7 @@ A video diffusion model in four lines:
 
 (x - guess) / sigma is the estimated noise. A step of sampling takes the guess, and puts this noise
 back at the next, lower level. The best guess is the mean of all clips that could hide behind x. At
-a high level it is a blur. At each lower one fewer clips are possible, so the guess is sharper.
+a high level it is a blur. As sigma falls, fewer clips are possible, and the guess gets sharper.
 
 Part I    The method, to be read: 1 Noise, 2 Denoiser, 3 Loss, 4 Samplers, 5 Network, 6 EMA,
           7 Generation, 8 Demo. `python vdm.py` trains a small model in three minutes.
@@ -21,7 +21,7 @@ Part III  Tools: 15 Worlds that mark their own videos, 16 Video files, 17 Models
 Shapes    B clips, T frames, C channels, H height, W width. A clip is float (B, T, C, H, W), and its
           values lie in [-1, 1]. Other axes are named where they appear.
 Names     sigma     noise level (B,), or (B, T) if every frame has its own
-          sigmas    the falling noise levels that a sampler visits, (steps + 1,); the last is 0
+          sigmas    the noise levels of a sampler, falling to 0: (steps + 1,), or (steps + 1, T)
           denoise   a function (x, sigma, **conditions) -> guess of the clean clip: e.g. a Denoiser
           context   the clip that holds the given frames, (B, T, C, H, W)
           mask      which frames of context are given, (B, T): 1 given, 0 to be generated
@@ -57,8 +57,8 @@ def expand(values, x):
 def lognormal(u, mean=1.5, std=1.2):
     """Noise levels for training: log(sigma) is normal (EDM), for u uniform in (0, 1), of any shape.
 
-    The mean decides what the network learns most about. At exp(1.5) = 4.5 a small frame looks like
-    pure noise to the eye: at that level a sampler decides which object appears, and where."""
+    The mean, of log(sigma), decides what the network learns most about. At exp(1.5) = 4.5 a small
+    frame looks like pure noise to the eye, but its object and place can just be guessed."""
     return torch.exp(mean + std * torch.special.ndtri(u.double())).float()    # ndtri: u -> normal
 
 def karras_sigmas(n, sigma_min=0.2, sigma_max=60.0, rho=7.0):
@@ -71,14 +71,14 @@ def scalings(sigma, kind, sigma_data=0.5):
     """c_skip, c_out, c_in, c_noise, each of the shape of sigma (EDM eq. 7).
 
     The clean estimate is c_skip * x + c_out * net(c_in * x, c_noise). So input and output of the
-    network have a size of about 1 at every sigma. c_noise tells it sigma, as t does in DDPM. kind
+    network are neither huge nor tiny at any sigma. c_noise tells it sigma, as t does in DDPM. kind
     says what the network predicts; root is sqrt(1 + sigma^2):
-    eps  the noise (DDPM):                                  clean = x - sigma * eps
-    v    alpha * noise - sqrt(1 - alpha^2) * clean (VDM):   clean = x / root^2 - sigma / root * v
-    flow noise - clean (flow matching):                     clean = (x - sigma * flow) / (1 + sigma)
-    edm  -v, scaled for data of standard deviation sigma_data, which no other kind uses (EDM)
+    eps  the noise (DDPM):                            clean = x - sigma * eps
+    v    (noise - sigma * clean) / root (VDM):        clean = x / root^2 - sigma / root * v
+    flow noise - clean (flow matching):               clean = (x - sigma * flow) / (1 + sigma)
+    edm  -v for data of standard deviation 1; sigma_data, for edm alone, is another (EDM)
     x0   the clip itself. It has structure, unlike noise: so narrow networks learn it best"""
-    c_noise = sigma.clamp(min=1e-4).log() / 4                  # given frames (below) have sigma 0
+    c_noise = sigma.clamp(min=1e-4).log() / 4                            # sigma may be 0
     if kind == "edm":
         root = (sigma ** 2 + sigma_data ** 2).sqrt()
         return sigma_data ** 2 / root ** 2, sigma * sigma_data / root, 1 / root, c_noise
@@ -99,8 +99,7 @@ def scalings(sigma, kind, sigma_data=0.5):
 
 def concat_frames(context, mask):
     """(mask * context, mask) as one tensor (B, T, C + 1, H, W), as the network is shown it.
-
-    A network cannot tell a black frame from a missing one. The mask tells it (Video LDM)."""
+    A missing frame is shown as 0, like a grey one. The mask tells them apart (Video LDM)."""
     given = expand(mask, context)                                                  # (B, T, 1, 1, 1)
     frames = torch.where(given == 1, context, 0)               # elsewhere context may hold anything
     return torch.cat([frames, given.expand_as(context[:, :, :1])], dim=2)
@@ -111,9 +110,9 @@ class Denoiser(nn.Module):
     x is clean + sigma * noise; sigma is (B,), (B, T), or a number. The network is called as
     net(c_in * x, c_noise, **conditions), with c_noise (B, T) = log(sigma) / 4.
 
-    The frames of context that mask marks are given. In x they are noisy like all others, so c_in is
-    that of sigma. But the network also sees them clean, as further channels: concat (B, T, C + 1,
-    H, W). c_noise of sigma 0 tells it to trust these, not x. They come back as they are."""
+    The frames of context that mask marks are given. In x they are noisy like all others, so their
+    c_in is that of sigma. The network sees them clean in further channels: concat (B, T, C + 1, H,
+    W). Their c_noise is that of sigma 0, as it is for a clean frame. The estimate repeats them."""
     def __init__(self, net, kind="x0", sigma_data=0.5):
         super().__init__()
         self.net = net
@@ -142,7 +141,7 @@ class Denoiser(nn.Module):
 # ==================================================================================================
 
 def inverse_sigma(sigma):
-    """Weight 1 / sigma. Measured, the squared error grows about so: then all levels count alike."""
+    """Weight 1 / sigma: the squared error grows roughly like sigma. So all levels count alike."""
     return 1 / sigma.clamp(min=1e-4)
 
 def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1.0, **conditions):
@@ -154,7 +153,7 @@ def diffusion_loss(denoiser, clean, sigma, noise, weight=inverse_sigma, change=1
 
     At high noise nearly all of the error is about where things are. That cannot be known, and it
     drowns what can be known: that neighbouring frames agree. Hence the second term: `change` times
-    the squared error of x[t + 1] - x[t], not divided by sigma, so that it counts at high noise."""
+    the squared error of guess[:, i + 1] - guess[:, i], not divided by sigma."""
     x = clean + expand(sigma, clean) * noise
     error = denoiser(x, sigma, **conditions) - clean                               # (B, T, C, H, W)
     loss = (expand(weight(sigma), clean) * error ** 2).mean()
@@ -195,17 +194,18 @@ def sample_ddim(denoise, x, sigmas, randn=None):
 
 @torch.no_grad()
 def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
-    """DPM-Solver++(2M), algorithm 2: DDIM's step, with a guess extrapolated half a step ahead.
+    """DPM-Solver++(2M), algorithm 2: DDIM's step, with the guess for the middle of the step.
 
-    The last two guesses tell the slope in log(sigma): ahead = guess + slope * h / 2. So the error
-    falls with the square of the step, at one evaluation a step. eta = 1 is the SDE form: noise s
-    shrinks to t * (t / s), and fresh noise fills it up to t. That mends faults of earlier steps."""
+    The last two guesses tell the slope against -log(sigma): ahead = guess + slope * h / 2. So the
+    error falls with the square of the step, at one evaluation a step. With eta = 1 (the SDE form)
+    noise shrinks from s to t^2 / s, and fresh noise fills it up to t: that mends earlier faults."""
     last = h_last = x.new_zeros(1)
     for s, keep in descent(sigmas, x):
         guess = denoise(x, s)
-        h = -keep.log()                                               # the step in log(sigma)
-        part = (h / (2 * h_last)).nan_to_num(0, 0, 0)     # 0 at the first step, as h_last is 0, and
-        ahead = guess + part * (guess - last)             # at the last, as h is infinite
+        h = -keep.log()                                               # the step in -log(sigma)
+        # part is 0, as in DDIM, at the first step (h_last is 0) and the last (h is infinite)
+        part = (h / (2 * h_last)).nan_to_num(0, 0, 0)
+        ahead = guess + part * (guess - last)
         share = keep ** (1 + eta)
         x = share * x + (1 - share) * ahead
         if eta > 0:
@@ -224,7 +224,7 @@ def sample_dpmpp_2m(denoise, x, sigmas, randn=torch.randn_like, eta=0.0):
 # not the layer behind it: if both were 0, neither would ever get a gradient.
 
 def normalize(channels):
-    """GroupNorm over groups of about 16 channels: 3 groups of 48, 1 group of 17."""
+    """GroupNorm over groups of 16 channels or more: 48 channels make 3 groups, 17 make 1."""
     return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)
 
 def conv(dim_in, dim, kernel=3, stride=1, bias=True):
@@ -237,7 +237,7 @@ def each_frame(layer, x):
     return layer(pictures).unflatten(0, x.shape[:2])
 
 def waves(position, dim):
-    """cos and sin of position (...), at dim / 2 frequencies from 1 to 1 / 10,000: (..., dim)."""
+    """cos and sin of position (...), at dim / 2 frequencies from 1 to about 1e-4: (..., dim)."""
     frequencies = 1e4 ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))
     angles = position.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -296,7 +296,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention and a feed-forward layer. A token is one place in one frame. `over` names the
     axes it looks along: all places of its frame ("hw"), its place in all frames ("t"), or
-    everything ("thw"). L tokens look at each other; all else is N."""
+    everything ("thw"). L tokens look at each other; the other axes act as a batch of N."""
     def __init__(self, dim, head_dim=16, over="hw"):
         super().__init__()
         self.heads = dim // head_dim
@@ -359,8 +359,8 @@ class Block(nn.Module):
         return x
 
 class ConcatInput(nn.Sequential):
-    """Where given frames enter. At temporal = 0 they are not shown: it counts as a temporal layer,
-    which Part II finds by its class. Without a bias a mask of zeros is the same as no concat."""
+    """Where given frames enter. It belongs to the temporal layers, though it has no gate: an image
+    model has no given frames. Without a bias a mask of zeros is the same as no concat."""
 
 class VideoUNet(nn.Module):
     """net(x (B, T, channels, H, W), c_noise (B, T)) -> (B, T, channels, H, W).
@@ -487,7 +487,7 @@ def guided(denoise, scale):
 def skip_guided(denoise, scale):
     """Spatiotemporal skip guidance: alone + scale * (together - alone) (Hyung et al. 2024).
 
-    alone is the estimate with temporal=0, each frame on its own, which training must have shown. To
+    alone skips the temporal layers and given frames (temporal=0), as some clips did in training. To
     exaggerate the difference makes frames agree. To use both: guided(skip_guided(...), scale)."""
     def denoise_guided(x, sigma, **conditions):
         together = denoise(x, sigma, **conditions)
@@ -497,7 +497,6 @@ def skip_guided(denoise, scale):
 
 def clip_noise(seed, clips, device="cpu"):
     """A function noise(*shape) -> unit noise (len(clips), *shape), other numbers at every call.
-
     Each clip number has a generator of its own: clip 3 is the same in a batch of 8 as alone."""
     states = [np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in clips]
     generators = [torch.Generator().manual_seed(int(s >> 1)) for s in states]       # 63 random bits
@@ -526,8 +525,9 @@ def rollout(denoise, length, shape, sigmas, overlap=4, context=None, seed=0, cli
                        4 5 6 7 8 9 10 11       the second: the last `overlap` frames are given
 
     torch.cat(list(rollout(...)), 1) is the whole video. context (B, n, C, H, W) are its first n
-    frames. seed and clips are those of clip_noise, options go to generate. tell may replace
-    given_frames: (context, mask, start) -> all conditions of the window that begins at start."""
+    frames. denoise must have learnt to be given none, n and `overlap` frames. seed and clips are
+    those of clip_noise, options go to generate. tell may replace given_frames: (context, mask,
+    start) -> all conditions of the window that begins at frame start."""
     B, T, *chw = shape
     noise = clip_noise(seed, range(B) if clips is None else clips, sigmas.device)
     last = (torch.zeros(B, 0, *chw) if context is None else context).to(sigmas.device)
