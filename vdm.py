@@ -1924,7 +1924,6 @@ class MovingShapes:
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
                   yellow=(1, 1, 0), magenta=(1, 0, 1), cyan=(0, 1, 1))
-    palette = np.float32(list(COLORS.values()))                                   # (colours, 3)
     labels = 18
     actions = ()
     RADIUS = 0.18, 0.25
@@ -1946,11 +1945,12 @@ class MovingShapes:
         self.size = tuple(size)
         self.seed = seed
         self.SPEED = tuple(stride * speed for speed in self.SPEED)
+        self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
 
     def __getitem__(self, i):
         rng = np.random.default_rng([self.seed, i])
         unit = min(self.size)
-        color = rng.permutation(6)[0]
+        color = rng.permutation(len(self.palette))[0]
         kind = rng.integers(3)
         r = rng.uniform(*self.RADIUS) * unit
         speed = rng.uniform(*self.SPEED) * unit
