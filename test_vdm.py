@@ -59,6 +59,7 @@ import ablation
 import adapters
 import benchmark
 import claims
+import paste
 import play
 import self_forcing
 
@@ -2278,7 +2279,7 @@ GIVEN = dict(context=CLIP, mask=torch.tensor([[1.0, 0, 0, 0]]).expand(2, 4))
 
 def shrink(x, sigma, context=0.0, mask=None, temporal=1.0):
     """A denoiser that heeds what it is told."""
-    return x / (1 + sigma.view(-1, 1, 1, 1, 1)) + 0.1 * temporal + 0.2 * context
+    return x / (1 + vdm.expand(sigma, x)) + 0.1 * temporal + 0.2 * context
 
 CALLS = dict(                       # of each piece in README's table: called with small inputs
     lognormal=lambda v: v.lognormal(SIGMA / 4),
@@ -2309,14 +2310,21 @@ CALLS = dict(                       # of each piece in README's table: called wi
     VideoUNet=lambda v: randomize(v.VideoUNet(width=8, head_dim=8))(CLIP, torch.zeros(2, 4)),
     EMA=lambda v: (ema := v.EMA(nn.Linear(2, 2))).update(nn.Linear(2, 2)) or ema.model.weight,
     LoRA=lambda v: v.LoRA(nn.Linear(8, 8))(CLIP),
-    MovingShapes=lambda v: [v.MovingShapes()[0], v.MovingShapes().check(CLIP)])
+    MovingShapes=lambda v: [v.MovingShapes()[0], v.MovingShapes().check(CLIP)],
+    stream=lambda v: [*v.stream(shrink, 6, SHAPE, SIGMAS, 2)],
+    PlaneUNet=lambda v: randomize(v.PlaneUNet(width=32, mults=(1, 2), attention=("none", "joint"),
+                                              sizes=vdm.plane_sizes(4, 4, 4)))(
+        torch.ones(2, 1, 4, 1, 48), torch.zeros(2, 1)),
+    TriplaneAutoencoder=lambda v: randomize(v.TriplaneAutoencoder(grid=(4, 2, 2))).encode(CLIP),
+    FrameAttention=lambda v: randomize(v.FrameAttention(
+        vdm.TemporalConv(8), vdm.Attention(8, 8), vdm.sparse_causal))(CLIP.transpose(2, 3)))
 
-@cases("piece", sorted(GUIDE.keys() | CALLS.keys()))
-def test_pasted_alone_it_does_what_it_does_here(piece, tmp_path, monkeypatch):
-    """With what README's paste guide names, and no more than that, in an empty namespace."""
-    names = {piece, *GUIDE[piece]}
-    text = "\n".join(ast.unparse(node) for node in TREE.body if bound(node) & names)
-    assert all(len(re.findall(rf"\b{name}\b", text)) > 1 for name in names - {piece})
+@cases("piece", sorted(CALLS))
+def test_pasted_alone_it_does_what_it_does_here(piece, monkeypatch, tmp_path):
+    """notebooks/paste.py prints all that it needs, and no more."""
+    text = paste.paste(piece)
+    names = [node.name for node in ast.parse(text).body if hasattr(node, "name")]
+    assert all(len(re.findall(rf"\b{name}\b", text)) > 1 for name in {*names} - {piece})
     space = {"__name__": "pasted"}
     exec(text, space)
     monkeypatch.chdir(tmp_path)
@@ -2324,6 +2332,25 @@ def test_pasted_alone_it_does_what_it_does_here(piece, tmp_path, monkeypatch):
     got = CALLS[piece](types.SimpleNamespace(**space))
     torch.manual_seed(1)
     torch.testing.assert_close(got, CALLS[piece](vdm))
+
+def test_everything_can_be_pasted_alone():
+    """No piece of vdm.py looks up a name that neither its text nor Python has."""
+    for piece in paste.read()[1]:
+        space = {"__name__": "pasted"}
+        code = compile(paste.paste(piece), "", "exec")
+        exec(code, space)
+        own = [vars(made).keys() for made in space.values() if isinstance(made, type)]
+        known = {"__module__", "__qualname__", *dir(builtins)}.union(space, *own)
+        assert {*paste.used_names(code)} <= known, piece
+
+@cases("piece", sorted(GUIDE))
+def test_the_paste_guide_names_what_is_needed(piece):
+    assert {piece, *GUIDE[piece]} == paste.needs(piece)
+
+@cases("pieces", [[], ["nothing"]])
+def test_what_cannot_be_pasted(pieces):
+    with pytest.raises(ValueError, match="name functions|defines no nothing"):
+        paste.paste(*pieces)
 
 # ==================================================================================================
 # MovingShapes
