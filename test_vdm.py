@@ -1375,7 +1375,8 @@ def test_the_published_network_is_diffusers(size, eps, limit):
     numbers = torch.tensor([[6, 127, 0.02], [9, 40, 0]]).double()
     for level in (-1.5, 1.6):
         expected = theirs(x, level, clip[:, None], numbers).sample
-        found = ours(x, torch.full((2,), level), clip=clip, numbers=numbers)
+        pictures = x[:, :, 4:]
+        found = ours(x[:, :, :4], torch.full((2,), level), pictures, clip, numbers)
         assert expected.std() > 0.1
         torch.testing.assert_close(found, expected, atol=limit, rtol=0)
         picture = x[:, :1, 4:]
@@ -1558,7 +1559,8 @@ def test_vistas_network():
     token = torch.cat([clip, told], -1)[:, None]
     expected = theirs(x, 0.4, token, numbers.double()).sample
     level = torch.full((2,), 0.4)
-    found = net(x, level, clip=clip, numbers=numbers, action=action)
+    parts = x.split(4, 2)                                      # the noisy ones, the picture's
+    found = net(parts[0], level, parts[1], clip, numbers, action)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     # frames given in x: all of them -> the whole network has the second embedding, twice the first
     given = torch.zeros(2, 4)
@@ -1566,7 +1568,7 @@ def test_vistas_network():
         for p in theirs.time_embedding.parameters():
             p.mul_(2)
     expected = theirs(x, 0.4, token, numbers.double()).sample
-    found = net(x, level, clip=clip, numbers=numbers, action=action, given=given)
+    found = net(parts[0], level, parts[1], clip, numbers, action, given)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     # Replace: they stand in x without noise, and come back as they are
     context = torch.randn(2, 4, 4, 8, 8).double()
@@ -1612,8 +1614,8 @@ def test_saved_weights_have_lora_merged(tmp_path):
     again = vdm.load_published(tmp_path / "saved.safetensors", head_dim=32)
     x = torch.randn(1, 3, 8, 8, 8)
     told = dict(clip=torch.randn(1, 16), numbers=torch.tensor([[6, 127, 0.02]]))
-    expected = denoiser.net(x, torch.tensor([0.5]), **told)
-    found = again.net(x, torch.tensor([0.5]), **told)
+    expected = denoiser.net(x[:, :, :4], torch.tensor([0.5]), x[:, :, 4:], **told)
+    found = again.net(x[:, :, :4], torch.tensor([0.5]), x[:, :, 4:], **told)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert any(isinstance(m, vdm.LoRA) for m in denoiser.net.modules())     # it keeps its own
 
@@ -1656,7 +1658,7 @@ def test_what_is_no_published_network(tmp_path):
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{\"a\":")
     with pytest.raises(ValueError, match="truncated"):
         vdm.load_published(path)
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
         vdm.load_published(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="no weights of SVD"):
         vdm.load_published(vdm.build(vdm.Config()).state_dict())
@@ -1681,7 +1683,7 @@ def test_what_is_no_published_network(tmp_path):
             (dict(concat=torch.ones(2, 2, 4, 8, 8)), "concat is")):
         with pytest.raises(ValueError, match=sentence):
             denoiser(x, sigma, **told | change)
-    with pytest.raises(ValueError, match="x has 8 channels, expected 4 noisy and, if there is no"):
+    with pytest.raises(ValueError, match=r"x is \(2, 3, 8, 8, 8\), expected \(2, 3, 4, 8, 8\)"):
         denoiser.net(torch.randn(2, 3, 8, 8, 8), sigma, **told)
     with pytest.raises(ValueError, match="head_dim is 48, which must divide 32 channels"):
         vdm.load_published(weights, head_dim=48)
@@ -2360,9 +2362,9 @@ COLORS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1,
 
 # ---- clips ---------------------------------------------------------------------------------------
 
-def real(count, size, objects=1):
+def real(count, size):
     """Clips as the world makes them."""
-    world = vdm.MovingShapes(8, (size, size), objects, seed=11)
+    world = vdm.MovingShapes(8, (size, size), seed=11)
     return torch.stack([world[i]["video"] for i in range(count)])
 
 def story(rng, frames, late=1.0, grow=1.0, radius=(0.18, 0.25)):
@@ -2474,12 +2476,11 @@ FORGED = {                              # clips wrong by construction, of light 
     "fades": each_frame_times([1 - 0.1 * t for t in range(8)]),
     "negative": lambda lit: 1 - lit,
     "very dark": lambda lit: 0.1 * lit,
-    "a second shape": two_shapes,                          # from here on: of a single shape
+    "a second shape": two_shapes,
     "a second shape late": late(two_shapes),
     "a dot": with_a_dot,
     "white": white,
     "orange": lambda lit: white(lit) * tint(1, 0.5, 0)}
-PAIRED = list(FORGED)[:16]
 
 def forge(how, clips):
     return FORGED[how]((clips + 1) / 2) * 2 - 1
@@ -2508,31 +2509,24 @@ HARMLESS = {                            # who looks at the clip still sees the s
     "jpeg": by_pictures(jpeg),
     "noise": lambda clips: clips + 0.03 * torch.randn(clips.shape)}
 
-def check(clips, objects=1):
-    return vdm.MovingShapes(clips.shape[1], clips.shape[-2:], objects).check(clips)
+def check(clips):
+    return vdm.MovingShapes(clips.shape[1], clips.shape[-2:]).check(clips)
 
 @pytest.fixture(scope="module")
 def clips():
     """Clips of one shape, of every size."""
     return {size: real(100, size) for size in SIZES}
 
-@pytest.fixture(scope="module")
-def pairs():
-    """Clips of two shapes."""
-    return {size: real(40, size, objects=2) for size in (32, 64)}
-
 # ---- the world -----------------------------------------------------------------------------------
 
-@cases("arguments, rows", [             # label, sum, and sum at pixel (12, 12) of frame 2
-    ((8, (32, 32), 1, 0), [(3, -18789.171, 1.0), (13, -22570.885, -3.0), (17, -22243.177, -3.0)]),
-    ((5, (24, 40), 2, 7), [(None, -12479.828, -1.0), (None, -13226.590, -3.0)])])
-def test_clips_are_those_of_the_first_edition(arguments, rows):
-    world = vdm.MovingShapes(*arguments)
-    for i, (label, total, at) in enumerate(rows):
-        video = world[i]["video"].double()
-        assert world[i].get("label") == label
-        assert video.sum().item() == pytest.approx(total, abs=1e-2)
-        assert video[2, :, 12, 12].sum().item() == pytest.approx(at, abs=1e-4)
+@cases("i, label, total, at", [         # label, sum, and sum at pixel (12, 12) of frame 2
+    (0, 3, -18789.171, 1.0), (1, 13, -22570.885, -3.0), (2, 17, -22243.177, -3.0)])
+def test_clips_are_those_of_the_first_edition(i, label, total, at):
+    item = vdm.MovingShapes(8, (32, 32), seed=0)[i]
+    video = item["video"].double()
+    assert item["label"] == label
+    assert video.sum().item() == pytest.approx(total, abs=1e-2)
+    assert video[2, :, 12, 12].sum().item() == pytest.approx(at, abs=1e-4)
 
 # ---- what passes ---------------------------------------------------------------------------------
 
@@ -2543,13 +2537,7 @@ def test_real_clips_pass(clips, size):
     assert got["passed"].mean() >= 0.99
     world = vdm.MovingShapes(8, (size, size), seed=11)
     labels = [world[i]["label"] for i in range(100)]
-    assert (6 * got["kinds"][:, 0] + got["colors"][:, 0] == labels).all()
-
-@cases("size", (32, 64))
-def test_pairs_pass(pairs, size):
-    assert check(pairs[size], 2)["passed"].mean() >= 0.97
-    for how in HARMLESS:
-        assert check(HARMLESS[how](pairs[size][:20]), 2)["passed"].mean() > 0.95, how
+    assert (6 * got["kinds"] + got["colors"] == labels).all()
 
 @cases("size", SIZES)
 @cases("how", HARMLESS)
@@ -2565,8 +2553,8 @@ def test_clips_painted_by_other_means_pass(size, frames):
         clip = paint([kind] * frames, [0.4] * frames, x, [0.2] * frames, size, (0, 1, 1))
         got = check(clip[None])
         assert got["passed"][0]
-        assert (got["kinds"][0, 0], got["colors"][0, 0]) == (kind, 5)
-        assert got["speeds"][0, 0] == pytest.approx(0.02, abs=0.003)
+        assert (got["kinds"][0], got["colors"][0]) == (kind, 5)
+        assert got["speeds"][0] == pytest.approx(0.02, abs=0.003)
 
 @cases("frames, size", [(32, (32, 32)), (16, (24, 64)), (16, (64, 24))])
 def test_long_clips_and_oblong_ones_pass(frames, size):
@@ -2597,22 +2585,6 @@ def test_forgeries_fail(clips, size, how):
 def test_painted_forgeries_fail(size, how):
     frames = 16 if how == "speed doubles" else 8
     assert check(painted(how, SOME[size], size, frames))["passed"].mean() < 0.05
-
-@cases("size", (32, 64))
-@cases("how", PAIRED)
-def test_forged_pairs_fail(pairs, size, how):
-    assert check(forge(how, pairs[size][:SOME[size]]), 2)["passed"].mean() < 0.05
-
-def test_of_two_shapes_one_vanishes_or_a_third_comes(pairs):
-    clips = pairs[32]
-    order = clips.mean((1, 3, 4)).argsort(1)
-    dark, _, bright = order.T
-    gone = clips.clone()
-    gone[range(40), 4:, bright] = -1
-    third = clips.clone()
-    third[range(40), :, dark] = clips[range(40), :, bright].flip(2)
-    assert not check(gone, 2)["passed"].any()
-    assert not check(third, 2)["passed"].any()
 
 # Each law has clips that break it and keep the others as far as that can be.
 @cases("law, how", [
@@ -2776,16 +2748,12 @@ RAMP = np.linspace(0, 1, 2 * 16 * 32 * 32, dtype=np.float32).reshape(2, 16, 32, 
 
 @cases("array, words", [
     (np.array([print], object), ""),
-    (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, 32, 32\): put the channels last, "),
-    (RAMP, r"expected uint8 .* found float32 \(2, 16, 32, 32\): values are 0 to 1, multiply by 2"),
-    (RAMP > 0.5, "bool .* 0 to 1, multiply by 255 and store uint8$"),
-    (2 * RAMP - 1, "values are -1 to 1, add 1, multiply by 127.5 and"),
-    ((255 * RAMP).astype(int), "values are 0 to 255, round and store"),
-    (RAMP * 1000, "values are 0 to 1000, scale to 0 to 255 and"), (RAMP - 9, "scale to 0 to 255"),
-    (RAMP * np.nan, "nan.*scale to 0 to 255"),
-    (RAMP[:, :3, None], r"channels last, np.moveaxis\(x, -3, -1\): values are 0 to .* and"),
-    (RAMP[0, 0], "float32 .32, 32.: values are 0 to")])
-def test_other_arrays_are_refused_with_the_conversion_that_is_missing(tmp_path, array, words):
+    (np.zeros((16, 3, 32, 32), np.uint8), r"uint8 \(16, 3, 32, 32\): .*put the channels last, "),
+    (RAMP, r"expected uint8 .* found float32 \(2, 16, 32, 32\): scale values to 0 to 255, and put"),
+    (RAMP > 0.5, "bool .* scale values"), (RAMP * np.nan, "float32 .* scale values"),
+    (RAMP[:, :3, None], r"channels last, np.moveaxis\(x, -3, -1\)"),
+    (RAMP[0, 0], r"float32 \(32, 32\): scale")])
+def test_other_arrays_are_refused_with_what_converts_them(tmp_path, array, words):
     """Code, channels first, other numbers."""
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match="a.npy: .*" + words):
@@ -2802,7 +2770,7 @@ def test_moving_mnist_and_a_train_folder(tmp_path):
         frames = {"mnist_test_seq": 20, "twenty_clips": 21}[name]
         assert f", {frames} frames each" in data.report
     np.save(tmp_path / "mnist_test_seq.npy", mnist.astype(float))
-    with pytest.raises(ValueError, match=r"found float64 \(20, 21, 64, 64\): values .*, round"):
+    with pytest.raises(ValueError, match=r"found float64 \(20, 21, 64, 64\): scale"):
         vdm.decode(tmp_path / "mnist_test_seq.npy")
     for name, n in (("train", 1), ("test", 2)):
         (tmp_path / "own" / name / "class").mkdir(parents=True)
@@ -2842,13 +2810,14 @@ def test_mixed_rates_are_listed_and_made_one(tmp_path):
     for name, n, rate in (("b", 12, 20), ("c", 12, 20), ("short", 3, 40)):
         save(tmp_path / f"{name}.mp4", flat(n), fps=rate)
     data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
-    assert (data.fps, data.rates, data.lengths) == (8, [8] * 3 + [20] * 2, [12] * 5)
-    assert ("warning: clips have different rates, 3 at 8 fps, 2 at 20 fps: --data-fps 8 chooses fra"
-            "mes so that they have one") in data.report
+    assert (data.fps, data.rates, [*map(len, data.clips)]) == (8, [8] * 3 + [20] * 2, [12] * 5)
+    assert ("warning: clips have different rates, 8 to 20 fps: --data-fps 8 chooses frames so that "
+            "they have one") in data.report
     data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True, data_fps=10)
     assert data.rates == [10] * 5 and "warning" not in data.report
     assert brightness(data.clips[4][:]) == [0, 2, 4, 6, 8, 10]
-    assert vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True).lengths == [12] * 5
+    data = vdm.VideoFolder(tmp_path, 4, (8, 8), cache=True)
+    assert [*map(len, data.clips)] == [12] * 5
 
 # ---- a folder ------------------------------------------------------------------------------------
 
@@ -2856,7 +2825,7 @@ def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
                   "10 fps, 16 to 40 frames each\n", "\n      warning: clips have different rates,"
-                  " 5 at 8 fps, 4 at 10 fps, 2 at 20 fps, 1 at 25 fps: --data-fps 8 chooses ",
+                  " 8 to 25 fps: --data-fps 8 chooses ",
                   f"skipped {made / 'few'}: 1 frames are too few, an item takes 16: ",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
@@ -3019,18 +2988,16 @@ def test_files_are_decoded_once(videos, monkeypatch):
     assert sum((clip[0:1] == 4).all() for clip in data.clips) == 2
 
 def test_what_a_kill_left_of_a_cache_is_not_used(videos, monkeypatch):
-    """A lost or shortened file in the cache is made anew, and one whose name is garbled."""
+    """A lost or shortened file in the cache is made anew."""
     plain = vdm.VideoFolder(videos, 4, (16, 16))
     cached(monkeypatch, videos)
     kept = sorted((videos / ".vdm_cache").iterdir())
     assert len(kept) == 3 and not [path for path in kept if path.name[0] == "."]   # temporary
     for path in kept:
         data = path.read_bytes()
-        for rest in (None, 0, len(data) - 1, "garbled"):
+        for rest in (None, 0, len(data) - 1):
             path.unlink()
-            if rest == "garbled":
-                path.with_stem(path.stem.partition("-")[0] + "-x").write_bytes(data)
-            elif rest is not None:
+            if rest is not None:
                 path.write_bytes(data[:rest])
             again, names = cached(monkeypatch, videos)
             assert len(names) == 2
@@ -4120,7 +4087,7 @@ def test_data_that_is_of_no_use_is_refused_in_one_sentence(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="has no latents .* for videos name an autoencoder"):
         run(tmp_path / "run", f"--preset latent --data {data}")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/program")
-    with pytest.raises(ImportError, match="ffmpeg is missing, which reads .*a.mp4"):
+    with pytest.raises(ValueError, match="skipped .*a.mp4: .*No such file .*/no/such/program"):
         run(tmp_path / "run", f"--data {data}")
     assert os.listdir(tmp_path) == ["data"]
 
