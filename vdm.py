@@ -2214,8 +2214,9 @@ def clips_of_array(path):
         x = x[None]                                                              # (N, T, H, W, C)
     # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}: scale values to 0 to"
-                         " 255, and put the channels last, np.moveaxis(x, -3, -1)")
+        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}: multiply values of 0"
+                         " to 1 by 255 (of -1 to 1: add 1, multiply by 127.5), round and store"
+                         " uint8, and put the channels last, np.moveaxis(x, -3, -1)")
     if x.shape[4] == 1:
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
@@ -2238,9 +2239,12 @@ def times_of(path):
 
     What is left of a damaged file reads as if it were whole. Only ffmpeg's messages tell."""
     from imageio_ffmpeg import get_ffmpeg_exe
-    command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
-               *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
-    done = subprocess.run(command, input=b"", capture_output=True)
+    try:
+        command = [get_ffmpeg_exe(), *"-v error -map 0:v:0".split(), *STORED_FRAMES,
+                   *"-enc_time_base demux -f framecrc - -i".split(), path.absolute()]
+        done = subprocess.run(command, input=b"", capture_output=True)
+    except (RuntimeError, FileNotFoundError) as e:
+        raise ImportError(f"ffmpeg is missing, which reads {path}") from e
     said = done.stderr.decode("latin1")
     if said:
         raise ValueError(f"ffmpeg cannot read all: {said.splitlines()[-1].split('] ')[-1]}")
