@@ -65,11 +65,14 @@ def follow_clip(job, clips, shape, given):
     return vdm.rollout_previous(job.denoise, job.pieces, shape, job.sigmas, given, job.seed, clips,
                                 job.later_sigmas, sampler=job.sampler, **told(job))
 
-def follow_hint(job, clips, shape, given):
+def animate(job, clips, shape, given):
     """Animate a given picture (SVD)."""
     noise = vdm.clip_noise(job.seed, clips, job.device)
-    everywhere = torch.ones(shape[:2], device=job.device)
-    hints = vdm.image_hint(given, everywhere, job.level, noise(*given.shape[1:]))
+    if job.config.give == "svd":
+        hints = published(job, given)
+    else:
+        everywhere = torch.ones(shape[:2], device=job.device)
+        hints = vdm.image_hint(given, everywhere, job.level, noise(*given.shape[1:]))
     window = vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **hints, **told(job))
     yield window[:, :job.length]
 
@@ -90,11 +93,6 @@ def published(job, picture):
     if clip is not None:
         clip = clip.expand(len(picture), -1)
     return vdm.picture_conditions(picture, job.config.fps, job.motion_bucket, job.hint_noise, clip)
-
-def animate(job, clips, shape, given):
-    """Animate a given picture by SVD's published network."""
-    noise = vdm.clip_noise(job.seed, clips, job.device)
-    yield vdm.generate(job.denoise, shape, job.sigmas, job.sampler, noise, **published(job, given))
 
 def interpolate(job, clips, shape, given):
     """Put new frames between given ones, in as many passes as --interpolate has numbers."""
@@ -118,10 +116,11 @@ def choose(job):
     if config.give in PUBLISHED:
         need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
         need(job.reconstruction is None, "--reconstruction is for models of other kinds")
-    by_give = dict(previous=(follow_clip, [T]), svd=(animate, [1]))
-    by_task = dict(upsample=(enlarge, range(1, MANY)), image=(follow_hint, [1]))
-    if config.give in by_give:
-        return by_give[config.give]
+    if config.give == "previous":
+        return follow_clip, [T]
+    if config.give == "svd":
+        return animate, [1]
+    by_task = dict(upsample=(enlarge, range(1, MANY)), image=(animate, [1]))
     if job.context and config.task in by_task:
         return by_task[config.task]
     trained = [n for n, odds in enumerate(config.context) if n > 0 and odds > 0]
@@ -148,16 +147,16 @@ def plan(job):
     job.told = read_told(job)
     by_actions = job.actions is not None and job.config.give != "vista"
     if by_actions:
-        need(job.way in (roll_out, follow_hint), "--actions goes neither with --interpolate nor "
+        need(job.way in (roll_out, animate), "--actions goes neither with --interpolate nor "
              "with SVD or a model of --give previous or --task upsample")
         length = job.told["action"].shape[1] - T
     if by_actions or job.way in (interpolate, enlarge):
         limit("length", f"{length}, by --actions, --interpolate or --context", length, length, job)
     job.length = job.length or length
     job.pieces = math.ceil(job.length / job.unit)
-    if job.way not in (follow_hint, enlarge, animate):
+    if job.way not in (animate, enlarge):
         limit("length", f"more than the {n} frames given, which come first", n + 1, MANY, job)
-    need(job.length <= T or (job.overlap in known and job.way is not follow_hint), "--length is "
+    need(job.length <= T or (job.overlap in known and job.way is not animate), "--length is "
          f"{job.length}, so a window would go on from {job.overlap} frames (--overlap), but the "
          f"model was {some}: try --reconstruction 2")
 
@@ -274,8 +273,7 @@ def open_model(job):
     limit("label", f"one of {config.labels} classes, from 0", 0, config.labels - 1, job)
     job.n = job.n or 16
     job.batch = job.batch or min(job.n, 16)
-    check_lag(job)
-    check_hint_noise(job)
+    check_noise(job)
     if job.reconstruction is not None or config.independent:       # then any frames may be given
         job.config = dataclasses.replace(config, task="any", give="concat")
     which = ", its last weights" if job.raw else ""
@@ -292,22 +290,19 @@ def open_published(job):
     job.config.hint_noise = 1.0                # of the picture, which was put on before encoding
     job.hint_noise = job.hint_noise or 0.0
 
-def check_lag(job):
-    """Refuse --lag where frames cannot have noise levels of their own."""
+def check_noise(job):
+    """Find the noise level of hints. Refuse --lag where frames have no levels of their own."""
     config = job.config
     able = config.give == "per_frame" and config.independent and config.sampler != "heun"
     need(not job.lag or (able and not job.interpolate and job.reconstruction is None),
          "--lag needs a model of --give per_frame with --independent above 0, and goes neither with"
          " --interpolate nor with --reconstruction nor with --sampler heun")
-
-def check_hint_noise(job):
-    """Find the noise level of hints: by default half of the largest that was trained."""
-    most = job.config.hint_noise
+    most = config.hint_noise
     if len(job.checkpoints) > 1 and not most:                             # it is for another one
         job.hint_noise = None
     limit("hint_noise", f"at most {most:g}, as in training", 0, most, job)
     if job.hint_noise is None:
-        job.hint_noise = most / 2
+        job.hint_noise = most / 2                             # half of the largest in training
 
 def read_array(path, shape=None):
     """Read an .npy file of numbers (T, *shape), by default of any shape."""
@@ -357,7 +352,7 @@ def read_context(job):
     size, channels = vdm.pixels(job.config)
     if job.latents:
         size, channels = job.config.size, job.config.channels
-    shrink = dict(upsample=job.config.enlarge).get(job.config.task, 1)
+    shrink = job.config.enlarge if job.config.task == "upsample" else 1
     small = [n // shrink for n in size]
     if job.made is not None:
         clip = job.made
@@ -412,12 +407,12 @@ def record(job):
             for piece in pieces:
                 made[-1].append(piece.cpu())
                 bar.update(len(clips) * piece.shape[1])
-            write_each(job, clips, torch.cat(made[-1], 1))
+            write_each(job, clips, made[-1])
     except KeyboardInterrupt:
         if len(made) > 1:                                     # what is complete is written already
             made.pop()
         elif made and made[0]:
-            write_each(job, clips, torch.cat(made[0], 1))
+            write_each(job, clips, made[0])
         elif job.stage > 0:
             return job.made
         else:
@@ -427,8 +422,9 @@ def record(job):
             job.folder.rmdir()
     return torch.cat([torch.cat(pieces, 1) for pieces in made])[:, :job.length]
 
-def write_each(job, clips, videos):
+def write_each(job, clips, pieces):
     """Write the videos of these numbers into the folder."""
+    videos = torch.cat(pieces, dim=1)
     for i, video in zip(clips, videos[:, :job.length]):
         if job.latents:
             np.save(job.folder / f"{i:03d}.npy", video)

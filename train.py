@@ -28,7 +28,6 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as whole
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
@@ -107,11 +105,6 @@ def draw(step, config, seed):
         drawn["withheld"] = vdm.drop_modes(zeros, config.actions, config.drop)
     return drawn
 
-def cut(clips, corner, size):
-    """Cut (h, w) = size out of every clip (B, T, C, H, W), all frames at its corner, (B, 2)."""
-    h, w = size
-    return torch.stack([clip[..., y:y + h, x:x + w] for clip, (y, x) in zip(clips, corner)])
-
 def conditions(batch, drawn, config):
     """Return what the denoiser is told: given frames, and label and action unless withheld."""
     clean = batch["video"]
@@ -151,8 +144,11 @@ def published_conditions(told, batch, drawn, config):
 
 def loss_of(model, batch, drawn, config):
     """Return the loss of a batch and, for the log, its squared errors, of the shape of sigma."""
-    if config.crop:
-        batch = batch | dict(video=cut(batch["video"], drawn["corner"], config.crop))
+    if config.crop:                                     # all frames of a clip at its own corner
+        h, w = config.crop
+        crops = [clip[..., y:y + h, x:x + w]
+                 for clip, (y, x) in zip(batch["video"], drawn["corner"])]
+        batch = batch | dict(video=torch.stack(crops))
     told = conditions(batch, drawn, config)
     clean = batch["video"][:, -config.frames:]                                     # (B, T, C, H, W)
     loss = LOSSES[config.loss]
@@ -283,16 +279,16 @@ def draw_errors(options):
     def place(step, error):
         return 50 + 430 * step / last, 20 - 70 * np.log10(np.clip(error, 1e-4, 1))
 
-    for k in range(5):
-        pen.line([place(0, 0.1 ** k), place(last, 0.1 ** k)], "lightgrey")
-        pen.text((5, 14 + 70 * k), f"{0.1 ** k:g}", "black")
-        pen.text((44 + 430 * k / 4, 310), f"{last * k / 4:.0f}", "black")
+    for error in (1, 0.1, 0.01, 0.001, 0.0001):
+        pen.line([place(0, error), place(last, error)], "lightgrey")
+        pen.text((5, place(0, error)[1] - 6), f"{error:g}", "black")
+    pen.text((420, 310), f"step {last:.0f}", "black")
     colors = ("navy", "royalblue", "seagreen", "orange", "orangered", "darkred")
     for k, (color, low, high) in enumerate(zip(colors, SIGMA_EDGES, SIGMA_EDGES[1:])):
         pen.text((490, 20 + 15 * k), f"sigma {low} to {high}", color)
-        errors = [(rows["step"].mean(), rows[f"error_sigma_{low}_{high}"]) for rows in parts]
-        pen.line([place(step, np.nanmean(error)) for step, error in errors
-                  if np.isfinite(error).any()], color, width=2)
+        points = [(part["step"].mean(), part[f"error_sigma_{low}_{high}"]) for part in parts]
+        pen.line([place(step, np.nanmean(errors)) for step, errors in points
+                  if np.isfinite(errors).any()], color, width=2)
     path = options.out / "samples/errors.png"
     with vdm.replacing(path) as part:
         image.save(part)
@@ -308,11 +304,11 @@ def try_to_write(write, *arguments):
 
 def report(world, videos, action=None):
     """Return the marks of a toy world as text, with those of as many of its own clips."""
-    real = torch.stack([world[i]["video"] for i in range(len(videos))])
-    made = world.check(videos, action)
-    true = world.check(real[:, -videos.shape[1]:])
-    lines = [f"{len(videos)} clips of {videos.shape[1]} frames    made   real"]
-    for name, marks in made.items():
+    n, frames = videos.shape[:2]
+    real = torch.stack([world[i]["video"][-frames:] for i in range(n)])
+    true = world.check(real)
+    lines = [f"{n} clips of {frames} frames    made   real"]
+    for name, marks in world.check(videos, action).items():
         if marks.dtype == bool:
             lines.append(f"{name:>25} {marks.mean():7.0%} {true[name].mean():6.0%}")
     return "\n".join(lines)
@@ -320,59 +316,27 @@ def report(world, videos, action=None):
 # ---- the run -------------------------------------------------------------------------------------
 
 def main(argv=None):
-    options, config = parse(argv)
-    with alone(options):
-        run(options, config)
-
-@contextmanager
-def alone(options):
-    """Keep other runs out of the folder, by a lock on log.csv, which ends with the process.
-
-    Windows and some network disks know no such lock: a second run is not noticed there. If nothing
-    is logged, nothing stays."""
-    if options.dry_run or int(os.environ.get("RANK", 0)):     # the first of torchrun's has the lock
-        yield
-        return
-    new = [folder for folder in (options.out, *options.out.parents) if not folder.exists()]
-    options.out.mkdir(parents=True, exist_ok=True)
-    log = options.out / "log.csv"
-    with open(log, "a") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.register_at_fork(after_in_child=file.close)    # workers outlive a killed process
-        except BlockingIOError as e:
-            raise ValueError(f"another run is writing to {options.out}: wait for it, stop it,"
-                             " or name another --out") from e
-        except (ImportError, OSError):
-            pass
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if log.stat().st_size == 0:
-                    log.unlink()
-                    for folder in new:
-                        folder.rmdir()
-
-def run(options, config):
     """Make ready what a run consists of, train, and finish."""
+    options, config = parse(argv)
     state, config = resume(options, config)
+    options.run = {name: getattr(options, name) for name in RUN | HABITS}
     check(options, config)
     if options.dry_run:
         return dry_run(config)
     options.device = pick_device(options.device)
     options.dtype = pick_dtype(options.dtype, options.device)
-    if options.device.type == "cpu" and "GPU" in ABOUT[options.preset][-1]:
-        print(f"note    preset {options.preset} is meant for a {ABOUT[options.preset][-1]}")
-    if config.frames == 2 and options.device.type == "cpu":
+    on_cpu = options.device.type == "cpu"
+    meant_for = ABOUT[options.preset].split("M  ")[1]
+    if on_cpu and "GPU" in meant_for:
+        print(f"note    preset {options.preset} is meant for a {meant_for}")
+    if on_cpu and config.frames == 2:
         options.dtype = torch.float32              # PyTorch 2.13: Conv3d's gradient in bf16 is NaN
     join(options, config)
+    if options.note:
+        print(f"preset  {options.preset}, but {options.note}, by --frames or --data")
     autoencoder, config = find_autoencoder(options, config, state)
     if options.local:                      # the first process of a machine reads and decodes files
         dist.barrier()
-    if options.note and not options.resume:
-        print(f"preset  {options.preset}, but {options.note}, by --frames or --data")
     asked = config
     data, held_out, config = open_data(options, config, autoencoder)
     if options.files and config != asked:
@@ -387,24 +351,44 @@ def run(options, config):
     picture = partial(sample, config, learner[1].model, device=options.device,
                       dtype=options.dtype, autoencoder=autoencoder,
                       batch=options.micro or 16, **told)
-    if train(options, config, data, learner, store, picture, state):
-        finish(options, config, held_out, picture)
+    with lock(options):
+        if train(options, config, data, learner, store, picture, state):
+            finish(options, config, held_out, picture)
+
+def lock(options):
+    """Keep other runs out of the folder until log.csv, which is returned, is closed.
+
+    Windows and some network disks know no such lock: a second run is not noticed there."""
+    taken = f"another run is writing to {options.out}: wait, stop it, or name another --out"
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = open(options.out / "log.csv", "a")
+    if options.rank:                                      # the first of torchrun's has the lock
+        return log
+    try:
+        import fcntl
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.register_at_fork(after_in_child=log.close)     # workers outlive a killed process
+    except BlockingIOError as e:
+        raise ValueError(taken) from e
+    except (ImportError, OSError):
+        pass
+    need(options.resume or not (options.out / "last.pt").exists(), taken)   # it may have ended
+    return log
 
 def told_to_samples(held_out, n, config, autoencoder, device):
     """Return the conditions of n held-out clips, which the samples of a run are told."""
-    enlarges = config.task == "upsample"
-    if not config.actions and config.give not in PUBLISHED and not enlarges:
+    if not config.actions and config.give not in PUBLISHED and config.task != "upsample":
         return {}
     some = default_collate([held_out[i] for i in range(n)])
     told = {}
-    if enlarges:
+    if config.actions and held_out.actions:
+        told["action"] = some["action"][:, -config.frames:]                              # (N, T, A)
+    if config.task == "upsample":
         clip = vdm.blurred(some["video"], config.enlarge)
         if autoencoder is not None:
             clip = autoencoder.encode(clip.to(device)).cpu()
         level = torch.full((n,), config.hint_noise / 2)
-        told = vdm.hint(clip, torch.ones(clip.shape[:2]), level, torch.randn(clip.shape))
-    if config.actions and held_out.actions:
-        told["action"] = some["action"][:, -config.frames:]                              # (N, T, A)
+        told |= vdm.hint(clip, torch.ones(clip.shape[:2]), level, torch.randn(clip.shape))
     if config.give in PUBLISHED:
         drawn = dict(shown=torch.ones(n), told=torch.ones(n), mask=None)
         told = published_conditions(told, some, drawn, config)
@@ -439,14 +423,14 @@ def make_learner(options, config, state):
 
 def restore(state, model, ema, optimizers):
     """Load weights, averages and moments of a checkpoint, but no peak rates: --lr may be new."""
-    peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
+    peaks = [group["peak"] for optimizer in optimizers for group in optimizer.param_groups]
     whole.set_state_dict(model, optimizers, model_state_dict=state["model"],
                          optim_state_dict=state["optimizers"], options=WHOLE)
     whole.set_model_state_dict(ema.model, state["ema"], options=WHOLE)
     ema.updates = state["ema_updates"]
-    for optimizer, peak in zip(optimizers, peaks, strict=True):
-        for group, rate in zip(optimizer.param_groups, peak, strict=True):
-            group["peak"] = rate
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, peak in zip(groups, peaks, strict=True):
+        group["peak"] = peak
 
 def train(options, config, data, learner, store, picture, state):
     """Make all steps that are left. Return whether they are done: False if a signal came."""
@@ -544,10 +528,9 @@ def save(options, config, learner, autoencoder, step, seconds):
     model, ema, optimizers = learner
     weights, moments = whole.get_state_dict(model, optimizers, options=WHOLE)
     average = whole.get_model_state_dict(ema.model, options=WHOLE)
-    state = dict(config=dataclasses.asdict(config), seed=options.seed, data=options.data,
-                 data_fps=options.data_fps, files=options.files, encode=options.encode, step=step,
-                 seconds=seconds, model=weights, optimizers=moments, ema=average,
-                 ema_updates=ema.updates)
+    state = dict(config=dataclasses.asdict(config), files=options.files, step=step, seconds=seconds,
+                 model=weights, optimizers=moments, ema=average, ema_updates=ema.updates,
+                 **options.run)
     if autoencoder is not None:
         state["autoencoder"] = autoencoder.state_dict()
     if options.rank == 0:
@@ -641,30 +624,27 @@ def differing(before, after):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-# of each preset: what it is, its parameters, and how long a run takes
-ABOUT = dict(
-    tiny=("shapes that bounce", "1.7 M", "40 minutes on a core"),
-    digits=("moving digits", "1.7 M", "on a CPU, not timed"),
-    latent=("the toy world, latents", "1.6 M", "on a CPU, not timed"),
-    planes=("the same, PVDM's planes", "2.0 M", "on a CPU, not timed"),
-    mnist=("Moving MNIST", "10.8 M", "GPU (47 hours on two cores)"),
-    ucf101=("VDM", "1,412 M", "GPU"), sky=("PVDM-L", "528 M", "GPU"),
-    rds=("Video LDM", "736 M", "GPU"), svd=("SVD, published", "1,474 M", "GPU"),
-    vista=("Vista, published", "1,537 M", "GPU"))
-
-def table_of_presets():
-    lines = ["preset  what it is             frames x pixels  parameters  time"]
-    for name, (what, parameters, time) in ABOUT.items():
-        config = vdm.PRESETS[name]
-        size = "{} x {} x {}".format((config.planes or [config.frames])[0], *pixels(config)[0])
-        lines.append(f"{name:7} {what:23} {size:>14} {parameters:>11}  {time}")
-    return "\n".join(lines)
+ABOUT = {
+    "preset": "what it is             frames x pixels  parameters  time",
+    "tiny":   "shapes that bounce         8 x 32 x 32       1.7 M  40 minutes on a core",
+    "digits": "moving digits              8 x 32 x 32       1.7 M  on a CPU, not timed",
+    "latent": "the toy world, latents    16 x 64 x 64       1.6 M  on a CPU, not timed",
+    "planes": "the same, PVDM's planes   16 x 32 x 32       2.0 M  on a CPU, not timed",
+    "mnist":  "Moving MNIST              20 x 64 x 64      10.8 M  GPU (47 hours on two cores)",
+    "ucf101": "VDM                       16 x 64 x 64     1,412 M  GPU",
+    "sky":    "PVDM-L                  16 x 256 x 256       528 M  GPU",
+    "rds":    "Video LDM                8 x 128 x 256       736 M  GPU",
+    "svd":    "SVD, published          14 x 576 x 1024     1,474 M  GPU",
+    "vista":  "Vista, published        25 x 576 x 1024     1,537 M  GPU"}
 
 # what --help shows; --help-all shows all
 FIRST = ("preset data out resume steps batch frames size channels stride task width lr seed device "
          "init latents sample_every micro dry_run help_all").split()
 
-RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)   # what --resume takes from last.pt
+# What --resume takes from last.pt: what makes a run, and how it goes about it, which may change.
+RUN = dict(data="shapes", data_fps=None, encode=2048, seed=0)
+HABITS = dict(dtype="auto", marks=64, workers=0, micro=None, checkpoint_activations=False,
+              save_every=None, sample_every=None, keep_every=None)
 
 def fewer_given(preset, frames):
     """Return odds of given frames, and overlap, where those of a preset do not fit into as few.
@@ -698,17 +678,18 @@ def add_flags(p, preset, all_help):
     add("--init", type=Path, help="a last.pt to start from, or .safetensors of SVD or Vista")
     add("--seed", type=int, help="fixes weights, data and noise (0)")
     add("--device", default="auto", help="auto, or a name that torch knows: cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
+    add("--dtype", choices=["auto", "fp32", "bf16"], help="auto: bf16 where fast")
     add("--save-every", type=int, help="steps between checkpoints (default: a tenth of the run); "
         "they are never more than ten minutes apart")
     add("--sample-every", type=int, help="steps between samples (default: a fifth of the run, "
         "and also after 1, 2, 4 ... minutes)")
     add("--keep-every", type=int, help="keep those of every so many steps: step_000500.pt ...")
-    add("--marks", type=int, default=64, help="clips generated and marked at the end")
-    add("--workers", type=int, default=0, help="processes that read clips ahead")
+    add("--marks", type=int, help="clips generated and marked at the end (64)")
+    add("--workers", type=int, help="processes that read clips ahead (0)")
     add("--dry-run", action="store_true", help="print parameters, operations and memory, and stop")
     add("--micro", type=int, help="clips handled at a time (default: all that a process has)")
-    add("--checkpoint-activations", action="store_true", help="less memory for a third more work")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction,
+        help="less memory for a third more work")
     add("--shard", action="store_true", help="torchrun: divide the model among processes (FSDP2)")
     add("--compile", action="store_true", help="compile the network; needs a C++ compiler")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(vdm.Config), re.M))
@@ -720,15 +701,11 @@ def add_flags(p, preset, all_help):
         add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=f"{comments[f.name]} ({default})", **kind)
 
-def name_run(options, data):
-    """Find the folder of a run, and what --resume would take from there."""
-    name = options.preset
-    if data != "shapes":
-        name += "-" + Path(data).stem
-    options.out = options.out or Path("out", name)
-    if not options.resume:
-        vars(options).update({name: value for name, value in RUN.items()
-                              if getattr(options, name) is None})
+def take(options, values):
+    """Set those options to these values that no flag has named."""
+    for name, value in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 def parse(argv):
     """Read flags into (options, Config). options.given are the fields of Config that were named."""
@@ -736,7 +713,7 @@ def parse(argv):
     named = re.search("--preset[ =](\\w+)", " ".join(words))
     look = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100)
     p = Parser(description=__doc__, formatter_class=look, usage="train.py [--FLAG VALUE ...]",
-               allow_abbrev=False, epilog=table_of_presets())
+               allow_abbrev=False, epilog="\n".join(map("{:7} {}".format, ABOUT, ABOUT.values())))
     add_flags(p, vdm.PRESETS.get(named and named[1], vdm.Config()), "--help-all" in words)
     options = p.parse_args(argv)
     options.given = {name: tuple(value) if isinstance(value, list) else value
@@ -746,7 +723,12 @@ def parse(argv):
         if len(options.given.get(name, "no")) == 1:                                  # square frames
             options.given[name] *= 2
     data = options.data or RUN["data"]
-    name_run(options, data)
+    name = options.preset
+    if data != "shapes":
+        name += "-" + Path(data).stem
+    options.out = options.out or Path("out", name)
+    if not options.resume:
+        take(options, RUN | HABITS)
     preset = vdm.PRESETS[options.preset]
     usual = {}
     if "frames" in options.given:
@@ -879,12 +861,10 @@ def resume(options, config):
              "continues it, another --out starts a new one")
         return dict(step=0, seconds=0.0), config
     state, saved = vdm.read_checkpoint(path)
-    was = RUN | vars(saved) | state
-    for name in RUN:
-        if getattr(options, name) is None:
-            setattr(options, name, was[name])
+    was = RUN | HABITS | vars(saved) | state           # an older checkpoint has no habits
+    take(options, {name: was[name] for name in RUN | HABITS})
     now = options.given | {name: getattr(options, name) for name in reversed(RUN)}
-    may = list(MAY_CHANGE)
+    may = [*MAY_CHANGE, *HABITS]
     if WORLDS.keys().isdisjoint([options.data, was["data"]]):      # a folder may have been moved
         may.append("data")
         need(Path(options.data).exists(), f"{options.data}, the data of this run, is no longer "
@@ -895,6 +875,7 @@ def resume(options, config):
          f"{', '.join(may)}")
     config = dataclasses.replace(saved, **options.given)
     options.given["fps"] = config.fps                              # not again that of the files
+    options.note = ""
     need(state["step"] <= config.steps, f"{path} has done {state['step']} steps: raise --steps")
     return state, config
 
@@ -982,7 +963,7 @@ def spread(net, ema, options):
         for block in blocks(net):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if options.shard:
-        mesh = init_device_mesh(options.device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(options.device.type, (dist.get_world_size(),))
         for model in (net, ema.model):
             for layer in [*blocks(model), model]:
                 fully_shard(layer, mesh=mesh)
@@ -1012,11 +993,11 @@ def estimate(model, config):
         block.register_forward_pre_hook(mark)
         block.register_forward_hook(mark)
     clip = torch.zeros(1, config.frames, config.channels, *(config.crop or config.size))
-    given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
+    given = {}
     if config.give == "previous":
         given = dict(previous=clip)
-    if config.give == "svd":
-        given = {}
+    elif config.give != "svd":
+        given = dict(context=clip, mask=torch.zeros(clip.shape[:2]))
     if config.give in PUBLISHED:
         given |= vdm.picture_conditions(clip[:, :1], config.fps)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
@@ -1052,7 +1033,7 @@ def dry_run(config):
           f"operations {step / 1e9:12,.2f} G in a step of {config.batch} clips")
     moments = 0
     for optimizer in make_optimizers(config, model):
-        of_each = {Muon: 1, torch.optim.AdamW: 2}[type(optimizer)]
+        of_each = 1 if isinstance(optimizer, Muon) else 2
         moments += sum(of_each * p.nbytes for g in optimizer.param_groups for p in g["params"])
     weights = sum(p.nbytes for p in part)
     trained = sum(p.nbytes for p in part if p.requires_grad)

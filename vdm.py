@@ -678,26 +678,20 @@ def stratified(n):
 def loss_weight(sigma, weighting, sigma_data=0.5, gamma=5.0):
     """Weight of the squared error of the clean estimate, of the shape of sigma.
 
-    eps, v, flow, x0, edm  the plain squared error of what a network of that kind predicts
-    min_snr                min(1 / sigma^2, gamma): easy levels do not drown the rest (Hang 2023)
-    inverse                1 / sigma"""
+    With eps, v, flow, x0 or edm it is the plain squared error of what a network of that kind
+    predicts. With min_snr easy levels do not drown the rest (Hang 2023)."""
     snr = sigma.clamp(min=1e-4) ** -2.0                     # a frame that is given may have sigma 0
-    if weighting == "x0":
-        return torch.ones_like(snr)
-    if weighting == "eps":
-        return snr
-    if weighting == "v":
-        return snr + 1
-    if weighting == "flow":
-        return (1 + snr.sqrt()) ** 2
-    if weighting == "edm":
-        return snr + sigma_data ** -2
-    if weighting == "min_snr":
-        return snr.clamp(max=gamma)
-    if weighting == "inverse":
-        return inverse_sigma(sigma)
-    raise ValueError(f"weighting is {weighting!r}, expected one of "
-                     "eps, v, flow, x0, edm, min_snr, inverse")
+    weights = dict(
+        eps=snr,
+        v=snr + 1,
+        flow=(1 + snr.sqrt()) ** 2,
+        x0=torch.ones_like(snr),
+        edm=snr + sigma_data ** -2,
+        min_snr=snr.clamp(max=gamma),
+        inverse=inverse_sigma(sigma))
+    if weighting not in weights:
+        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(weights)}")
+    return weights[weighting]
 
 def constant(sigma, x):
     """One noise level, a number, for every clip of x: (B,)."""
@@ -741,10 +735,9 @@ SAMPLERS = dict(ddpm=sample_ddpm, ddim=sample_ddim, heun=sample_heun, dpmpp_2m=s
 def joint_image_loss(denoiser, clean, images, sigma, noise, loss=diffusion_loss, **options):
     """Joint training on clips (B, T, C, H, W) and pictures (B, N, C, H, W) (VDM sec. 3).
 
-    It is the mean over all T + N frames. VDM appends the pictures to the clip and masks temporal
-    attention, so that each picture sees itself alone. A clip of one frame does the same. Pictures
-    have the noise level of their clip, and no condition. noise is (B, T + N, C, H, W); weight and
-    conditions are those of loss."""
+    It is the mean over all T + N frames. A picture is a clip of one frame, with the noise level of
+    its clip, and no condition. (VDM appends pictures to the clip, hidden from temporal attention,
+    which is the same.) noise is (B, T + N, C, H, W); weight and conditions are those of loss."""
     T = clean.shape[1]
     N = images.shape[1]
     video, error = loss(denoiser, clean, sigma, noise[:, :T], **options)
@@ -883,8 +876,7 @@ class Autoencoder(nn.Module):
 
     factor is a power of two, from 2; it must divide H and W. Noise levels mean nothing unless one
     knows how far latents spread. So train by ae_loss, then call measure, once, before encode. It
-    keeps the mean and standard deviation of every channel with the weights. (Stable Diffusion's is
-    one number that every program must know, 0.18215.)"""
+    keeps the mean and standard deviation of every channel with the weights."""
 
     def __init__(self, channels=3, latent=4, width=32, factor=4):
         super().__init__()
@@ -1248,9 +1240,8 @@ def guided_by(denoise, scale, names):
 
     Vista guides by actions, and both of its estimates are given the frames."""
     def denoise_guided(x, sigma, **conditions):
-        others = {name: value for name, value in conditions.items() if name not in names}
-        named = {name: value for name, value in conditions.items() if name in names}
-        return guided(partial(denoise, **others), scale)(x, sigma, **named)
+        named = {name: conditions.pop(name) for name in names if name in conditions}
+        return guided(partial(denoise, **conditions), scale)(x, sigma, **named)
 
     return denoise_guided
 
@@ -1335,14 +1326,9 @@ def reward(denoise, shape, sigmas, ensemble=5, seed=0, **options):
 # The published network of SVD, which is also Vista's: with the published weights it draws the
 # published videos. It differs from VideoUNet in the details. The noise level is added, and has no
 # scale. Space and time have residual blocks and transformers of their own, and a learned share
-# mixes their results. It works on latents, and is told three things:
-#
-#     concat   the latent of a picture, on all frames; without it, zeros
-#     clip     CLIP's description of that picture, one token; without it, zeros
-#     numbers  frame rate - 1, motion (0 to 255; 127 is usual), noise that was put on the picture
-#
-# Attention to one token is the token: its weight is 1, whatever query and key are. So the
-# published queries, keys and norms of that attention do nothing, and are left out here.
+# mixes their results. CLIP's description of a picture is one token, and attention to one token is
+# the token: its weight is 1, whatever query and key are. So the published queries, keys and norms
+# of that attention do nothing, and are left out here.
 
 LATENT_SCALE = 0.18215      # the latents that are diffused are the autoencoder's, times this number
 
@@ -1481,17 +1467,17 @@ class Stage(nn.ModuleList):
         return x
 
 class StableUNet(nn.Module):
-    """The network of SVD and of Vista: net(x (B, T, 8, H, W), c_noise (B,)) -> (B, T, 4, H, W).
+    """The network of SVD and of Vista: net(x (B, T, 4, H, W), c_noise (B,)) -> (B, T, 4, H, W).
 
-    x is the noisy latents and the picture's, as channels. It may also be the noisy ones alone; the
-    picture's then come as concat (B, 1 or T, 4, H, W). H and W must be multiples of 8. numbers (B,
-    3) must be told, clip (B, 1024) and action (B, actions) may be. c_noise is log(sigma) / 4, (B,)
-    or (B, T), and what comes is of the kind "v".
-
-    Vista has 19 numbers of action for a whole clip; NaN is not told: command 1, trajectory 8 (four
-    points, in metres), speed 4, steering angle 4 (/ 780), goal 2 (x / 1600, y / 900). With
-    embed_given, as in Vista, frames that are given in x have a noise embedding of their own:
-    `given` (B, T) is 0 there and -1 elsewhere, as from Replace.
+    x is noisy latents, H and W multiples of 8, c_noise is log(sigma) / 4, (B,) or (B, T), and what
+    comes is of the kind "v". What is told, of which only numbers must be:
+    concat   (B, 1 or T, 4, H, W), the latents of a picture
+    clip     (B, 1024), CLIP's token of that picture
+    numbers  (B, 3): frame rate - 1, motion (0 to 255), level of noise put on the picture
+    action   (B, 19), NaN where not told: Vista's command 1, trajectory 8 (four points, in metres),
+             speed 4, steering angle 4 (/ 780), goal 2 (x / 1600, y / 900)
+    given    (B, T), 0 where a frame of x is given, -1 elsewhere, as from Replace. With embed_given,
+             as in Vista, such frames have a noise embedding of their own
 
     Published are 1,524.6 M parameters (SVD) and 1,648.1 M (Vista). The 1,474.2 M and 1,537.0 M that
     do something are here. ValueError, one sentence, if an input does not fit."""
@@ -1501,6 +1487,8 @@ class StableUNet(nn.Module):
                  attention=("factorised", "factorised", "factorised", "none"), head_dim=64,
                  dim_clip=1024, dim_number=256, actions=0, embed_given=False):
         super().__init__()
+        self.sizes = dict(channels=channels, width=width, mults=mults, blocks=blocks,
+                          attention=attention)
         self.channels = channels
         self.concat_channels = concat_channels
         self.multiple = 2 ** (len(mults) - 1)
@@ -1546,44 +1534,36 @@ class StableUNet(nn.Module):
                 self.up[-1].append(double)
         self.output = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), zero(conv(dim, channels)))
 
-    def prepare(self, x, concat, told):
-        """Put the picture's latents beside x, zeros for None. Check what is told, {name: value}."""
-        if x.ndim != 5:
-            raise ValueError(f"x is {tuple(x.shape)}, expected a clip (B, T, C, H, W)")
-        B, T, C, H, W = x.shape
+    def check(self, x, **inputs):
+        """Refuse inputs, by name, of which one has another shape than it should have beside x."""
+        B, T, _, H, W = x.shape
         if H % self.multiple or W % self.multiple:
             raise ValueError(f"latents are {H} x {W}, expected multiples of {self.multiple}")
-        if C == self.channels:
-            if concat is None:
-                concat = x.new_zeros(B, 1, self.concat_channels, H, W)
-            shapes = [(B, n, self.concat_channels, H, W) for n in (1, T)]
-            if concat.shape not in shapes:
-                raise ValueError(f"concat is {tuple(concat.shape)}, expected {shapes[0]} or "
-                                 f"{shapes[1]}: the latents of a picture")
-            x = torch.cat([x, concat.to(x).expand(-1, T, -1, -1, -1)], dim=2)
-        elif C != self.channels + self.concat_channels or concat is not None:
-            raise ValueError(f"x has {C} channels, expected {self.channels} noisy and, if there is "
-                             f"no concat, {self.concat_channels} of the picture")
-        for name, (value, length) in told.items():
-            if value.shape != (B, length):
-                raise ValueError(f"{name} is {tuple(value.shape)}, expected {(B, length)}")
-        return x
+        c = self.concat_channels
+        shapes = dict(x=[(B, T, self.channels, H, W)], clip=[(B, self.dim_clip)], numbers=[(B, 3)],
+                      action=[(B, self.actions)], concat=[(B, 1, c, H, W), (B, T, c, H, W)])
+        for name, value in dict(x=x, **inputs).items():
+            if value.shape not in shapes[name]:
+                raise ValueError(f"{name} is {tuple(value.shape)}, expected "
+                                 f"{' or '.join(map(str, shapes[name]))}")
 
     def forward(self, x, c_noise, concat=None, clip=None, numbers=None, action=None, given=None):
-        B, T = x.shape[:2]
+        B, T, _, H, W = x.shape
         c_noise = torch.as_tensor(c_noise, device=x.device)
+        if c_noise.ndim < 2:
+            c_noise = c_noise.reshape(-1, 1).expand(B, T)
         if numbers is None:
             raise ValueError("numbers (B, 3) are missing: frame rate - 1, motion, augmentation")
         if given is not None and self.embed_given is None:
             raise ValueError("this is SVD's network: only Vista's knows frames given in x")
+        if concat is None:
+            concat = x.new_zeros(B, 1, self.concat_channels, H, W)
         if clip is None:
             clip = x.new_zeros(B, self.dim_clip)
         if action is None:
             action = x.new_full((B, self.actions), math.nan)
-        if c_noise.ndim < 2:
-            c_noise = c_noise.reshape(-1, 1).expand(B, T)
-        told = dict(clip=(clip, self.dim_clip), numbers=(numbers, 3), action=(action, self.actions))
-        x = self.prepare(x, concat, told)                                          # (B, T, 8, H, W)
+        self.check(x, concat=concat, clip=clip, numbers=numbers, action=action)
+        x = torch.cat([x, concat.to(x).expand(-1, T, -1, -1, -1)], dim=2)          # (B, T, 8, H, W)
         level = waves(c_noise, self.embed[0].in_features).to(x)                     # (B, T, width)
         emb = self.embed(level)                                                         # (B, T, E)
         if given is not None:
@@ -1656,9 +1636,8 @@ def stream(denoise, length, shape, sigmas, lag, context=None, seed=0, clips=None
     A window, of shape (B, T, C, H, W), holds frames that are done, and then some on their way, each
     `lag` steps behind the one before. Once its last frame has set out it moves on by one. denoise
     sees frames that are done at level 0, as a PerFrame sees given ones. lag is steps / (T - 1) or
-    more, so that one is always in sight. With lag = steps and T - 1 frames of context this is
-    rollout with overlap T - 1, if both draw the same noise. The sampler starts anew every `lag`
-    steps: so sample_dpmpp_2m, which looks back, is sample_ddim at lag 1.
+    more, so that one is always in sight. The sampler starts anew every `lag` steps: so
+    sample_dpmpp_2m, which looks back, is sample_ddim at lag 1.
 
     Arguments are those of rollout, but tell(start) returns the conditions of a window that begins
     at frame start. ValueError for a lag, or a context, of which no window can be made."""
@@ -1738,29 +1717,25 @@ class LoRA(nn.Module):
         self.layer.weight += low_rank.view_as(self.layer.weight)
         return self.layer
 
-class Bottleneck(nn.Sequential):
-    """The trained part of SimDA's adapters."""
+class Adapter(nn.Sequential):
+    """The trained part of SimDA, and of Tune-A-Video: there, the layer that makes the queries."""
 
 def bottleneck(dim):
     """SimDA's adapter of attention or feed-forward layers: GELU on a quarter of the channels."""
-    return Bottleneck(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
+    return Adapter(nn.Linear(dim, dim // 4), nn.GELU(), zero(nn.Linear(dim // 4, dim)))
 
 def temporal_bottleneck(dim):
     """SimDA's T-Adapter: half of the channels look at three frames, each channel on its own."""
     half = dim // 2
-    return Bottleneck(nn.Conv3d(dim, half, 1),
-                      nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
-                      zero(nn.Conv3d(half, dim, 1)))
-
-class Queries(nn.Sequential):
-    """The trained part of Tune-A-Video: the layer that makes the queries."""
-
-SHIFTS = (4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)
+    return Adapter(nn.Conv3d(dim, half, 1),
+                   nn.Conv3d(half, half, (3, 1, 1), padding=(1, 0, 0), groups=half),
+                   zero(nn.Conv3d(half, dim, 1)))
 
 def latent_shift(t, h, w):
     """SimDA's latent-shift attention: frame t looks at itself, and at places of up to four frames
     ago, which alternate as in the authors' code. Where the clip had not begun, it is frame t."""
-    past = t - torch.tensor(SHIFTS, device=t.device)[h % 4, w % 4]
+    shifts = torch.tensor([(4, 3, 2, 1), (3, 2, 1, 0), (2, 1, 0, 0), (1, 2, 3, 4)], device=t.device)
+    past = t - shifts[h % 4, w % 4]
     return [t, torch.where(past < 0, t, past)]
 
 def sparse_causal(t, h, w):
@@ -1844,7 +1819,7 @@ def video_layers(net, kind):
                 new = FrameAttention(block.time, layer, latent_shift, temporal_bottleneck(dim),
                                      bottleneck(dim), bottleneck(dim))
             else:
-                layer.q = Queries(layer.q)
+                layer.q = Adapter(layer.q)
                 new = FrameAttention(block.time, layer, sparse_causal)
             yield f"{name}.time", new
             yield f"{name}.space_attention", nn.Identity()
@@ -1871,7 +1846,7 @@ def adapt(net, kind="lora", rank=4):
 PARTS = {"temporal": (TemporalConv, TemporalAttention, ConcatInput, StableTemporalResidual,
                       StableTemporalAttention),
          "conditions": (NumberEmbedding, LabelEmbedding, ActionEmbedding, ActionProjection),
-         "lora": (LowRank,), "adapters": (Bottleneck, Queries)}
+         "lora": (LowRank,), "adapters": (Adapter,)}
 
 def part_of(model):
     """The part of a model that every parameter belongs to: {parameter: part}.
@@ -1929,7 +1904,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -1941,17 +1915,17 @@ from pathlib import Path
 # there is a label of .labels classes, and an action (T, A) of modes of the lengths .actions.
 
 class MovingShapes:
-    """One or two solid shapes move on black, straight ahead, at constant speed. Walls bounce them.
+    """A solid shape moves on black, straight ahead, at constant speed. Walls bounce it.
 
-    A shape keeps its kind, colour and size. The label of a single shape is 6 * kind + colour.
-    RADIUS (half the side of its box) and SPEED (the way per frame) are shares of the picture's
-    shorter side. Shapes are lamps: their light adds up. Two shapes have different primary colours,
-    so each has one colour channel to itself. With a stride a clip is every stride-th frame of the
-    same clip, and SPEED is so many times as high."""
+    It keeps its kind, colour and size. Its label is 6 * kind + colour. RADIUS (half the side of its
+    box) and SPEED (the way per frame) are shares of the picture's shorter side. With a stride a
+    clip is every stride-th frame of the same clip, and SPEED is so many times as high."""
 
     KINDS = "disc", "square", "triangle"
     COLORS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1),
                   yellow=(1, 1, 0), magenta=(1, 0, 1), cyan=(0, 1, 1))
+    labels = 18
+    actions = ()
     RADIUS = 0.18, 0.25
     SPEED = 0.03, 0.08
 
@@ -1966,38 +1940,28 @@ class MovingShapes:
     HURRY = 0.017                # one window's speed against the clip's
     TWIN = 0.05                  # difference of two copies, as a share of the light of both
 
-    def __init__(self, frames=8, size=(32, 32), objects=1, seed=0, stride=1):
+    def __init__(self, frames=8, size=(32, 32), seed=0, stride=1):
         self.frames = frames
         self.size = tuple(size)
-        self.objects = objects
         self.seed = seed
         self.SPEED = tuple(stride * speed for speed in self.SPEED)
         self.palette = np.float32(list(self.COLORS.values()))                         # (colours, 3)
-        self.labels = 18
-        if objects == 2:
-            self.palette = self.palette[:3]
-            self.labels = 0
-        self.actions = ()
 
     def __getitem__(self, i):
         rng = np.random.default_rng([self.seed, i])
         unit = min(self.size)
-        video = np.zeros((self.frames, 3, *self.size), np.float32)
-        for color in rng.permutation(len(self.palette))[: self.objects]:
-            kind = rng.integers(3)
-            r = rng.uniform(*self.RADIUS) * unit
-            speed = rng.uniform(*self.SPEED) * unit
-            angle = rng.uniform(0, 2 * np.pi)
-            walls = np.array(self.size) - r
-            step = speed * np.array([np.sin(angle), np.cos(angle)])
-            path = rng.uniform(r, walls) + step * np.arange(self.frames)[:, None]           # (T, 2)
-            y, x = self.bounce(path, r, walls).T
-            cover = np.float32(self.draw(kind, r, y, x, self.size))                      # (T, H, W)
-            video += cover[:, None] * self.palette[color][:, None, None]
-        clip = dict(video=torch.from_numpy(video) * 2 - 1)                            # (T, 3, H, W)
-        if self.labels:
-            clip["label"] = 6 * int(kind) + int(color)
-        return clip
+        color = rng.permutation(len(self.palette))[0]
+        kind = rng.integers(3)
+        r = rng.uniform(*self.RADIUS) * unit
+        speed = rng.uniform(*self.SPEED) * unit
+        angle = rng.uniform(0, 2 * np.pi)
+        walls = np.array(self.size) - r
+        step = speed * np.array([np.sin(angle), np.cos(angle)])
+        path = rng.uniform(r, walls) + step * np.arange(self.frames)[:, None]               # (T, 2)
+        y, x = self.bounce(path, r, walls).T
+        cover = np.float32(self.draw(kind, r, y, x, self.size))                          # (T, H, W)
+        video = cover[:, None] * self.palette[color][:, None, None]                   # (T, 3, H, W)
+        return dict(video=torch.from_numpy(video) * 2 - 1, label=6 * int(kind) + int(color))
 
     @staticmethod
     def bounce(x, low, high):
@@ -2019,41 +1983,41 @@ class MovingShapes:
         return np.clip(0.5 - outside, 0, 1)
 
     def check(self, videos, action=None):
-        """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays.
+        """Mark clips (B, T, 3, H, W) with values from -1 to 1. The result is a dict of arrays (B,).
 
-        Each law has an entry (B,): do all shapes keep it? `passed` (B,) is true if all are kept.
-        kinds, colors and speeds (B, objects) are what is seen. copies counts the clips that nearly
-        equal an earlier clip of the batch: models that collapse make many."""
-        v = self.light(videos)
-        B, _, _, H, W = v.shape
+        Each law has an entry: is it kept? `passed` is true if all are. kinds, colors and speeds are
+        what is seen. copies is one number: how many clips nearly equal an earlier clip of the
+        batch? Models that collapse make many."""
+        light = self.light(videos)
+        B, _, _, H, W = light.shape
         unit = min(H, W)
-        shapes, black = self.split(v)                                    # (N, T, 3, H, W) and (B,)
-        color = self.core(shapes)                                                       # (N, T, 3)
+        dark = np.median(light, (1, 3, 4), keepdims=True)      # shapes cover a quarter, at the most
+        shapes = np.maximum(light - dark, 0)                                         # around it 0
+        color = self.core(shapes)                                                       # (B, T, 3)
         bright = np.maximum(np.median(color.max(2), 1), 1e-3)   # of the clip: it must not flicker
         color = color / bright[:, None, None]
-        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, N)
-        match, radius, y, x = self.compare(shapes.max(2) / bright[:, None, None, None])  # (3, N, T)
-        kind = match.mean(2).argmax(0)                                                        # (N,)
-        own = kind, np.arange(len(kind))
-        r = radius[own]                                                                     # (N, T)
-        usual_r = np.median(r, 1, keepdims=True)                                            # (N, 1)
-        miss_y, speed_y = self.fit_path(y[own], usual_r, H)                           # (N, windows)
+        far = np.abs(color - self.palette[:, None, None]).max((2, 3))                 # (colours, B)
+        match, radius, y, x = self.compare(shapes.max(2) / bright[:, None, None, None])  # (3, B, T)
+        kind = match.mean(2).argmax(0)                                                        # (B,)
+        own = kind, np.arange(B)
+        r = radius[own]                                                                     # (B, T)
+        usual_r = np.median(r, 1, keepdims=True)                                            # (B, 1)
+        miss_y, speed_y = self.fit_path(y[own], usual_r, H)                           # (B, windows)
         miss_x, speed_x = self.fit_path(x, usual_r, W)
         speed = np.hypot(speed_y, speed_x) / unit
         usual_speed = np.median(speed, 1, keepdims=True)
         low, high = np.array(self.RADIUS) * unit * (1 - self.SLACK, 1 + self.SLACK)
+        black = dark.max((1, 2, 3, 4)) < self.TONE
         laws = dict(
             shape=(match[own] > self.MATCH) & (match.max(0) - match[own] < self.RIVAL),
-            color=(far.min(0) < self.TONE) & (bright > self.TONE),
+            color=(far.min(0) < self.TONE) & (bright > self.TONE) & black,
             size=(np.abs(r / usual_r - 1) < self.RESIZE) & (low < usual_r) & (usual_r < high),
             path=np.maximum(miss_y, miss_x) < self.STRAY * unit,
             speed=np.abs(speed - usual_speed) < self.HURRY,
             moving=speed > self.SPEED[0] / 2)                  # a frozen clip breaks this law alone
         laws = {law: kept.reshape(B, -1).all(1) for law, kept in laws.items()}
-        laws["color"] &= black
-        seen = dict(kinds=kind, colors=far.argmin(0), speeds=usual_speed)
-        seen = {name: a.reshape(B, -1) for name, a in seen.items()}
-        return dict(passed=np.all(list(laws.values()), 0), **laws, **seen, copies=self.copies(v))
+        return dict(passed=np.all(list(laws.values()), 0), **laws, kinds=kind, colors=far.argmin(0),
+                    speeds=usual_speed[:, 0], copies=self.copies(light))
 
     @staticmethod
     def light(videos):
@@ -2074,39 +2038,24 @@ class MovingShapes:
         near = both - 2 * product <= self.TWIN * both            # the left side is |a - b| squared
         return np.tril(near, -1).any(1).sum()
 
-    def split(self, v):
-        """Show each shape alone, (N, T, 3, H, W), N = B * objects. Tell if the rest is black, (B,).
-
-        The rest is the dark around a shape, which becomes 0, and the channel of neither of two."""
-        dark = np.median(v, (1, 3, 4), keepdims=True)         # shapes cover a quarter, at the most
-        black = dark.max((1, 2, 3, 4)) < self.TONE
-        v = np.maximum(v - dark, 0)
-        if self.objects == 2:
-            order = v.mean((1, 3, 4)).argsort(1)                   # (B, 3): the channels, by light
-            alone = order[:, :, None, None, None, None] == np.arange(3)[:, None, None]
-            v = np.where(alone, v[:, None], 0)                                  # (B, 3, T, 3, H, W)
-            black &= self.core(v[:, 0]).max((1, 2)) < self.TONE
-            v = v[:, 1:].reshape(-1, *v.shape[2:])
-        return v, black
-
     def core(self, v):
-        """Return the mean of the brightest pixels of v (N, T, 3, H, W) in each frame, (N, T, 3).
+        """Return the mean of the brightest pixels of v (B, T, 3, H, W) in each frame, (B, T, 3).
 
         They are half as many as the smallest shape has, so that soft edges are not among them."""
         light = v.max(2)
         few = int((self.RADIUS[0] * min(light.shape[2:])) ** 2)
-        least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (N, T)
+        least = np.partition(light.reshape(*light.shape[:2], -1), -few)[..., -few]          # (B, T)
         return v.mean((3, 4), where=(light >= least[..., None, None])[:, :, None])
 
     def compare(self, light):
-        """Compare light (N, T, H, W) with each kind of shape, equal in area and centre.
+        """Compare light (B, T, H, W) with each kind of shape, equal in area and centre.
 
         Blur changes neither. Return the overlap, the radius, and the middle of the box, y and x:
-        (3, N, T), but x (N, T)."""
+        (3, B, T), but x (B, T)."""
         H, W = light.shape[2:]
         outside, inside = self.EDGE
         cover = np.clip((light - outside) / (inside - outside), 0, 1)
-        area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (N, T)
+        area = np.maximum(cover.sum((2, 3)), 1e-3)                                          # (B, T)
         center = cover.sum(3) @ (np.arange(H) + 0.5) / area
         x = cover.sum(2) @ (np.arange(W) + 0.5) / area
         radius = np.sqrt(area / np.array([np.pi, 4, 2])[:, None, None])       # the area is c r ** 2
@@ -2119,10 +2068,10 @@ class MovingShapes:
         return np.stack(match), radius, y, x
 
     def fit_path(self, x, r, side):
-        """Fit a bouncing path to every 8 frames in a row of a coordinate x (N, T).
+        """Fit a bouncing path to every 8 frames in a row of a coordinate x (B, T).
 
-        It turns at r (N, 1) from the walls, 0 and side. Of 97 speeds and 13 places of the middle
-        frame the best is taken. Return how far x strays from it, and its speed: (N, windows)."""
+        It turns at r (B, 1) from the walls, 0 and side. Of 97 speeds and 13 places of the middle
+        frame the best is taken. Return how far x strays from it, and its speed: (B, windows)."""
         n = min(8, x.shape[1])
         limit = 1.25 * self.SPEED[1] * side
         speed, place = np.meshgrid(np.linspace(-limit, limit, 97), np.linspace(-1.5, 1.5, 13),
@@ -2132,9 +2081,9 @@ class MovingShapes:
         high = np.maximum(side - low, low + 1)
         misses = []
         speeds = []
-        for run in np.lib.stride_tricks.sliding_window_view(x, n, 1).swapaxes(0, 1):        # (N, n)
-            paths = self.bounce(run[:, n // 2, None, None] + lines, low, high)      # (N, lines, n)
-            miss = np.abs(paths - run[:, None]).max(2)                                  # (N, lines)
+        for run in np.lib.stride_tricks.sliding_window_view(x, n, 1).swapaxes(0, 1):        # (B, n)
+            paths = self.bounce(run[:, n // 2, None, None] + lines, low, high)      # (B, lines, n)
+            miss = np.abs(paths - run[:, None]).max(2)                                  # (B, lines)
             misses.append(miss.min(1))
             speeds.append(np.abs(speed.flat[miss.argmin(1)]))
         return np.stack(misses, 1), np.stack(speeds, 1)
@@ -2246,25 +2195,6 @@ def crop_to(image, size=None, channels=3):
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.atleast_3d(image)
 
-def conversion(x):
-    """What turns an array of other numbers or axes into bytes with the channels last, as words."""
-    words = ""
-    if x.ndim in (4, 5) and x.shape[-3] in (1, 3):
-        words = ": put the channels last, np.moveaxis(x, -3, -1)"
-    if x.dtype != np.uint8 and x.dtype.kind in "biuf" and x.size:
-        some = x.flat[::x.size // 10 ** 6 + 1]                     # all, unless there are millions
-        low = float(some.min())
-        high = float(some.max())
-        cure = "scale to 0 to 255"
-        if 0 <= low and high <= 255:
-            cure = "round"
-        if -1 <= low and high <= 1:
-            cure = "multiply by 255"
-            if low < 0:
-                cure = "add 1, multiply by 127.5"
-        words += f": values are {low:.4g} to {high:.4g}, {cure} and store uint8"
-    return words
-
 def clips_of_array(path):
     """The clips in an .npy or a one-array .npz, uint8 ([N,] T, H, W [, C]), each as PIL images.
 
@@ -2274,8 +2204,8 @@ def clips_of_array(path):
     if not isinstance(x, np.ndarray):
         if len(x) != 1:
             raise ValueError(f"an .npz of {len(x)} arrays, expected one")
-        x = np.asarray(x[x.files[0]])
-    stored = x
+        x = x[x.files[0]]
+    found = f"{x.dtype} {x.shape}"
     if path.name == "mnist_test_seq.npy":
         x = x.swapaxes(0, 1)
     if x.shape[-1:] not in [(1,), (3,), (4,)]:
@@ -2284,8 +2214,9 @@ def clips_of_array(path):
         x = x[None]                                                              # (N, T, H, W, C)
     # one frame or three without colour are rather the channels of an (N, C, H, W)
     if x.dtype != np.uint8 or x.ndim != 5 or x.shape[1::3] in ((1, 1), (3, 1)):
-        raise ValueError("expected uint8 ([N,] T, H, W [, C]), found "
-                         f"{stored.dtype} {stored.shape}{conversion(stored)}")
+        raise ValueError(f"expected uint8 ([N,] T, H, W [, C]), found {found}: multiply values of 0"
+                         " to 1 by 255 (of -1 to 1: add 1, multiply by 127.5), round and store"
+                         " uint8, and put the channels last, np.moveaxis(x, -3, -1)")
     if x.shape[4] == 1:
         x = x[..., 0]
     return [map(Image.fromarray, clip) for clip in x]
@@ -2334,6 +2265,13 @@ def at_rate(frames, times, rate=None):
     counts = np.bincount((nearest + 0.5 + 1e-6).astype(int), minlength=len(times))
     return (frame for frame, n in zip(frames, counts) for _ in range(n)), rate
 
+def files_of(path):
+    """The file that a path names or, of a folder, the pictures in it, frame2 before frame10."""
+    if not path.is_dir():
+        return [path]
+    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
+    return sorted(files, key=lambda p: (len(p.stem), p.stem))
+
 def open_clips(path, rate=None):
     """The clips in a file, or the one in a folder of pictures, as PIL images; frames per second.
 
@@ -2344,20 +2282,17 @@ def open_clips(path, rate=None):
     if suffix in (".npy", ".npz"):
         return clips_of_array(path), rate or FPS
     if suffix in VIDEOS:
-        times = times_of(path)
         frames = iio.imiter(path, plugin="FFMPEG", output_params=STORED_FRAMES)
-        frames, fps = at_rate(map(Image.fromarray, frames), times, rate)
-        return [frames], fps
-    if suffix in (".gif", ".webp"):
+        frames, fps = at_rate(map(Image.fromarray, frames), times_of(path), rate)
+    elif suffix in (".gif", ".webp"):
         frames, fps = at_rate(*frames_of_gif(path), rate)
-        return [frames], fps
-    if not path.is_dir():
-        return [[Image.open(path)]], rate or FPS
-    files = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]
-    if not files:
-        raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
-    files.sort(key=lambda p: (len(p.stem), p.stem))                        # frame2 before frame10
-    return [map(Image.open, files)], rate or FPS
+    else:
+        files = files_of(path)
+        if not files:
+            raise ValueError(f"a folder without pictures, expected {' '.join(sorted(PICTURES))}")
+        frames = map(Image.open, files)
+        fps = rate or FPS
+    return [frames], fps
 
 def decode(path, size=None, channels=3, rate=None):
     """A file or a folder of pictures -> clips uint8 (N, T, h, w, channels), frames per second.
@@ -2493,12 +2428,6 @@ def find_files(root, without=None):
                 files[key] = path
     return sorted(files.values())
 
-def files_of(path):
-    """The files that a path of find_files stands for: itself or, of a folder, the files in it."""
-    if path.is_dir():
-        return sorted(p for p in path.glob("[!.]*") if p.is_file())
-    return [path]
-
 class VideoFolder:
     """Clips of `frames` frames from a file, or from the files below a folder or its train/.
 
@@ -2539,7 +2468,6 @@ class VideoFolder:
             self.cache = folder / ".vdm_cache"
         self.cached = {path.name[:32]: path for path in folder.glob(".vdm_cache/[!.]*.npy")}
         self.clips = []
-        self.lengths = []                              # of each clip, in frames
         self.rates = []                                # of each clip, frames per second
         self.moves = []                                # the actions of each clip, or None
         self.actions = ()
@@ -2568,18 +2496,19 @@ class VideoFolder:
                   f"skipped, {self.size[0]}x{self.size[1]} crop, {self.channels} channels, "
                   f"{self.fps:g} fps")
         if self.clips:
-            ends = sorted({min(self.lengths), max(self.lengths)})
+            lengths = [len(clip) for clip in self.clips]
+            ends = sorted({min(lengths), max(lengths)})
             report += f", {' to '.join(map(str, ends))} frames each"
         if self.actions:
             report += f", {sum(x is not None for x in self.moves)} with actions"
         lines = [report, *skipped[:9]]
         if len(skipped) > 9:
             lines.append(f"skipped {len(skipped) - 9} more")
-        if max(self.rates, default=0) > 1.05 * min(self.rates, default=0):
-            counts = Counter(f"at {rate:.3g} fps" for rate in self.rates).most_common(6)
-            lines.append("warning: clips have different rates, " + ", ".join(
-                f"{n} {rate}" for rate, n in counts) + f": --data-fps {min(self.rates):.3g} chooses"
-                " frames so that they have one")
+        low = min(self.rates, default=0)
+        high = max(self.rates, default=0)
+        if high > 1.05 * low:
+            lines.append(f"warning: clips have different rates, {low:.3g} to {high:.3g} fps: "
+                         f"--data-fps {low:.3g} chooses frames so that they have one")
         return "\n      ".join(lines).encode(errors="replace").decode()   # names may be any bytes
 
     def add(self, file):
@@ -2590,7 +2519,6 @@ class VideoFolder:
                              f"{self.span}: lower --frames or --stride")
         self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
         self.clips += clips
-        self.lengths += [len(clips[0])] * len(clips)
         self.rates += [fps] * len(clips)
 
     def read(self, file):
@@ -2607,8 +2535,6 @@ class VideoFolder:
             fps = float(path.stem.partition("-")[2])
             shape = np.load(path, mmap_mode="r").shape
         except (KeyError, OSError, ValueError, EOFError):                    # missing, or damaged
-            if key in self.cached:
-                self.cached[key].unlink(missing_ok=True)
             clips, fps = decode(file, self.size, self.channels, self.data_fps)
             shape = clips.shape
             path = self.cache / f"{key}-{fps}.npy"
@@ -2640,7 +2566,7 @@ class VideoFolder:
         """The number of the clip that item i is cut from, and the slice of its frames."""
         turn, k = divmod(i, len(self))
         number = np.random.default_rng([self.seed, 0, turn]).permutation(len(self))[k]
-        starts = self.lengths[number] - self.span + 1
+        starts = len(self.clips[number]) - self.span + 1
         start = int(np.random.default_rng([self.seed, 1, i]).integers(starts))
         return number, slice(start, start + self.span, self.stride)
 
@@ -2824,34 +2750,29 @@ def check_config(config):
         raise ValueError(f"head_dim is {config.head_dim}: it must be even and divide the channels "
                          f"of every level that has attention, {wide}")
 
-def build_network(config):
-    """Config -> VideoUNet, for planes PlaneUNet, for give svd and vista StableUNet, all fresh."""
-    if config.give in ("svd", "vista"):
-        return StableUNet(config.channels, config.channels, config.width, config.mults,
-                          config.blocks, config.attention, config.head_dim,
-                          actions=sum(config.actions), embed_given=config.give == "vista")
-    conditions = {}
-    if config.labels:
-        conditions["label"] = LabelEmbedding(config.labels)
-    if config.actions:
-        conditions["action"] = ActionEmbedding(sum(config.actions))
-    if config.give == "hint":
-        conditions["augmentation"] = NumberEmbedding()
-    if config.give == "replace":
-        conditions["given"] = LabelEmbedding(1)
-    concat_channels = dict(concat=config.channels + 1, hint=config.channels + 1,
-                           previous=config.channels).get(config.give, 0)
-    if config.planes:
-        return PlaneUNet(config.channels, concat_channels, config.width, config.mults,
-                         config.blocks, config.attention, config.width // config.head_dim,
-                         plane_sizes(*config.planes))
-    return VideoUNet(config.channels, concat_channels, config.width, config.mults, config.blocks,
-                     config.attention, config.head_dim, config.patch, conditions=conditions)
-
 def build(config):
-    """Config -> Denoiser with fresh weights."""
+    """Config -> Denoiser with fresh weights. Its network is a VideoUNet, for planes a PlaneUNet,
+    for give svd and vista a StableUNet."""
     check_config(config)
-    net = build_network(config)
+    C = config.channels
+    concat_channels = dict(concat=C + 1, hint=C + 1, previous=C, svd=C, vista=C).get(config.give, 0)
+    sizes = (C, concat_channels, config.width, config.mults, config.blocks, config.attention)
+    if config.give in ("svd", "vista"):
+        net = StableUNet(*sizes, config.head_dim, actions=sum(config.actions),
+                         embed_given=config.give == "vista")
+    elif config.planes:
+        net = PlaneUNet(*sizes, config.width // config.head_dim, plane_sizes(*config.planes))
+    else:
+        conditions = {}
+        if config.labels:
+            conditions["label"] = LabelEmbedding(config.labels)
+        if config.actions:
+            conditions["action"] = ActionEmbedding(sum(config.actions))
+        if config.give == "hint":
+            conditions["augmentation"] = NumberEmbedding()
+        if config.give == "replace":
+            conditions["given"] = LabelEmbedding(1)
+        net = VideoUNet(*sizes, config.head_dim, config.patch, conditions=conditions)
     if config.adapters:
         adapt(net, config.adapters, config.rank)
     return GIVES[config.give](net, config.kind, config.sigma_data)
@@ -2869,23 +2790,36 @@ def save(path, **state):
         f.flush()
         os.fsync(f.fileno())                            # on the disk before it gets the old name
 
-def read_checkpoint(path):
-    """What save wrote -> (dict, Config).
+def read_file(path):
+    """What torch.save or safetensors wrote to a file.
 
-    ValueError for a file that is damaged, that holds code, which weights_only never runs, or that
-    is of another version of Config, as its network may have been another, too."""
-    if not Path(path).is_file():
+    ValueError for one that is damaged, or that holds code, which weights_only never runs."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = Config.__dataclass_fields__.keys() - state["config"].keys()
-        if missing:
-            raise ValueError(f"its config has no {', '.join(sorted(missing))}")
-        return state, Config(**state["config"])
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"to read {path}: pip install safetensors") from e
     except Exception as e:                                         # each kind of damage has its own
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
         raise ValueError(f"{path} is no checkpoint of this program: it is truncated, of another "
-                         f"version, or holds code, which is never run ({reason})") from e
+                         f"kind, or holds code, which is never run ({reason})") from e
+
+def read_checkpoint(path):
+    """What save wrote -> (dict, Config). ValueError as of read_file, or if it is of another version
+    of Config, as its network may have been another, too."""
+    state = read_file(path)
+    if not isinstance(state, dict) or "config" not in state:
+        raise ValueError(f"{path} is no checkpoint of this program")
+    other = state["config"].keys() ^ Config.__dataclass_fields__.keys()
+    if other:
+        raise ValueError(f"{path} is of another version of this program: only one of them knows "
+                         f"{', '.join(sorted(other))}")
+    return state, Config(**state["config"])
 
 def with_weights(model, weights, path):
     """model with these weights, in evaluation mode."""
@@ -2902,13 +2836,10 @@ def load(path, raw=False):
     raw takes the last weights instead, which last.pt of a run has, too.
     A .safetensors or .ckpt file holds published weights, for the preset svd or vista."""
     if Path(path).suffix in (".safetensors", ".ckpt"):
-        denoiser, found = read_published(path)
-        preset = PRESETS["vista" if found["embed_given"] else "svd"]
-        same = ("channels", "width", "mults", "blocks", "attention")
-        preset = dataclasses.replace(preset, **{name: found[name] for name in same})
-        if not found["actions"]:
-            preset = dataclasses.replace(preset, actions=())
-        return denoiser, preset
+        denoiser = load_published(path)
+        preset = PRESETS["svd" if denoiser.net.embed_given is None else "vista"]
+        actions = preset.actions if denoiser.net.actions else ()
+        return denoiser, dataclasses.replace(preset, actions=actions, **denoiser.net.sizes)
     state, config = read_checkpoint(path)
     if "stage" in state:
         raise ValueError(f"{path} is an autoencoder: train on its latents with --latents {path}")
@@ -2968,9 +2899,8 @@ def renamed(name, names):
         name = name.replace(ours, theirs)
     return name[1:]
 
-def stability_name(name):
-    """Our name of a tensor -> its key in files of Stability's code and of Vista."""
-    return renamed(name, STABILITY_NAMES)
+# Our name of a tensor -> its key in files of Stability's code and of Vista.
+stability_name = partial(renamed, names=STABILITY_NAMES)
 
 def diffusers_name(name, blocks):
     """Our name of a tensor -> its key in diffusers' UNetSpatioTemporalConditionModel, whose levels
@@ -2986,27 +2916,14 @@ def diffusers_name(name, blocks):
     kind = ("resnets", "attentions")[int(part)]
     return f"{way}_blocks.{level}.{kind}.{block}.{rest}"
 
-def read_weights(path):
-    """Read the tensors of a .safetensors, .pt or .ckpt file as {name: tensor}."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-            return safetensors.torch.load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        return weights.get("state_dict", weights)
-    except ModuleNotFoundError as e:
-        raise ValueError(f"to read {path}: pip install safetensors") from e
-    except Exception as e:                                         # each kind of damage has its own
-        raise ValueError(f"{path} cannot be read as weights: it is truncated, or holds code, which "
-                         f"is never run ({str(e).splitlines()[0][:150]})") from e
+def tensors_of(source):
+    """Return the tensors {key: tensor} of the published network, and the naming of their keys.
 
-def tensors_of(weights):
-    """Return published weights {key: tensor} of the network alone, and the naming of its keys.
-
-    The naming is a function: our name of a tensor -> its key."""
+    source is as in load_published. The naming is a function: our name of a tensor -> its key."""
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    weights = source if isinstance(source, dict) else read_file(source)
+    weights = weights.get("state_dict", weights)
     prefix = "model.diffusion_model."
     if any(key.startswith(prefix) for key in weights):       # beside it: autoencoder, CLIP
         weights = {key.removeprefix(prefix): w for key, w in weights.items()
@@ -3029,18 +2946,15 @@ def arguments_of(weights, naming):
                              f"missing among {', '.join(sorted(weights)[:3])} ...")
     width, both = find("down.0.0.weight").shape[:2]
     channels = len(find("output.2.weight"))
+    stages = [find(f"down.{i}.0.space.conv1.weight") for i in range(1, 100)]
+    blocks = stages.index(None)                                # this stage halves; a level follows
     mults = []
     attention = []
-    blocks = 0
-    stage = 1
-    while (first := find(f"down.{stage}.0.space.conv1.weight")) is not None:
-        mults.append(len(first) // width)
-        has_attention = find(f"down.{stage}.1.enter.weight") is not None
-        attention.append("factorised" if has_attention else "none")
-        while find(f"down.{stage}.0.space.conv1.weight") is not None:
-            stage += 1
-        blocks = blocks or stage - 1
-        stage += 1                                                            # that which halves
+    for i in range(0, len(stages), blocks + 1):
+        if stages[i] is not None:
+            mults.append(len(stages[i]) // width)
+            is_plain = find(f"down.{i + 1}.1.enter.weight") is None
+            attention.append("none" if is_plain else "factorised")
     action = find("middle.1.space_attention.action.weight")
     return dict(
         channels=channels, concat_channels=both - channels, width=width, mults=tuple(mults),
@@ -3060,17 +2974,9 @@ def load_published(source, head_dim=64):
     the tensors; only the channels per attention head cannot be (diffusers: block_out_channels /
     num_attention_heads). ValueError names what is missing, what has another shape, and what this
     network has not."""
-    return read_published(source, head_dim)[0]
-
-def read_published(source, head_dim=64):
-    """As load_published, but return the arguments of StableUNet, too."""
-    if isinstance(source, nn.Module):
-        source = source.state_dict()
-    weights = source if isinstance(source, dict) else read_weights(source)
-    weights, naming = tensors_of(weights)
-    arguments = arguments_of(weights, naming)
+    weights, naming = tensors_of(source)
     with torch.device("meta"):                               # 6 GB of numbers need not be drawn
-        net = StableUNet(head_dim=head_dim, **arguments)
+        net = StableUNet(head_dim=head_dim, **arguments_of(weights, naming))
     keys = {name: naming(name) for name in net.state_dict()}
     for name, empty in net.state_dict().items():
         found = weights.get(keys[name])
@@ -3082,8 +2988,8 @@ def read_published(source, head_dim=64):
         raise ValueError(f"this network has no {', '.join(sorted(left)[:3])} ({len(left)} tensors)"
                          ": is it another one, or has it adapters, which have to be merged first?")
     net.load_state_dict({name: weights[key].float() for name, key in keys.items()}, assign=True)
-    denoiser = Replace if arguments["embed_given"] else Denoiser
-    return denoiser(net, kind="v").eval().requires_grad_(False), arguments
+    kind = Denoiser if net.embed_given is None else Replace
+    return kind(net, kind="v").eval().requires_grad_(False)
 
 def save_published(path, denoiser, layout="stability"):
     """Write the weights of a StableUNet as .safetensors, with the keys of Stability's code (and of
@@ -3102,10 +3008,9 @@ def save_published(path, denoiser, layout="stability"):
         for name, module in [*net.named_modules()]:
             if isinstance(module, LoRA):
                 net.set_submodule(name, module.merge())
-    blocks = len(net.up) // (net.multiple.bit_length()) - 1
     naming = stability_name
     if layout == "diffusers":
-        naming = partial(diffusers_name, blocks=blocks)
+        naming = partial(diffusers_name, blocks=net.sizes["blocks"])
     weights = {}
     for name, w in net.state_dict().items():
         key = naming(name)
@@ -3121,9 +3026,8 @@ def save_published(path, denoiser, layout="stability"):
             weights[f"{parent}.attn2.k_adapter_action_control.weight"] = torch.zeros_like(w)
     if layout == "stability":
         weights = {f"model.diffusion_model.{key}": w for key, w in weights.items()}
-    temporary = f"{path}.tmp"
-    safetensors.torch.save_file(weights, temporary)
-    os.replace(temporary, path)
+    with replacing(Path(path)) as part:
+        safetensors.torch.save_file(weights, part)
 
 # ==================================================================================================
 # 18. Programs: what train.py and sample.py share
