@@ -4206,7 +4206,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 BUDGETS = {"train.py": "--steps 1 --batch 2 --marks 1 --sampling-steps 2 --encode 2",
-           "sample.py": "--n 1 --steps 2", "vdm.py": "",
+           "sample.py": "--n 1 --steps 3", "vdm.py": "",
            "notebooks/autoencoder.py": "--steps 1 --batch 2 --marks 1"}
 
 def test_every_command_of_the_readme_runs(project, monkeypatch):
