@@ -1471,7 +1471,7 @@ class StableUNet(nn.Module):
 
     x is noisy latents, H and W multiples of 8, c_noise is log(sigma) / 4, (B,) or (B, T), and what
     comes is of the kind "v". What is told, of which only numbers must be:
-    concat   (B, 1 or T, 4, H, W), the latents of a picture
+    concat   (B, 1 or T, 4, H, W), the latents of a picture, which may also be channels 4 to 7 of x
     clip     (B, 1024), CLIP's token of that picture
     numbers  (B, 3): frame rate - 1, motion (0 to 255), level of noise put on the picture
     action   (B, 19), NaN where not told: Vista's command 1, trajectory 8 (four points, in metres),
@@ -1548,6 +1548,9 @@ class StableUNet(nn.Module):
                                  f"{' or '.join(map(str, shapes[name]))}")
 
     def forward(self, x, c_noise, concat=None, clip=None, numbers=None, action=None, given=None):
+        if concat is None and x.shape[2] > self.channels:
+            concat = x[:, :, self.channels:]
+            x = x[:, :, :self.channels]
         B, T, _, H, W = x.shape
         c_noise = torch.as_tensor(c_noise, device=x.device)
         if c_noise.ndim < 2:
