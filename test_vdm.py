@@ -891,6 +891,13 @@ def test_frames_that_wait_are_not_touched(name):
     assert torch.equal(got[:, ::2], x[:, ::2])
     assert (got != x)[:, 1].all() and got.isfinite().all()
 
+@cases("name", sorted(set(vdm.SAMPLERS) - {"heun"}))
+def test_all_together_is_the_plain_sampler(name):
+    """Bit for bit."""
+    draw = partial(vdm.generate, tiny("per_frame"), (2, 3, 1, 4, 4), sampler=vdm.SAMPLERS[name])
+    sigmas = vdm.karras_sigmas(5)
+    assert torch.equal(draw(vdm.lagged(sigmas, 3, 0)), draw(sigmas))
+
 @cases("lag", [16, 22, 48])
 def test_stream_of_a_markov_chain(lag, monkeypatch, double):
     """Each frame is 0.8 times the one before, plus noise. If a window sees one frame that is done,
@@ -904,6 +911,26 @@ def test_stream_of_a_markov_chain(lag, monkeypatch, double):
         video = rolled(kalman(C[:4, :4]), 10, (20, 4, 1, 1, 1), sigmas, lag * n, roll=vdm.stream)
         errors.append((covariance(video) - C).abs().max().item())
     assert errors[1] < 0.01 and 3.5 < errors[0] / errors[1] < 6
+
+@cases("name", ["ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_one_by_one_is_a_rollout_of_single_frames(name, monkeypatch):
+    """Bit for bit, from the same noise: lag = steps, and an overlap of all frames but one."""
+    def last_alike(*_):
+        """Noise whose last frame depends on the number of the call, not on how many it draws."""
+        calls = iter(range(1000))
+        def noise(n, *chw):
+            g = torch.Generator().manual_seed(next(calls))
+            return torch.randn(2, n, *chw, generator=g).flip(1) if n == 1 else torch.cat(
+                [torch.randn(2, n - 1, *chw), torch.randn(2, 1, *chw, generator=g)], 1)
+        return noise
+
+    monkeypatch.setattr(vdm, "clip_noise", last_alike)
+    start = torch.randn(2, 3, 1, 4, 4)
+    options = dict(context=start, sampler=vdm.SAMPLERS[name])
+    draw = partial(rolled, tiny("per_frame"), 7, (2, 4, 1, 4, 4), vdm.karras_sigmas(4))
+    want = draw(3, **options)
+    assert torch.equal(draw(4, roll=vdm.stream, **options), want)
+    assert torch.equal(want[:, :3], start) and (want[:, 3:] != 0).all()
 
 @cases("given", [0, 1, 3])
 @cases("lag", [2, 3, 6])
@@ -1937,6 +1964,17 @@ def test_a_projection_looks_along_one_axis():
     plane[0, :, 0, 2].sum().backward()
     seen = u.grad.abs().sum((0, 2)) > 0                                             # (5, 3, 4)
     assert seen[:, 0, 2].all() and seen.sum() == 5
+
+def test_planes_of_a_clip_that_stands_still_are_constant_along_t():
+    """Those of a clip that moves are not, and (H, W) alone tells what stands still."""
+    model = triplane()
+    frame = torch.randn(1, 1, 2, 4, 12)
+    for clip, still in ((frame.expand(1, 4, -1, -1, -1), True),
+                        (torch.randn(1, 4, 2, 4, 12), False)):
+        hw, tw, th = vdm.split_planes(model.encode(clip)[:, 0], model.sizes)
+        for plane in (tw, th):                                                  # (1, 3, T, W or H)
+            assert torch.allclose(plane, plane[:, :, :1].expand_as(plane), atol=1e-5) == still
+        assert hw.std((2, 3)).max() > 0.1
 
 def test_which_plane_tells_what():
     """Without layers over time, rows of (T, W) and of (T, H) that change places make frames do so.
@@ -3809,6 +3847,33 @@ def test_init_refuses_other_models(trained, tmp_path, flags, words):
     with pytest.raises(ValueError, match=words) as caught:
         run(tmp_path / "run", f"--init {trained}/last.pt --steps 1 " + flags)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+def test_help_is_short_and_has_the_defaults_of_the_preset(capsys):
+    """A line has the value that a run of this preset has; the table agrees with the networks."""
+    for name in ("tiny", "latent", "mnist"):
+        with pytest.raises(SystemExit):
+            train.parse(["--preset", name, "--help"])
+        said = capsys.readouterr().out
+        assert 15 <= len(set(re.findall(r"^  (--\w[\w-]*)", said, re.M))) <= 21
+        config = vdm.PRESETS[name]
+        pixels = "{} x {}".format(*vdm.pixels(config)[0])
+        said = " ".join(said.split())
+        for field in ("frames", "steps", "width"):
+            assert re.search(rf"--{field} [^()]*\({getattr(config, field)}\)", said), field
+        assert f"({config.size[0]} {config.size[1]})" in said and "--clip-norm" not in said
+        with torch.device("meta"):
+            total = sum(p.numel() for p in vdm.build(config).parameters())
+        assert re.search(rf"{name} [^|]*? {config.frames} x {pixels} {total / 1e6:.1f} M ", said)
+    assert list(train.ABOUT) == ["preset", *vdm.PRESETS]
+
+def test_a_preset_for_a_gpu_says_so_first(tmp_path, capsys):
+    """mnist, here at toy size."""
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/a.npy", np.zeros((9, 16, 16), np.uint8))
+    train.main(f"--preset mnist --data {tmp_path}/data --out {tmp_path}/run --frames 2 --size 8 "
+               "--width 8 --mults 1 --head-dim 8 --attention none --batch 1 --steps 1 --marks 1 "
+               "--sampling-steps 1 --device cpu".split())
+    assert capsys.readouterr().out.startswith("note    preset mnist is meant for a GPU (47")
 
 def test_every_field_is_a_flag_with_its_comment(capsys):
     """Of each line of Config in vdm.py; what is given by a flag wins over the preset."""
