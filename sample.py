@@ -3,7 +3,7 @@ sample.py: generate videos from a checkpoint, which holds all settings of its mo
 
     python sample.py                                    16 videos, by the newest run under out/
     python sample.py out/tiny --n 4 --length 32         longer than the clips it was trained on
-    python sample.py --context clip.mp4 --length 16     go on from a clip, or from a picture
+    python sample.py --context clip.mp4 --length 16     go on from a clip like those trained on
     python sample.py --actions LLSSRRXX                 left, straight, right, stop (--data drive)
     python sample.py --context clip.mp4 --interpolate 2 2      new frames between those of a clip
     python sample.py out/key out/fill out/up --interpolate 4   a cascade: key frames, those between
@@ -111,7 +111,7 @@ def choose(job):
         limit("interpolate", f"2 to {T - 1}, in windows of {T} frames", 2, T - 1, job)
         ends = config.task == "ends" and job.interpolate == [T - 1]
         need(ends or (config.task == "any" and config.give != "hint"), "--interpolate needs a model"
-             f" of --task any or, to be {T - 1}, of --task ends, or else --reconstruction 2")
+             f" of --task any (or, for --interpolate {T - 1}, ends), or else --reconstruction 2")
         return interpolate, range(2, MANY)
     if config.give in PUBLISHED:
         need(job.context, "SVD and Vista go on from a picture: name its latents (--context)")
@@ -140,7 +140,7 @@ def plan(job):
     n = job.given.shape[1] * job.unit
     some = f"trained to be given {', '.join(map(str, known[:9])) or 'no'} frames"
     need(n in known or not (job.context or job.interpolate), f"--context gives {n} frames, but the "
-         f"model was {some}: choose --context-frames, or try --reconstruction 2 or --interpolate")
+         f"model was {some}: give as many, or try --reconstruction 2")
     lengths = {follow_clip: n + T, interpolate: math.prod(job.interpolate) * (n - 1) + 1,
                enlarge: n}
     length = lengths.get(job.way, T)

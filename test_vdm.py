@@ -255,6 +255,14 @@ def test_inversion_is_nearly_exact_once_converged(double):
 
 # ---- noise ---------------------------------------------------------------------------------------
 
+@cases("schedule, points", [
+    (vdm.linear, {0: 0.0100, 1: 157.4}),
+    (vdm.scaled_linear, {0: 0.0388, 1: 83.8}),
+    (partial(vdm.scaled_linear, start=0.00085, end=0.012), {0: 0.0292, 1: 14.61}),
+    (vdm.cosine, {0: math.exp(-10), 0.5: 1, 1: math.exp(10)}),
+    (vdm.sigmoid, {0.5: 1}),
+    (vdm.uniform, {0.1: 1 / 9, 0.5: 1, 0.9: 9}),
+    (partial(vdm.lognormal, mean=1.0, std=1.6), {0.025: 0.118, 0.5: 2.72, 0.975: 62.6})])
 def test_points_of_schedules(schedule, points):
     """DDPM's, PVDM's and Stable Diffusion's ends; for VDM logSNR is 20 at first and -20 at last;
     t = sigma / (1 + sigma) is u in rectified flow; the 95 % interval printed for SVD's."""
@@ -2750,13 +2758,13 @@ def test_folder_report_and_pixels(made):
     data = vdm.VideoFolder(made, frames=16, size=(24, 24))
     for words in (f"data: 15 files in {made} -> 12 clips used, 5 skipped, 24x24 crop, 3 channels, "
                   "10 fps, 16 to 40 frames each", "warning: clips have different rates, 8 to 25",
-                  f"skipped {made / 'few'}: 1 frames are too few, an item takes 16",
+                  f"skipped {made / 'few'} (its pictures): 1 frames are too few, a clip takes 16",
                   "nine.gif: 9 frames", "notes.txt: cannot", "cut.mp4: ffmpeg", "bad.mp4: ffmpeg"):
         assert words in data.report, data.report
     grey = [clip for clip in data.clips if (clip == clip[..., :1]).all()]          # not the noise
     assert sorted(map(brightness, grey)) == sorted(
         [list(range(n)) for n in (16,) * 7 + (17, 20)] + [MERGED])
-    with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, an item takes 22: "):
+    with pytest.raises(ValueError, match="grey.npy: 17 frames are too few, a clip takes 22: "):
         vdm.VideoFolder(made / "grey.npy", 8, (24, 24), stride=3)
 
 def test_a_hostile_folder(tmp_path):
@@ -3875,6 +3883,14 @@ def test_a_preset_for_a_gpu_says_so_first(tmp_path, capsys):
                "--sampling-steps 1 --device cpu".split())
     assert capsys.readouterr().out.startswith("note    preset mnist is meant for a GPU (47")
 
+@cases("name", ["vdm", "train", "sample", *(f"notebooks/{name}" for name in (
+    "play", "paste", "autoencoder", "benchmark", "adapters", "ablation", "claims"))])
+def test_every_program_has_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert not end.value.code and len(capsys.readouterr().out) > 60
+
 def test_every_field_is_a_flag_with_its_comment(capsys):
     """Of each line of Config in vdm.py; what is given by a flag wins over the preset."""
     with pytest.raises(SystemExit):
@@ -4855,14 +4871,15 @@ def test_which_checkpoint(here, monkeypatch, capsys):
 
 WRONG = [        # flags, words that must be said, fields of Config
     ("--length 1 --context clip.npy", "--length is 1, expected more than the 2", {}),
-    ("--context clip.npy --context-frames 1", "given 2 frames: choose --context-frames", {}),
+    ("--context missing.mp4", "missing.mp4 does not exist", {}),
+    ("--context clip.npy --context-frames 1", "given 2 frames: give as many", {}),
     ("--context clip.npy --context-frames 9", "--context-frames is 9, expected at most 6", {}),
     ("--context clip.npy", "given no frames: .* try --reconstruction", dict(context=(1.0,))),
     ("--length 5", "so a window .* given no frames: try --recon", dict(context=(1.0,))),
     ("--length 9 --overlap 3", "so .* from 3 frames .--overlap., but .* given 2", {}),
     ("--length 5", "given no frames", HINT | dict(task="image")),
     ("--interpolate 2 --context clip.npy", "--interpolate needs a model of --task any", {}),
-    ("--interpolate 2 --context clip.npy", "to be 3, of --task ends", dict(task="ends")),
+    ("--interpolate 2 --context clip.npy", "--interpolate 3, ends", dict(task="ends")),
     ("--interpolate 2 --context clip.npy", "--interpolate needs", HINT | dict(task="any")),
     ("--interpolate 2", "--context gives 0", ANY),
     ("--interpolate 2 4 --context clip.npy", "--interpolate is .2, 4., expected 2 to 3", ANY),
@@ -5158,6 +5175,8 @@ def test_play_as_a_program(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(play.Server, "serve_forever", interrupted)
     play.main([path, "--port", "0"])
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="--port"):
+        play.main([path, "--port", str(other.getsockname()[1])])
     assert re.search(r"open http://127.0.0.1:\d+ in", capsys.readouterr().out)
     with pytest.raises(ValueError, match="tiny.pt cannot be driven"):
         play.main([str(DRIVE_PT.with_name("tiny.pt"))])

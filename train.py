@@ -877,6 +877,8 @@ def resume(options, config):
     options.given["fps"] = config.fps                              # not again that of the files
     options.note = ""
     need(state["step"] <= config.steps, f"{path} has done {state['step']} steps: raise --steps")
+    if state["step"] == config.steps and not options.dry_run:
+        print(f"note    all {config.steps} steps are done, samples follow: more --steps go on")
     return state, config
 
 def trim(log, step):
@@ -1026,6 +1028,7 @@ def dry_run(config):
     for name in dict.fromkeys(part.values()):
         n = sum(p.numel() for p in part if part[p] == name)
         print(f"parameters {n / 1e6:12,.2f} M {name}")
+    print(f"parameters {sum(p.numel() for p in part) / 1e6:12,.2f} M in all")
     with fake:
         once, total, short = estimate(model, config)
     step = 3 * once * config.batch                                # backward is worth two forward
@@ -1041,6 +1044,8 @@ def dry_run(config):
               "activations of a clip": total, "with --checkpoint-activations": short}
     for name, size in memory.items():
         print(f"memory     {size / 2 ** 20:12,.2f} MiB {name}")
+    most = 2 * weights + trained + moments + config.batch * total
+    print(f"memory     {most / 2 ** 20:12,.2f} MiB in all, for a batch at once")
 
 if __name__ == "__main__":
     vdm.run_program(main, "handle fewer clips at a time (--micro 1) or in a step (a smaller "

@@ -2305,6 +2305,8 @@ def decode(path, size=None, channels=3, rate=None):
     damaged raises a ValueError with the cause."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist, expected a video, a picture or an array")
     try:
         clips, fps = open_clips(Path(path), rate)
         clips = [np.stack([crop_to(image, size, channels) for image in clip]) for clip in clips]
@@ -2518,8 +2520,9 @@ class VideoFolder:
         """Keep the clips of a file, and their actions."""
         clips, fps = self.read(file)
         if len(clips[0]) < self.span:
-            raise ValueError(f"{file}: {len(clips[0])} frames are too few, an item takes "
-                             f"{self.span}: lower --frames or --stride")
+            of = " (its pictures)" if file.is_dir() else ""
+            raise ValueError(f"{file}{of}: {len(clips[0])} frames are too few, a clip takes "
+                             f"{self.span}: lower --frames or --stride, or raise --data-fps")
         self.moves += self.read_actions(file.with_suffix(".actions.npy"), clips)
         self.clips += clips
         self.rates += [fps] * len(clips)
@@ -3042,8 +3045,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line, with the nearest flag."""
     def error(self, message):
         known = self._option_string_actions
-        near = [match for word in message.split() if word.startswith("--")
-                for match in difflib.get_close_matches(word, known, 1) if match != word]
+        words = [word.strip(":") for word in message.split() if word.startswith("--")]
+        near = [match for word in words if word not in known
+                for match in difflib.get_close_matches(word, known, 1)]
         hint = f"did you mean {near[0]}?" if near else "see --help"
         sys.exit(f"error: {message} ({hint})")
 
@@ -3211,4 +3215,5 @@ def run_program(main, memory):
         sys.exit(f"error: {sentence}")
 
 if __name__ == "__main__":
+    Parser(usage="python vdm.py", description=demo.__doc__).parse_args()
     demo()

@@ -67,6 +67,9 @@ def paste(*pieces):
     return "\n".join(text)
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     try:
         print(paste(*sys.argv[1:]))
     except ValueError as e:

@@ -129,7 +129,11 @@ def main(argv=None):
         ride = Ride(model, config, o.steps)
         frames = np.stack([with_keys(ride.go(key)[0], key) for key in PLAN])
         return print("wrote", vdm.write_video(o.gif, vdm.from_uint8(frames), scale=4))
-    with Server(lambda seed: Ride(model, config, o.steps, seed), o.port) as server:
+    try:
+        server = Server(lambda seed: Ride(model, config, o.steps, seed), o.port)
+    except OSError as e:
+        raise ValueError(f"port {o.port} is not to be had: name another (--port)") from e
+    with server:
         print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -191,4 +195,4 @@ drive(1)
 """
 
 if __name__ == "__main__":
-    vdm.run_program(main)
+    vdm.run_program(main, "close other programs")
