@@ -4294,6 +4294,7 @@ def test_every_command_of_the_readme_runs(project, monkeypatch):
     """In the order of the page; only budgets are cut. What needs many GPUs is read and checked."""
     vdm.write_video("clip.mp4", vdm.MovingShapes(8, (32, 32))[0]["video"])
     vdm.write_video("my_videos/a/b.gif", vdm.MovingShapes(16, (32, 32))[1]["video"])
+    np.save("mnist_test_seq.npy", np.zeros((20, 3, 64, 64), np.uint8))
     small = small_published_files()
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = [shlex.split(part, comments=True)
