@@ -2614,11 +2614,11 @@ def test_decode(made, name, shape, rate):
     if name != "a/long.mp4":                                                # which is noise
         assert brightness(frames) == order
 
-@cases("name, cause", {"none.mp4": "No such file", "bad.mp4": "Invalid data",
+@cases("name, cause", {"none.mp4": "does not exist", "bad.mp4": "Invalid data",
                        "a/cut.mp4": "ffmpeg cannot read all: ", "notes.txt": "cannot identify",
                        "empty": "without pictures"}.items())
 def test_damaged_videos_are_named_with_the_cause(made, name, cause):
-    with pytest.raises(ValueError, match=f"{name}: .*{cause}") as error:
+    with pytest.raises(ValueError, match=f"{name}:? .*{cause}") as error:
         vdm.read_video(made / name)
     assert "\n" not in str(error.value)
 
