@@ -76,7 +76,7 @@ def scalings(sigma, kind, sigma_data=0.5):
     eps  the noise (DDPM):                            clean = x - sigma * eps
     v    (noise - sigma * clean) / root (VDM):        clean = x / root^2 - sigma / root * v
     flow noise - clean (flow matching):               clean = (x - sigma * flow) / (1 + sigma)
-    edm  -v for data of standard deviation 1; sigma_data, for edm alone, is another (EDM)
+    edm  -v, scaled for data of standard deviation sigma_data, a number for edm alone (EDM)
     x0   the clip itself. It has structure, unlike noise: so narrow networks learn it best"""
     c_noise = sigma.clamp(min=1e-4).log() / 4                            # sigma may be 0
     if kind == "edm":
@@ -487,8 +487,8 @@ def guided(denoise, scale):
 def skip_guided(denoise, scale):
     """Spatiotemporal skip guidance: alone + scale * (together - alone) (Hyung et al. 2024).
 
-    alone skips the temporal layers and given frames (temporal=0), as some clips did in training. To
-    exaggerate the difference makes frames agree. To use both: guided(skip_guided(...), scale)."""
+    alone skips temporal layers and given frames (temporal=0), as some clips did in training. The
+    exaggerated difference makes frames agree. To use both: guided(skip_guided(...), scale)."""
     def denoise_guided(x, sigma, **conditions):
         together = denoise(x, sigma, **conditions)
         alone = denoise(x, sigma, temporal=0.0, **conditions)

@@ -44,7 +44,8 @@ def needs(*pieces):
     imports, defined = read()
     if not pieces:
         raise ValueError("name functions or classes of vdm.py, such as rollout")
-    if unknown := set(pieces) - defined.keys():
+    unknown = set(pieces) - defined.keys()
+    if unknown:
         raise ValueError(f"vdm.py defines no {', '.join(sorted(unknown))}")
     found = set()
     new = set(pieces)
