@@ -1031,7 +1031,7 @@ def test_temporal_conv():
     h = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 1))
     seen = layer.conv.bias[:, None, None]
     for tap in range(3):
-        weight = layer.conv.weight[:, :, tap, 0, 0]
+        weight = layer.conv.weight[:, :, tap, 0]
         seen = seen + torch.einsum("oi,btihw->btohw", weight, h[:, tap:tap + 4])
     close(layer(x), x + layer.gate * seen)
     close(layer(x, 0.3), x + 0.3 * layer.gate * seen)                  # Video LDM's alpha
@@ -2284,7 +2284,8 @@ def test_everything_can_be_pasted_alone():
 def test_the_paste_guide_names_what_is_needed(piece):
     assert {piece, *GUIDE[piece]} == paste.needs(piece)
 
-@cases("pieces, words", [([], "name functions"), (["EMA", "nothing"], "defines no nothing$")])
+@cases("pieces, words", [([], "name functions"), (["EMA", "nothing"], "defines no nothing$"),
+    (["rolout"], "defines no rolout, but rollout$")])
 def test_what_cannot_be_pasted(pieces, words):
     with pytest.raises(ValueError, match=words):
         paste.paste(*pieces)

@@ -6,6 +6,7 @@ paste.py: print pieces of vdm.py with all that they need, for an empty file.
 Imports come first, then what the pieces use, in the order of vdm.py.
 """
 import ast
+import difflib
 import dis
 import sys
 import types
@@ -44,9 +45,9 @@ def needs(*pieces):
     imports, defined = read()
     if not pieces:
         raise ValueError("name functions or classes of vdm.py, such as rollout")
-    unknown = set(pieces) - defined.keys()
-    if unknown:
-        raise ValueError(f"vdm.py defines no {', '.join(sorted(unknown))}")
+    for name in set(pieces) - defined.keys():
+        near = "".join(f", but {word}" for word in difflib.get_close_matches(name, defined, 1))
+        raise ValueError(f"vdm.py defines no {name}{near}")
     found = set()
     new = set(pieces)
     while new:
