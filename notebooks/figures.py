@@ -179,7 +179,7 @@ def better_steps():
         if i == 2:
             arrow(axes, place(1), (left + 2.08, curve(0) + 0.05), RED)
             axes.plot(left - 0.28, 2.62, "o", color=BLUE, markersize=7)
-            axes.text(left + 2.2, 2.2, "the guess, moved on as\nit moved in the last step",
+            axes.text(left + 2.05, 2.2, "the guess, moved on\nby half a step",
                       ha="right", color=BLUE, fontsize=11)
             axes.text(left - 0.28, 2.75, "last step", ha="center", color=BLUE, fontsize=11)
 
