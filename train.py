@@ -627,7 +627,7 @@ def differing(before, after):
 ABOUT = {
     "preset": "what it is             frames x pixels  parameters  time",
     "tiny":   "shapes that bounce         8 x 32 x 32       1.7 M  40 minutes on a core",
-    "digits": "moving digits              8 x 32 x 32       1.7 M  48 minutes on a core",
+    "digits": "moving digits              8 x 32 x 32       1.7 M  38 minutes on a core",
     "latent": "the toy world, latents    16 x 64 x 64       1.6 M  on a CPU, not timed",
     "planes": "the same, PVDM's planes   16 x 32 x 32       2.0 M  on a CPU, not timed",
     "mnist":  "Moving MNIST              20 x 64 x 64      10.8 M  GPU (47 hours on two cores)",

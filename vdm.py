@@ -2670,7 +2670,7 @@ PRESETS = {
     "tiny": Config(),                   # the toy world on a laptop
     # the same network for grey clips of moving digits, mnist_test_seq.npy or any such file. Thin
     # strokes are fine detail: hence lower noise levels, and a smaller sigma_min
-    "digits": Config(channels=1, batch=8, steps=4000, mean=0.8, std=1.4,
+    "digits": Config(channels=1, batch=8, steps=3000, mean=0.8, std=1.4,
                      context=(0.25, 0.0, 0.0, 0.0, 0.75), sigma_min=0.05),
     # the toy world, 16 frames of 64 x 64 pixels, by latents of 4 x 16 x 16 per frame. Encoders here
     # give them standard deviation 1: hence sigma_data
