@@ -267,7 +267,7 @@ class TemporalConv(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.norm = normalize(dim)
-        self.conv = nn.Conv2d(dim, dim, (3, 1), padding=(1, 0))      # faster than Conv3d on few clips
+        self.conv = nn.Conv2d(dim, dim, (3, 1), padding=(1, 0))    # faster than Conv3d on few clips
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, temporal=1.0):                                            # (B, T, C, H, W)
