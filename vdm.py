@@ -272,7 +272,7 @@ class TemporalConv(nn.Module):
 
     def forward(self, x, temporal=1.0):                                            # (B, T, C, H, W)
         h = rearrange(F.silu(each_frame(self.norm, x)), "b t c h w -> b c t (h w)")
-        h = rearrange(self.conv(h), "b c t (h w) -> b t c h w", h=x.shape[3])
+        h = rearrange(self.conv(h), "b c t (h w) -> b t c h w", h=x.shape[3])  # a row is a frame
         return x + expand(torch.as_tensor(temporal).to(x), x) * self.gate.to(x) * h
 
 class ResBlock(nn.Module):

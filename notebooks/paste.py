@@ -45,7 +45,7 @@ def needs(*pieces):
     imports, defined = read()
     if not pieces:
         raise ValueError("name functions or classes of vdm.py, such as rollout")
-    for name in set(pieces) - defined.keys():
+    for name in sorted(set(pieces) - defined.keys()):
         near = "".join(f", but {word}" for word in difflib.get_close_matches(name, defined, 1))
         raise ValueError(f"vdm.py defines no {name}{near}")
     found = set()

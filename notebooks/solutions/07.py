@@ -20,6 +20,13 @@ def mirror(video, action):
     action[:, 5] *= -1
     return video.flip(-1), action
 
+# Exercise 1, mistake: a swap of two views copies one over the other
+def mirror(video, action):
+    new_action = action.clone()
+    new_action[:, 0], new_action[:, 2] = new_action[:, 2], new_action[:, 0]
+    new_action[:, 5] *= -1
+    return video.flip(-1), new_action
+
 # Exercise 1, solution
 def mirror(video, action):
     new_action = action[:, [2, 1, 0, 3, 4, 5]]                             # a copy, L and R exchanged

@@ -39,6 +39,11 @@ def nearest(made, known):
     far = (made[:, None] - known).abs().mean(dim=(2, 3, 4, 5))
     return far.argmin(dim=1), far.min(dim=1).values
 
+# Exercise 2, mistake: one number for all
+def nearest(made, known):
+    far = ((made[:, None] - known) ** 2).mean(dim=(2, 3, 4, 5))
+    return torch.full((len(made),), 3), far.min(dim=1).values
+
 # Exercise 2, solution
 def nearest(made, known):
     far = ((made[:, None] - known) ** 2).mean(dim=(2, 3, 4, 5))                             # (n, m)
